@@ -1,0 +1,34 @@
+"""huggingNanoGPT: nanoGPT checkpoints as native Transformers models, and back, with every number the same."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from .checkpoint import Checkpoint, TrainingState, read_checkpoint, write_checkpoint
+from .configuration_nano_gpt import NanoGPTConfig
+from .errors import CheckpointError, ConversionError, NanoGPTError, TokenizerError
+from .modeling_nano_gpt import (
+    NanoGPTForSequenceClassification,
+    NanoGPTLMHeadModel,
+    NanoGPTModel,
+    NanoGPTPreTrainedModel,
+)
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "ConversionError",
+    "NanoGPTConfig",
+    "NanoGPTError",
+    "NanoGPTForSequenceClassification",
+    "NanoGPTLMHeadModel",
+    "NanoGPTModel",
+    "NanoGPTPreTrainedModel",
+    "TokenizerError",
+    "TrainingState",
+    "read_checkpoint",
+    "write_checkpoint",
+]
+
+AutoConfig.register(NanoGPTConfig.model_type, NanoGPTConfig)
+AutoModel.register(NanoGPTConfig, NanoGPTModel)
+AutoModelForCausalLM.register(NanoGPTConfig, NanoGPTLMHeadModel)
+AutoModelForSequenceClassification.register(NanoGPTConfig, NanoGPTForSequenceClassification)

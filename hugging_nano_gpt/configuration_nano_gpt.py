@@ -1,0 +1,104 @@
+"""NanoGPTConfig: nanoGPT's seven `model_args` under their own names, as a Transformers configuration.
+
+`NanoGPTConfig(**checkpoint["model_args"])` is the whole conversion. Beside the seven stand only the activation, which
+nanoGPT changed in June 2023 without recording it, and the fields that Transformers 5 asks every model to declare.
+This file travels with saved models as remote code, so it imports nothing else of this package.
+"""
+
+from transformers import PreTrainedConfig
+
+# nanoGPT computes exact GELU since 2023-06-14 (karpathy/nanoGPT f08abb45) and the tanh approximation before it, as do
+# minGPT and llm.c; build-nanogpt uses torch's own tanh GELU, which rounds differently from the formula written out.
+ACTIVATION_FUNCTIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh")
+
+
+class NanoGPTConfig(PreTrainedConfig):
+    """Holds the shape of a nanoGPT model.
+
+    Defaults are those of nanoGPT's GPTConfig (model.py @ 3adf61e).
+
+    Args:
+        block_size: Longest sequence the model can read, in tokens: the number of learned positions.
+        vocab_size: Rows of the token embedding. 50304 is GPT-2's 50257 rounded up to a multiple of 64.
+        n_layer: Number of transformer blocks.
+        n_head: Attention heads of a block; divides n_embd.
+        n_embd: Width of the residual stream.
+        dropout: Probability of every dropout of the model (embeddings, attention, residual), in [0, 1).
+        bias: Whether the Linear and LayerNorm modules have biases. lm_head never has one.
+        activation_function: "gelu" (exact, nanoGPT since 2023-06-14), "gelu_new" (tanh, older nanoGPT, minGPT,
+            llm.c) or "gelu_pytorch_tanh" (tanh, build-nanogpt).
+        tie_word_embeddings: Whether lm_head is the token embedding, as in nanoGPT since 2023-01-14.
+        use_cache: Whether a forward pass in eval mode returns its keys and values.
+        bos_token_id: First token of a document, if the vocabulary has one.
+        eos_token_id: Token that ends a document, if the vocabulary has one.
+        pad_token_id: Token that fills up batches, if the vocabulary has one.
+
+    Raises:
+        ValueError: If a value is impossible; the message lists every such value and why.
+    """
+
+    model_type = "hugging_nano_gpt"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "block_size",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    }
+    # c_attn packs query, key and value, so its output is gathered whole before it is split (as Phi-3's qkv_proj is).
+    base_model_tp_plan = {
+        "h.*.attn.c_attn": "colwise_rep",
+        "h.*.attn.c_proj": "rowwise_rep",
+        "h.*.mlp.c_fc": "colwise",
+        "h.*.mlp.c_proj": "rowwise",
+    }
+    base_model_fsdp_plan = {
+        "wte": "free_full_weight",
+        "wpe": "free_full_weight",
+        "h.*": "free_full_weight",
+        "ln_f": "keep_full_weight",
+    }
+
+    block_size: int = 1024
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float | int = 0.0
+    bias: bool = True
+    activation_function: str = "gelu"
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        faults = self._find_faults()
+        if faults:
+            raise ValueError(f"{type(self).__name__}: impossible values: {'; '.join(faults)}")
+        super().__post_init__(**kwargs)
+
+    def _find_faults(self) -> list[str]:
+        sizes = {name: getattr(self, name) for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")}
+        bad_sizes = {n: v for n, v in sizes.items() if not isinstance(v, int) or isinstance(v, bool) or v < 1}
+        faults = [f"{name}: expected a positive int, got {value!r}" for name, value in bad_sizes.items()]
+        if not {"n_embd", "n_head"} & bad_sizes.keys() and self.n_embd % self.n_head:
+            faults.append(
+                f"n_embd: expected a multiple of n_head, because every head gets n_embd / n_head of the width, "
+                f"got n_embd={self.n_embd!r} and n_head={self.n_head!r}"
+            )
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, float | int) or not 0 <= self.dropout < 1:
+            faults.append(f"dropout: expected a probability in [0, 1), got {self.dropout!r}")
+        for name in ("bias", "tie_word_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                faults.append(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        if self.activation_function not in ACTIVATION_FUNCTIONS:
+            faults.append(
+                f"activation_function: expected one of {', '.join(map(repr, ACTIVATION_FUNCTIONS))}, because no "
+                f"nanoGPT computes another, got {self.activation_function!r}"
+            )
+        return faults
+
+
+__all__ = ["NanoGPTConfig"]

@@ -1,0 +1,21 @@
+"""The errors this package raises on its own account.
+
+Each message reads `<where>: <what is wrong>: expected X, got Y; <what to do>`. All of them can be caught at once as
+NanoGPTError, and each is also the built-in type a caller would expect.
+"""
+
+
+class NanoGPTError(Exception):
+    """Base class of every error of this package."""
+
+
+class CheckpointError(NanoGPTError, ValueError):
+    """A checkpoint file cannot be read or written: not the right kind, damaged, incomplete, or unsafe."""
+
+
+class ConversionError(NanoGPTError, ValueError):
+    """A model or a state cannot be expressed in the form asked for without changing what it computes."""
+
+
+class TokenizerError(NanoGPTError, ValueError):
+    """A tokenizer file cannot be read, or a text or an id lies outside its vocabulary."""
