@@ -8,7 +8,7 @@ import os
 from .errors import CheckpointError, ConversionError
 from .formats import nanogpt
 from .formats.atomic import open_atomically
-from .formats.check import find_model_faults, find_optimizer_faults
+from .formats.check import find_model_faults, find_optimizer_faults, find_plain_faults
 from .formats.contents import Checkpoint, TrainingState
 from .formats.torch_file import TorchFile
 
@@ -56,6 +56,7 @@ def write_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> No
         )
     if checkpoint.training_state.optimizer is not None and not faults:
         faults = find_optimizer_faults(checkpoint.model_args, checkpoint.training_state.optimizer)
+    faults += find_plain_faults("config", checkpoint.training_state.config)
     if faults:
         raise ConversionError(f"{os.fspath(path)}: cannot be a nanoGPT checkpoint: {'; '.join(faults)}; not written")
     try:

@@ -59,20 +59,43 @@ def find_optimizer_faults(model_args: Mapping[str, Any], optimizer: Any) -> list
     That order is: parameters of two or more dimensions, then the others, each in the order of named_parameters, with
     the tied matrix once (model.py @ 3adf61e, configure_optimizers).
     """
-    if not isinstance(optimizer, dict) or not {"state", "param_groups"} <= optimizer.keys():
-        return ["optimizer: expected a torch.optim.AdamW state dict with 'state' and 'param_groups'"]
+    try:
+        groups = [list(group["params"]) for group in optimizer["param_groups"]]
+        moments = {
+            f"{name} of parameter {index}": (index, tuple(state[name].shape))
+            for index, state in optimizer["state"].items()
+            for name in ("exp_avg", "exp_avg_sq")
+        }
+    except (KeyError, TypeError, AttributeError):
+        return ["optimizer: expected a torch.optim.AdamW state dict, got something else"]
     shapes = list_optimizer_shapes(model_args)
+    n_decayed = sum(len(shape) >= 2 for shape in shapes)
+    expected_groups = [list(range(n_decayed)), list(range(n_decayed, len(shapes)))]
     faults = []
-    indices = [index for group in optimizer["param_groups"] for index in group["params"]]
-    if indices != list(range(len(shapes))):
-        faults.append(f"optimizer: expected parameters 0 to {len(shapes) - 1} in order, got {list_some(indices)}")
-    for index, state in optimizer["state"].items():
-        for name in ("exp_avg", "exp_avg_sq"):
-            found = tuple(state[name].shape) if name in state else None
-            expected = shapes[index] if index in range(len(shapes)) else None
-            if found != expected:
-                faults.append(f"optimizer: {name} of parameter {index}: expected {expected}, got {found}")
+    if groups != expected_groups:
+        faults.append(
+            f"optimizer: expected two groups, parameters 0 to {n_decayed - 1} and {n_decayed} to {len(shapes) - 1}, "
+            f"got groups of {[len(group) for group in groups]}"
+        )
+    wrong_moments = [
+        f"{what}: expected {shapes[index] if index in range(len(shapes)) else 'none'}, got {found}"
+        for what, (index, found) in moments.items()
+        if index not in range(len(shapes)) or shapes[index] != found
+    ]
+    if wrong_moments:
+        faults.append(f"optimizer: {list_some(wrong_moments)}")
     return faults
+
+
+def find_plain_faults(what: str, value: Any) -> list[str]:
+    """Finds what a weights_only load would refuse to read back: anything but plain Python types and tensors."""
+    if isinstance(value, Mapping):
+        return [fault for key, item in value.items() for fault in find_plain_faults(f"{what}[{key!r}]", item)]
+    if isinstance(value, list | tuple):
+        return [fault for index, item in enumerate(value) for fault in find_plain_faults(f"{what}[{index}]", item)]
+    if value is None or type(value) in (bool, int, float, str) or isinstance(value, torch.Tensor | torch.dtype):
+        return []
+    return [f"{what}: expected plain Python types, got {type(value).__name__}"]
 
 
 def list_optimizer_shapes(model_args: Mapping[str, Any]) -> list[tuple[int, ...]]:

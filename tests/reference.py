@@ -1,0 +1,83 @@
+"""An independent reference of nanoGPT's model in plain torch, to hold the Transformers model against bit for bit.
+
+Written from the description of the architecture and the order of its operations (karpathy/nanoGPT model.py @ 3adf61e),
+sharing no code with the package. Its state dict has nanoGPT's names. tests/test_nanogpt.py compares both with nanoGPT.
+
+Shapes: B batch, T tokens, C n_embd, H heads, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ReferenceLayer(nn.Module):
+    """Everything of one block: two norms, attention, feed-forward."""
+
+    def __init__(self, n_embd: int, n_head: int, dropout: float, bias: bool):
+        super().__init__()
+        self.n_head, self.dropout = n_head, dropout
+        self.ln_1 = nn.LayerNorm(n_embd, bias=bias)
+        self.attn = nn.ModuleDict(
+            {"c_attn": nn.Linear(n_embd, 3 * n_embd, bias=bias), "c_proj": nn.Linear(n_embd, n_embd, bias=bias)}
+        )
+        self.ln_2 = nn.LayerNorm(n_embd, bias=bias)
+        self.mlp = nn.ModuleDict(
+            {"c_fc": nn.Linear(n_embd, 4 * n_embd, bias=bias), "c_proj": nn.Linear(4 * n_embd, n_embd, bias=bias)}
+        )
+
+    def drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+    def attend(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (
+            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+            for part in self.attn["c_attn"](x).split(C, dim=2)
+        )
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=dropout, is_causal=True)
+        return self.drop(self.attn["c_proj"](y.transpose(1, 2).contiguous().view(B, T, C)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attend(self.ln_1(x))
+        return x + self.drop(self.mlp["c_proj"](F.gelu(self.mlp["c_fc"](self.ln_2(x)))))
+
+
+class ReferenceGPT(nn.Module):
+    """nanoGPT's GPT: learned positions, pre-norm blocks, exact GELU, head tied to the token embedding."""
+
+    def __init__(
+        self, block_size: int, vocab_size: int, n_layer: int, n_head: int, n_embd: int, dropout: float, bias: bool
+    ):
+        super().__init__()
+        self.dropout = dropout
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(vocab_size, n_embd),
+                "wpe": nn.Embedding(block_size, n_embd),
+                "h": nn.ModuleList(ReferenceLayer(n_embd, n_head, dropout, bias) for _ in range(n_layer)),
+                "ln_f": nn.LayerNorm(n_embd, bias=bias),
+            }
+        )
+        self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
+        self.lm_head.weight = self.transformer["wte"].weight
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Returns logits (B, T, V) and, with targets (B, T) of which -1 is ignored, the mean cross-entropy."""
+        positions = torch.arange(idx.shape[1], device=idx.device)
+        x = self.transformer["wte"](idx) + self.transformer["wpe"](positions)
+        x = F.dropout(x, self.dropout, self.training)
+        for layer in self.transformer["h"]:
+            x = layer(x)
+        logits = self.lm_head(self.transformer["ln_f"](x))
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1), ignore_index=-1)
+
+    @torch.no_grad()
+    def generate_greedily(self, idx: Tensor, count: int) -> Tensor:
+        """Appends the most likely token count times, reading the whole sequence again for each."""
+        for _ in range(count):
+            idx = torch.cat([idx, self(idx)[0][:, -1:].argmax(-1)], dim=1)
+        return idx

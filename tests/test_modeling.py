@@ -1,0 +1,347 @@
+"""What a first-class Transformers model does, on top of nanoGPT's numbers: masks, caches, back ends, heads."""
+
+import ast
+import inspect
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, StaticCache
+
+from hugging_nano_gpt import (
+    NanoGPTConfig,
+    NanoGPTForSequenceClassification,
+    NanoGPTLMHeadModel,
+    NanoGPTModel,
+    modeling_nano_gpt,
+)
+
+from .tiny import MODEL_ARGS, make_batch, make_model
+
+# Another order of float32 sums over at most 32 positions and 2 layers, on logits of size 10; measured at most 3e-6.
+TOLERANCE = {"rtol": 0, "atol": 2e-5}
+
+ONE_ROW_LENGTHS = (3, 16, 9, 1)
+PAD = 64  # no row has it
+
+
+def pad_left(lengths):
+    """Returns input_ids (B, T) and attention_mask of rows with these lengths, padded on the left."""
+    longest = max(lengths)
+    ids, mask = torch.full((len(lengths), longest), PAD), torch.zeros(len(lengths), longest, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        ids[row, longest - length :] = make_batch(1, length, vocab_size=PAD, seed=row)[0]
+        mask[row, longest - length :] = 1
+    return ids, mask
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_left_padded_rows_equal_single_rows(implementation):
+    model = make_model()
+    model.set_attn_implementation(implementation)
+    ids, mask = pad_left(ONE_ROW_LENGTHS)
+    padded = model(ids, attention_mask=mask).logits
+    for row, length in enumerate(ONE_ROW_LENGTHS):
+        alone = model(ids[row : row + 1, -length:]).logits[0]
+        torch.testing.assert_close(padded[row, -length:], alone, **TOLERANCE)
+
+
+def test_left_padded_rows_with_plain_positions_differ():
+    """Shows that the padding test can fail: with the positions GPT2LMHeadModel makes up, the rows do differ."""
+    model = make_model()
+    ids, mask = pad_left(ONE_ROW_LENGTHS)
+    wrong = model(ids, attention_mask=mask, position_ids=torch.arange(ids.shape[1])[None]).logits[0, -3:]
+    assert (wrong - model(ids[:1, -3:]).logits[0]).abs().max() > 1e-2
+
+
+def test_right_padded_rows_equal_single_rows():
+    model = make_model()
+    ids, _ = make_batch(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    padded = model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(padded[0, :5], model(ids[:1, :5]).logits[0], **TOLERANCE)
+
+
+def test_left_padded_decoding_with_cache_equals_single_row():
+    model = make_model()
+    ids, mask = pad_left((5, 12))
+    prefill = model(ids[:, :-2], attention_mask=mask[:, :-2])
+    step = model(ids[:, -2:], attention_mask=mask, past_key_values=prefill.past_key_values)
+    torch.testing.assert_close(step.logits[0], model(ids[:1, -5:]).logits[0, -2:], **TOLERANCE)
+
+
+def test_mask_of_ones_equals_no_mask_bitwise():
+    model = make_model()
+    ids, _ = make_batch(2, 16)
+    assert torch.equal(model(ids, attention_mask=torch.ones_like(ids)).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("make_cache", [lambda config: None, lambda config: StaticCache(config, max_cache_len=32)])
+def test_cached_forward_equals_uncached(make_cache):
+    model = make_model()
+    ids, _ = make_batch(2, 16)
+    cache = make_cache(model.config)
+    logits = []
+    for piece in ids.split([9, 1, 1, 5], dim=1):
+        outputs = model(piece, past_key_values=cache, use_cache=True)
+        cache = outputs.past_key_values
+        logits.append(outputs.logits)
+    torch.testing.assert_close(torch.cat(logits, dim=1), model(ids).logits, **TOLERANCE)
+
+
+def test_eager_attention_equals_sdpa():
+    model = make_model()
+    ids, _ = make_batch(2, 32)
+    expected = model(ids).logits
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(ids).logits, expected, **TOLERANCE)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's and transformers' own, when they compile it
+def test_flex_attention_equals_sdpa():
+    model = make_model()
+    ids, mask = pad_left((5, 16))
+    expected = model(ids, attention_mask=mask).logits
+    model.set_attn_implementation("flex_attention")
+    with torch.no_grad():  # its backward pass does not run on a CPU
+        flex = model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(flex[mask.bool()], expected[mask.bool()], **TOLERANCE)
+
+
+def test_packed_documents_equal_separate_ones():
+    model = make_model()
+    ids, _ = make_batch(1, 40)  # longer than block_size: only each document has to fit
+    positions = torch.cat([torch.arange(25), torch.arange(15)])[None]
+    packed = model(ids, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(packed[:, :25], model(ids[:, :25]).logits, **TOLERANCE)
+    torch.testing.assert_close(packed[:, 25:], model(ids[:, 25:]).logits, **TOLERANCE)
+
+
+def test_inputs_embeds_equal_input_ids_bitwise():
+    model = make_model()
+    ids, _ = make_batch(2, 16)
+    assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "inputs", [{}, {"input_ids": torch.zeros(1, 2).long(), "inputs_embeds": torch.zeros(1, 2, 32)}]
+)
+def test_forward_without_exactly_one_input_is_refused(inputs):
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        make_model()(**inputs)
+
+
+def count_module_calls(model):
+    calls = []
+    for module in model.modules():
+        if isinstance(module, nn.Embedding | nn.Linear):
+            module.register_forward_pre_hook(lambda *_: calls.append(1))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("extra", "found"),
+    [
+        ({}, 33),
+        ({"attention_mask": torch.ones(2, 33)}, 33),
+        ({"position_ids": torch.arange(33)[None]}, 33),
+        ({"position_ids": torch.full((1, 33), 99)}, 100),
+    ],
+)
+def test_input_longer_than_block_size_is_refused_before_any_kernel(extra, found):
+    model = make_model()
+    calls = count_module_calls(model)
+    with pytest.raises(ValueError, match=rf"expected at most block_size=32 tokens, got {found}; keep the last 32"):
+        model(make_batch(2, 33)[0], **extra)
+    assert not calls
+
+
+def test_cached_step_beyond_block_size_is_refused():
+    model = make_model()
+    cache = model(make_batch(1, 32)[0]).past_key_values
+    with pytest.raises(ValueError, match="block_size=32 tokens, got 33"):
+        model(torch.tensor([[1]]), past_key_values=cache)
+
+
+def test_padding_beyond_block_size_is_accepted_when_the_tokens_fit():
+    model = make_model()
+    ids, mask = pad_left((32, 20))
+    wide_ids = torch.cat([torch.full((2, 8), PAD), ids], dim=1)
+    wide_mask = torch.cat([torch.zeros(2, 8, dtype=torch.long), mask], dim=1)
+    torch.testing.assert_close(
+        model(wide_ids, attention_mask=wide_mask).logits[:, -20:],
+        model(ids, attention_mask=mask).logits[:, -20:],
+        **TOLERANCE,
+    )
+
+
+def test_hidden_states_and_attentions_are_recorded_on_request():
+    model = make_model()
+    model.set_attn_implementation("eager")
+    outputs = model(make_batch(2, 16)[0], output_hidden_states=True, output_attentions=True)
+    assert [tuple(states.shape) for states in outputs.hidden_states] == [(2, 16, 32)] * 3
+    assert [tuple(weights.shape) for weights in outputs.attentions] == [(2, 4, 16, 16)] * 2
+    assert torch.equal(model.lm_head(outputs.hidden_states[-1]), outputs.logits)
+    torch.testing.assert_close(outputs.attentions[0].sum(-1), torch.ones(2, 4, 16))
+    assert not outputs.attentions[0].triu(1).any()
+
+
+def test_tuple_output_holds_logits_first():
+    model = make_model()
+    ids, _ = make_batch(1, 4)
+    assert torch.equal(model(ids, return_dict=False, use_cache=False)[0], model(ids).logits)
+    assert torch.equal(model.transformer(ids, return_dict=False)[0], model.transformer(ids).last_hidden_state)
+
+
+def test_training_forward_makes_no_cache_unless_asked():
+    model = make_model().train()
+    ids, _ = make_batch(1, 4)
+    assert model(ids).past_key_values is None
+    assert model(ids, use_cache=True).past_key_values.get_seq_length() == 4
+    assert model.eval()(ids).past_key_values.get_seq_length() == 4
+    assert model(ids, use_cache=False).past_key_values is None
+
+
+@pytest.mark.parametrize(
+    "make", [NanoGPTLMHeadModel, AutoModelForCausalLM.from_config, NanoGPTForSequenceClassification]
+)
+def test_initial_weights_have_nanogpt_deviations(make):
+    torch.manual_seed(0)
+    model = make(NanoGPTConfig(**{**MODEL_ARGS, "n_layer": 8, "n_embd": 128, "vocab_size": 512}))
+    for name, parameter in model.named_parameters():
+        if name.endswith("c_proj.weight"):
+            assert parameter.std().item() == pytest.approx(0.02 / 16**0.5, rel=0.05), name
+        elif parameter.ndim >= 2 and name != "score.weight":  # too small to have a deviation
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.05), name
+        elif parameter.ndim < 2:
+            assert bool((parameter == (0.0 if name.endswith("bias") else 1.0)).all()), name
+
+
+def test_weights_missing_from_a_folder_get_nanogpt_deviations(tmp_path):
+    """from_pretrained fills in what a folder lacks by another way than the constructor."""
+    config = NanoGPTConfig(**{**MODEL_ARGS, "n_layer": 8, "n_embd": 128})
+    model = NanoGPTLMHeadModel(config)
+    kept = {name: tensor for name, tensor in model.state_dict().items() if "mlp" not in name and "lm_head" not in name}
+    model.save_pretrained(tmp_path, state_dict=kept)
+    loaded = NanoGPTLMHeadModel.from_pretrained(tmp_path)
+    assert loaded.transformer.h[3].mlp.c_proj.weight.std().item() == pytest.approx(0.02 / 16**0.5, rel=0.05)
+    assert loaded.transformer.h[3].mlp.c_fc.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_tied_head_is_one_parameter_and_untied_two():
+    tied = NanoGPTLMHeadModel(NanoGPTConfig(**MODEL_ARGS))
+    untied = NanoGPTLMHeadModel(NanoGPTConfig(**MODEL_ARGS, tie_word_embeddings=False))
+    assert tied.lm_head.weight is tied.transformer.wte.weight
+    assert untied.lm_head.weight is not untied.transformer.wte.weight
+    assert len(list(untied.parameters())) == len(list(tied.parameters())) + 1
+
+
+@pytest.mark.parametrize("tie_word_embeddings", [True, False])
+def test_save_and_load_keeps_names_and_bits(tmp_path, tie_word_embeddings):
+    model = NanoGPTLMHeadModel(NanoGPTConfig(**MODEL_ARGS, tie_word_embeddings=tie_word_embeddings))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is NanoGPTLMHeadModel
+    assert loaded.config.architectures == ["NanoGPTLMHeadModel"]
+    assert (loaded.lm_head.weight is loaded.transformer.wte.weight) is tie_word_embeddings
+    before, after = model.state_dict(), loaded.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_auto_classes_know_the_model(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    assert type(AutoModel.from_pretrained(tmp_path)) is NanoGPTModel
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    assert type(classifier) is NanoGPTForSequenceClassification
+    assert classifier.score.weight.shape == (3, 32)
+
+
+@pytest.mark.parametrize("bigger", [65 + 7, 50])
+def test_resized_embeddings_stay_tied_and_keep_the_old_logits(bigger):
+    model = make_model()
+    ids, _ = make_batch(2, 8, vocab_size=50)
+    expected = model(ids).logits
+    model.resize_token_embeddings(bigger, mean_resizing=False)
+    kept = min(bigger, 65)
+    assert model.config.vocab_size == bigger
+    assert model.lm_head.weight is model.transformer.wte.weight
+    torch.testing.assert_close(model(ids).logits[..., :kept], expected[..., :kept], **TOLERANCE)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, in its compiler
+def test_compiled_forward_is_one_graph_without_a_mask():
+    model = make_model().train()
+    ids, targets = make_batch(2, 16)
+    expected = model(ids, shift_labels=targets).loss
+    graphs = []
+
+    def record(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=record)
+    torch.testing.assert_close(compiled(ids, shift_labels=targets).loss, expected)
+    attention = [node for node in graphs[0].graph.nodes if "scaled_dot_product" in str(node.target)]
+    assert len(graphs) == 1
+    assert [(node.kwargs["attn_mask"], node.kwargs["is_causal"]) for node in attention] == [(None, True)] * 2
+
+
+def test_classifier_scores_the_last_token_of_each_row():
+    torch.manual_seed(0)
+    model = NanoGPTForSequenceClassification(NanoGPTConfig(**MODEL_ARGS, num_labels=3)).eval()
+    ids, mask = pad_left((4, 9))
+    alone = torch.cat([model(ids[:1, -4:]).logits, model(ids[1:]).logits])
+    torch.testing.assert_close(model(ids, attention_mask=mask).logits, alone, **TOLERANCE)
+    right_ids, right_mask = ids.clone(), torch.ones_like(mask)
+    right_ids[0, :4], right_ids[0, 4:], right_mask[0, 4:] = ids[0, -4:], PAD, 0
+    torch.testing.assert_close(model(right_ids, attention_mask=right_mask).logits, alone, **TOLERANCE)
+    assert (model(right_ids).logits[0] - alone[0]).abs().max() > 1e-2  # nothing tells the padding
+    model.config.pad_token_id = PAD
+    torch.testing.assert_close(model(right_ids).logits, alone, **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("num_labels", "labels"),
+    [(3, torch.tensor([0, 2])), (1, torch.tensor([0.5, -1.0])), (3, torch.tensor([[1.0, 0, 1], [0, 0, 1]]))],
+)
+def test_classifier_computes_a_loss_for_every_problem_type(num_labels, labels):
+    model = NanoGPTForSequenceClassification(NanoGPTConfig(**MODEL_ARGS, num_labels=num_labels))
+    outputs = model(make_batch(2, 8)[0], labels=labels)
+    outputs.loss.backward()
+    assert outputs.logits.shape == (2, num_labels)
+    assert model.score.weight.grad.abs().sum() > 0
+
+
+def test_decay_groups_of_trainer_are_those_of_nanogpt():
+    """Trainer decays what is neither in nn.LayerNorm nor named bias; nanoGPT what has two or more dimensions."""
+    from transformers.trainer_pt_utils import get_parameter_names
+
+    model = make_model()
+    decayed = get_parameter_names(model, [nn.LayerNorm], ["bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)"])
+    expected = [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+    assert [name for name in decayed if name != "lm_head.weight"] == expected
+
+
+def test_attention_source_keeps_the_shape_that_vllm_reads():
+    """vLLM's Transformers backend rewrites this source: one interface in a local, called once, and a literal split."""
+    source = ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(modeling_nano_gpt.NanoGPTAttention.forward))))
+    assert source.count("ALL_ATTENTION_FUNCTIONS.get_interface(") == 1
+    assert source.count("attention_interface(") == 1
+    assert "self.c_attn(hidden_states).split((C, C, C), dim=-1)" in source
+    assert "scaling=self.scaling" in source
+    assert "hidden_states: torch.Tensor" in source
+
+
+@pytest.mark.parametrize("module", ["configuration_nano_gpt", "modeling_nano_gpt"])
+def test_remote_code_files_import_nothing_else_of_ours(module):
+    tree = ast.parse(inspect.getsource(__import__(f"hugging_nano_gpt.{module}", fromlist=["_"])))
+    imported = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    ours = [node.module for node in imported if isinstance(node, ast.ImportFrom) and node.level]
+    plain = [alias.name for node in imported if isinstance(node, ast.Import) for alias in node.names]
+    absolute = [node.module for node in imported if isinstance(node, ast.ImportFrom) and not node.level]
+    assert ours == ([] if module == "configuration_nano_gpt" else ["configuration_nano_gpt"])
+    assert not [name for name in plain + absolute if name.startswith("hugging_nano_gpt")]

@@ -1,0 +1,142 @@
+"""Against nanoGPT itself, where NANOGPT_DIR names a checkout: its model, its train.py and its sample.py.
+
+The scripts run as they are, in a folder of links to the checkout with a small data set beside it.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hugging_nano_gpt import NanoGPTLMHeadModel, read_checkpoint
+from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
+
+from .tiny import MODEL_ARGS, make_batch, make_pair
+
+NANOGPT_DIR = os.environ.get("NANOGPT_DIR")
+
+pytestmark = [
+    pytest.mark.nanogpt,
+    pytest.mark.skipif(not NANOGPT_DIR, reason="NANOGPT_DIR names no checkout of karpathy/nanoGPT"),
+]
+
+SCRIPTS = ("model.py", "train.py", "sample.py", "configurator.py")
+
+# The run that wrote the demo checkpoint, on the CPU.
+DEMO_FLAGS = (
+    "--out_dir=out --dataset=shakespeare_char --device=cpu --dtype=float32 --compile=False --init_from=resume "
+    "--n_layer=3 --n_head=3 --n_embd=96 --block_size=128 --batch_size=4 --gradient_accumulation_steps=1 --bias=False "
+    "--eval_iters=1 --log_interval=1 --always_save_checkpoint=True --beta2=0.99"
+).split()
+
+
+@pytest.fixture(scope="module")
+def nanogpt():
+    """nanoGPT's model.py as a module."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(NANOGPT_DIR) / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["nanogpt_model"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def workplace(tmp_path):
+    """A folder in which nanoGPT's scripts run: its files, a character data set, and no tiktoken needed."""
+    for script in SCRIPTS:
+        (tmp_path / script).symlink_to(Path(NANOGPT_DIR) / script)
+    data_dir = tmp_path / "data" / "shakespeare_char"
+    data_dir.mkdir(parents=True)
+    (data_dir / "meta.pkl").write_bytes(META_PATH.read_bytes())
+    for split, seed in (("train", 0), ("val", 1)):
+        np.random.default_rng(seed).integers(0, 65, 4000, dtype=np.uint16).tofile(data_dir / f"{split}.bin")
+    (tmp_path / "tiktoken.py").write_text("# sample.py imports it, but a character model does not use it\n")
+    return tmp_path
+
+
+def run_script(workplace, script, *flags):
+    # Python looks for model.py beside the script that the link leads to, and for our tiktoken.py on PYTHONPATH.
+    environment = {**os.environ, "PYTHONPATH": str(workplace), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, script, *flags]
+    done = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("length", [1, 7, 32])
+def test_model_and_reference_equal_nanogpt_bitwise(nanogpt, bias, dropout, length):
+    model, reference = make_pair(bias=bias, dropout=dropout)
+    theirs = nanogpt.GPT(nanogpt.GPTConfig(**{**MODEL_ARGS, "bias": bias, "dropout": dropout}))
+    theirs.load_state_dict(model.state_dict())
+    idx, targets = make_batch(4, length)
+    results = []
+    for module in (theirs, reference, lambda idx, targets: model(idx, shift_labels=targets).to_tuple()[::-1]):
+        torch.manual_seed(3)
+        logits, loss = module(idx, targets)
+        loss.backward()
+        results.append((logits, loss))
+    for logits, loss in results[1:]:
+        assert torch.equal(logits, results[0][0])
+        assert torch.equal(loss, results[0][1])
+    for parameter, *others in zip(theirs.parameters(), reference.parameters(), model.parameters(), strict=True):
+        assert all(torch.equal(parameter.grad, other.grad) for other in others)
+
+
+def test_our_checkpoint_loads_as_nanogpt_loads_its_own(nanogpt, tmp_path):
+    model = NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH)
+    model.to_nanogpt_ckpt(tmp_path / "ckpt.pt")
+    checkpoint = torch.load(tmp_path / "ckpt.pt", map_location="cpu")
+    theirs = nanogpt.GPT(nanogpt.GPTConfig(**checkpoint["model_args"])).eval()
+    theirs.load_state_dict(checkpoint["model"])
+    optimizer = theirs.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    idx, targets = make_batch(2, 128)
+    assert torch.equal(theirs(idx, targets)[0], model(idx).logits)
+
+
+@pytest.mark.parametrize("with_optimizer", [True, False])
+def test_train_py_resumes_from_our_checkpoint(workplace, with_optimizer):
+    original = read_checkpoint(CKPT_PATH)
+    optimizer = original.training_state.optimizer if with_optimizer else None
+    model = NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH)
+    model.to_nanogpt_ckpt(workplace / "out" / "ckpt.pt", optimizer=optimizer)
+    output = run_script(workplace, "train.py", *DEMO_FLAGS, "--max_iters=5003", "--eval_interval=5003")
+    assert "Resuming training from out" in output
+    assert "iter 5000: loss" in output
+    resumed = read_checkpoint(workplace / "out" / "ckpt.pt")
+    assert resumed.training_state.iter_num == 5003
+    assert list(resumed.state_dict) == list(original.state_dict)
+    assert not torch.equal(resumed.state_dict["lm_head.weight"], original.state_dict["lm_head.weight"])
+    steps = {int(state["step"]) for state in resumed.training_state.optimizer["state"].values()}
+    assert steps == {5003 if with_optimizer else 3}
+
+
+def test_train_py_resumes_from_ours_as_from_its_own(workplace):
+    """The same three updates from nanoGPT's file and from ours end at the same bits."""
+    ends = []
+    for is_ours in (False, True):
+        path = workplace / "out" / "ckpt.pt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(CKPT_PATH.read_bytes())
+        if is_ours:
+            optimizer = read_checkpoint(CKPT_PATH).training_state.optimizer
+            NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH).to_nanogpt_ckpt(path, optimizer=optimizer)
+        run_script(workplace, "train.py", *DEMO_FLAGS, "--max_iters=5003", "--eval_interval=5003")
+        ends.append(read_checkpoint(path).state_dict)
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_sample_py_samples_from_our_checkpoint(workplace):
+    NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH).to_nanogpt_ckpt(workplace / "out" / "ckpt.pt")
+    flags = "--out_dir=out --device=cpu --dtype=float32 --num_samples=1 --max_new_tokens=20".split()
+    ours = run_script(workplace, "sample.py", *flags)
+    (workplace / "out" / "ckpt.pt").write_bytes(CKPT_PATH.read_bytes())
+    assert ours == run_script(workplace, "sample.py", *flags)
+    assert "Loading meta from" in ours

@@ -1,0 +1,24 @@
+"""The public surface: what `from hugging_nano_gpt import *` gives, and nothing by accident."""
+
+import hugging_nano_gpt
+
+PUBLIC_NAMES = """
+Checkpoint CheckpointError ConversionError NanoGPTConfig NanoGPTError NanoGPTForSequenceClassification
+NanoGPTLMHeadModel NanoGPTModel NanoGPTPreTrainedModel TokenizerError TrainingState read_checkpoint write_checkpoint
+""".split()
+
+
+def test_public_names_are_these_and_no_others():
+    assert sorted(hugging_nano_gpt.__all__) == PUBLIC_NAMES
+    assert all(hasattr(hugging_nano_gpt, name) for name in PUBLIC_NAMES)
+
+
+def test_errors_are_caught_as_one_and_as_value_errors():
+    for name in ("CheckpointError", "ConversionError", "TokenizerError"):
+        error = getattr(hugging_nano_gpt, name)
+        assert issubclass(error, hugging_nano_gpt.NanoGPTError)
+        assert issubclass(error, ValueError)
+
+
+def test_public_objects_have_docstrings():
+    assert not [name for name in PUBLIC_NAMES if not getattr(hugging_nano_gpt, name).__doc__]
