@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from .checkpoint import Checkpoint, TrainingState, read_checkpoint, write_checkpoint
+from .checkpoint import Checkpoint, OptimizerState, TrainingState, read_checkpoint, write_checkpoint
 from .configuration_nano_gpt import NanoGPTConfig
 from .errors import CheckpointError, ConversionError, NanoGPTError, TokenizerError
 from .modeling_nano_gpt import (
@@ -22,6 +22,7 @@ __all__ = [
     "NanoGPTLMHeadModel",
     "NanoGPTModel",
     "NanoGPTPreTrainedModel",
+    "OptimizerState",
     "TokenizerError",
     "TrainingState",
     "read_checkpoint",

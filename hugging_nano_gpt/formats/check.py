@@ -3,13 +3,14 @@
 Works on shapes and dtypes alone, so a file is refused before its tensors are read.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 
 from ..configuration_nano_gpt import NanoGPTConfig
-from .contents import MODEL_ARGS, iterate_shapes
+from .shapes import MODEL_ARGS, iterate_shapes
 
 _MOST_LISTED = 5
 
@@ -26,19 +27,25 @@ def find_key_faults(what: str, found: Collection[str], required: Collection[str]
     return faults
 
 
+def find_args_faults(model_args: Mapping[str, Any]) -> list[str]:
+    """Compares model_args with the seven that nanoGPT has, and their values with what is possible."""
+    faults = find_key_faults("model_args", model_args, MODEL_ARGS, MODEL_ARGS)
+    if not faults:
+        try:
+            NanoGPTConfig(**model_args)
+        except ValueError as error:
+            faults.append(f"model_args: {str(error).removeprefix('NanoGPTConfig: ')}")
+    return faults
+
+
 def find_model_faults(model_args: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """Compares tensors, by name, shape and dtype, with what nanoGPT's model of these model_args has."""
-    faults = find_key_faults("model_args", model_args, MODEL_ARGS, MODEL_ARGS)
+    faults = find_args_faults(model_args)
     if faults:
         return faults
-    try:
-        NanoGPTConfig(**model_args)
-    except ValueError as error:
-        return [f"model_args: {str(error).removeprefix('NanoGPTConfig: ')}"]
     if model_args["n_layer"] > len(tensors):  # before a table of that many layers is made
         return [f"model: expected {model_args['n_layer']} layers, got only {len(tensors)} tensors in all"]
-
-    shapes = dict(iterate_shapes(dict(model_args)))
+    shapes = dict(iterate_shapes(model_args))
     faults = find_key_faults("model", tensors, shapes, shapes)
     wrong_shapes = [
         f"{name}: expected {shapes[name]}, got {tuple(tensor.shape)}"
@@ -53,38 +60,12 @@ def find_model_faults(model_args: Mapping[str, Any], tensors: Mapping[str, torch
     return faults
 
 
-def find_optimizer_faults(model_args: Mapping[str, Any], optimizer: Any) -> list[str]:
-    """Compares an AdamW state dict with the parameters of nanoGPT's model, in nanoGPT's order.
-
-    That order is: parameters of two or more dimensions, then the others, each in the order of named_parameters, with
-    the tied matrix once (model.py @ 3adf61e, configure_optimizers).
-    """
-    try:
-        groups = [list(group["params"]) for group in optimizer["param_groups"]]
-        moments = {
-            f"{name} of parameter {index}": (index, tuple(state[name].shape))
-            for index, state in optimizer["state"].items()
-            for name in ("exp_avg", "exp_avg_sq")
-        }
-    except (KeyError, TypeError, AttributeError):
-        return ["optimizer: expected a torch.optim.AdamW state dict, got something else"]
-    shapes = list_optimizer_shapes(model_args)
-    n_decayed = sum(len(shape) >= 2 for shape in shapes)
-    expected_groups = [list(range(n_decayed)), list(range(n_decayed, len(shapes)))]
-    faults = []
-    if groups != expected_groups:
-        faults.append(
-            f"optimizer: expected two groups, parameters 0 to {n_decayed - 1} and {n_decayed} to {len(shapes) - 1}, "
-            f"got groups of {[len(group) for group in groups]}"
-        )
-    wrong_moments = [
-        f"{what}: expected {shapes[index] if index in range(len(shapes)) else 'none'}, got {found}"
-        for what, (index, found) in moments.items()
-        if index not in range(len(shapes)) or shapes[index] != found
-    ]
-    if wrong_moments:
-        faults.append(f"optimizer: {list_some(wrong_moments)}")
-    return faults
+def find_number_faults(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Finds tensors with NaN or infinite numbers in them."""
+    # A sum is spoilt by any of them and reads each number once; only where it is spoilt every number is looked at.
+    spoilt = [name for name, tensor in tensors.items() if not math.isfinite(tensor.sum(dtype=torch.float32).item())]
+    spoilt = [name for name in spoilt if not tensors[name].isfinite().all()]
+    return [f"model: expected finite numbers, got NaN or infinity in {list_some(spoilt)}"] if spoilt else []
 
 
 def find_plain_faults(what: str, value: Any) -> list[str]:
@@ -96,12 +77,6 @@ def find_plain_faults(what: str, value: Any) -> list[str]:
     if value is None or type(value) in (bool, int, float, str) or isinstance(value, torch.Tensor | torch.dtype):
         return []
     return [f"{what}: expected plain Python types, got {type(value).__name__}"]
-
-
-def list_optimizer_shapes(model_args: Mapping[str, Any]) -> list[tuple[int, ...]]:
-    """Returns the shapes of the parameters in the order in which nanoGPT's optimizer counts them."""
-    shapes = [shape for name, shape in iterate_shapes(dict(model_args)) if name != "lm_head.weight"]  # it is wte
-    return [shape for shape in shapes if len(shape) >= 2] + [shape for shape in shapes if len(shape) < 2]
 
 
 def list_some(items: Collection[Any]) -> str:

@@ -1,10 +1,10 @@
-"""nanoGPT's own ckpt.pt, as train.py @ 3adf61e writes it: read, and written so that train.py resumes from it.
+"""nanoGPT's own ckpt.pt: every era read, and written as train.py @ 3adf61e resumes from it.
 
 A dict of model, optimizer, model_args, iter_num, best_val_loss and config. Only model and model_args must be there:
-people strip the rest to make a file smaller, and sample.py needs no more.
+the first version had no more than four of them, and people strip files to make them smaller. What a file does not
+record is told by its tensors (vocab_size, bias) or by its age (the GELU).
 """
 
-import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, BinaryIO
@@ -13,16 +13,15 @@ import torch
 
 from .check import find_key_faults, find_model_faults
 from .contents import NO_VAL_LOSS, Checkpoint, TrainingState
+from .names import CleanNames, clean_names
+from .optimizer import OptimizerState, from_adamw, group_by_module, make_fresh_state
+from .shapes import MODEL_ARGS, infer_model_args
 from .torch_file import TorchFile
+
+NAME = "nanogpt"
 
 _REQUIRED_KEYS = ("model", "model_args")
 _KEYS = ("model", "optimizer", "model_args", "iter_num", "best_val_loss", "config")
-
-# torch.compile and DistributedDataParallel put these before every name, in either order or both.
-_WRAPPER_PREFIXES = ("_orig_mod.", "module.")
-
-# Where torch lacks SDPA (before 2.0) nanoGPT stores its causal mask as a buffer. attn.c_attn.bias is a parameter.
-_MASK_BUFFER = re.compile(r"transformer\.h\.\d+\.attn\.bias")
 
 
 def recognise(contents: Any) -> bool:
@@ -30,45 +29,68 @@ def recognise(contents: Any) -> bool:
     return isinstance(contents, dict) and any(key in contents for key in _REQUIRED_KEYS)
 
 
-def read(file: TorchFile, with_optimizer: bool) -> Checkpoint:
+def read(file: TorchFile, *, with_optimizer: bool) -> Checkpoint:
     """Reads a nanoGPT checkpoint, after checking every key, shape and dtype in it.
 
     Raises:
-        CheckpointError: With all faults found, before any tensor is read.
+        CheckpointError: With all faults found, before any tensor is read; or if the optimizer is wanted and its
+            moments cannot be named with certainty.
     """
     contents: dict[str, Any] = file.contents
-    faults = find_key_faults("checkpoint", contents, _REQUIRED_KEYS, _KEYS)
-    faults += _find_type_faults(contents)
-    tensors: dict[str, torch.Tensor] = {}
-    if not faults or all(isinstance(contents.get(key), dict) for key in _REQUIRED_KEYS):
-        tensors, name_faults = _strip_names(contents["model"])
-        faults += name_faults + find_model_faults(contents["model_args"], tensors)
+    faults = find_key_faults("checkpoint", contents, _REQUIRED_KEYS, _KEYS) + _find_type_faults(contents)
+    if not all(isinstance(contents.get(key), dict) for key in _REQUIRED_KEYS):
+        raise _fail(file, faults)
+    names = clean_names(contents["model"])
+    model_args, assumptions = _complete_model_args(contents["model_args"], names.tensors)
+    faults += names.faults + find_model_faults(model_args, names.tensors)
     if faults:
-        advice = "give a checkpoint of today's nanoGPT, with nothing added, removed or reshaped"
-        raise file.fail(f"not a whole nanoGPT checkpoint: {'; '.join(faults)}", advice)
+        raise _fail(file, faults)
+
+    state_dict = file.read_tensors(names.tensors)
+    is_tied = _is_tied(state_dict)
+    optimizer: OptimizerState | None = None
+    fault = None
+    if "optimizer" in contents:
+        try:
+            optimizer = from_adamw(contents["optimizer"], model_args, is_tied)
+        except ValueError as error:
+            fault = str(error)
+    if fault and with_optimizer:
+        raise file.fail(
+            f"its optimizer state cannot be named with certainty: {fault}",
+            "read the checkpoint with with_optimizer=False to use the model alone",
+        )
+    activation_function, reason = _tell_activation(contents["model_args"], names, optimizer)
     return Checkpoint(
-        model_args=dict(contents["model_args"]),
-        state_dict=file.read_tensors(tensors),
-        training_state=_read_training_state(file, with_optimizer),
-        path=file.path,
-        assumptions=("exact GELU, as nanoGPT computes since 2023-06-14: the file does not record the activation",),
+        model_args=model_args,
+        state_dict=state_dict,
+        training_state=_read_training_state(file, optimizer if with_optimizer else None),
+        activation_function=activation_function,
+        format=NAME,
+        assumptions=(*assumptions, reason),
     )
 
 
 def write(checkpoint: Checkpoint, file: BinaryIO) -> None:
     """Writes a checkpoint of today's format; the caller has checked it."""
     state = checkpoint.training_state
+    optimizer = make_fresh_state(state.config) if state.optimizer is None else state.optimizer
     torch.save(
         {
             "model": OrderedDict(checkpoint.state_dict),
-            "optimizer": state.optimizer,
-            "model_args": checkpoint.model_args,
+            "optimizer": optimizer.to_adamw(checkpoint.model_args),
+            "model_args": {name: checkpoint.model_args[name] for name in MODEL_ARGS},
             "iter_num": state.iter_num,
             "best_val_loss": state.best_val_loss,
             "config": state.config,
         },
         file,
     )
+
+
+def _fail(file: TorchFile, faults: list[str]) -> Exception:
+    advice = "give a checkpoint as nanoGPT's train.py wrote it, with nothing added, removed or reshaped"
+    return file.fail(f"not a whole nanoGPT checkpoint: {'; '.join(faults)}", advice)
 
 
 def _find_type_faults(contents: Mapping[str, Any]) -> list[str]:
@@ -84,31 +106,41 @@ def _find_type_faults(contents: Mapping[str, Any]) -> list[str]:
     return faults
 
 
-def _strip_names(state_dict: Mapping[Any, Any]) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Removes wrapper prefixes and mask buffers; returns the tensors and what is wrong with the names."""
-    tensors: dict[str, torch.Tensor] = {}
-    faults = []
-    for key, value in state_dict.items():
-        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            faults.append(f"model: expected names and tensors, got {key!r}: {type(value).__name__}")
-            continue
-        name = key
-        while name.startswith(_WRAPPER_PREFIXES):
-            for prefix in _WRAPPER_PREFIXES:
-                name = name.removeprefix(prefix)
-        if name in tensors:
-            faults.append(f"model: expected each tensor once, got {name!r} again as {key!r}")
-        if not (_MASK_BUFFER.fullmatch(name) and value.ndim == 4):
-            tensors[name] = value
-    return tensors, faults
+def _complete_model_args(
+    recorded: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, Any], list[str]]:
+    """Adds vocab_size (recorded since 2023-01-14) and bias (since 2023-01-27) where the file lacks them."""
+    inferred = {name: value for name, value in infer_model_args(tensors).items() if name in ("vocab_size", "bias")}
+    missing = {name: value for name, value in inferred.items() if recorded.get(name) is None}
+    assumptions = [f"{name} {value}, as its tensors have: model_args lacks it" for name, value in missing.items()]
+    return {**recorded, **missing}, assumptions
 
 
-def _read_training_state(file: TorchFile, with_optimizer: bool) -> TrainingState:
+def _is_tied(state_dict: Mapping[str, torch.Tensor]) -> bool:
+    head, embedding = state_dict["lm_head.weight"], state_dict["transformer.wte.weight"]
+    return head is embedding or torch.equal(head, embedding)
+
+
+def _tell_activation(
+    recorded: Mapping[str, Any], names: CleanNames, optimizer: OptimizerState | None
+) -> tuple[str, str]:
+    """Tells the GELU by the file's age: exact since f08abb45 (2023-06-14), the tanh formula before."""
+    if "bias" not in recorded:
+        return "gelu_new", "tanh GELU, as nanoGPT computed when model_args had no bias (before 2023-01-27)"
+    if optimizer is not None and optimizer.grouping is group_by_module:
+        return "gelu_new", "tanh GELU, as nanoGPT computed when its optimizer grouped so (before 2023-05-06)"
+    if optimizer is None and names.has_masks:
+        return "gelu_new", "tanh GELU, as nanoGPT computed when it stored attention masks (before 2023-01-30)"
+    return "gelu", "exact GELU, as nanoGPT computes since 2023-06-14: the file does not record it"
+
+
+def _read_training_state(file: TorchFile, optimizer: OptimizerState | None) -> TrainingState:
     contents = file.contents
-    loss = file.read_tree(contents.get("best_val_loss", NO_VAL_LOSS))
+    if optimizer is not None:
+        optimizer = OptimizerState(optimizer.settings, file.read_tree(optimizer.moments), optimizer.grouping)
     return TrainingState(
         iter_num=contents.get("iter_num", 0),
-        best_val_loss=float(loss),
+        best_val_loss=float(file.read_tree(contents.get("best_val_loss", NO_VAL_LOSS))),
         config=file.read_tree(contents.get("config", {})),
-        optimizer=file.read_tree(contents.get("optimizer")) if with_optimizer else None,
+        optimizer=optimizer,
     )

@@ -7,20 +7,20 @@ with those that torch.save stored. Copying out of torch.load's memory map instea
 overwrites the file. Older torch does not note the offsets, and there the map is copied.
 """
 
-import os
 import pickle
 import re
 import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
 
 from ..errors import CheckpointError
+from .source import fail, fail_damaged, measure_bytes, open_source
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a record's 30-byte header only the lengths of its name and extra field
@@ -34,13 +34,19 @@ class TorchFile:
     Use it as a context manager. `contents` is the pickled object; its tensors have a shape and a dtype, and their data
     is fetched by read_tensors.
 
+    Args:
+        path: The file.
+        admitted: Classes that its pickle may name beside tensors and plain Python types, each with the name under
+            which it is pickled. They must be harmless to make and to fill with anything.
+
     Raises:
         CheckpointError: If the file is missing, unreadable, not a torch.save archive, truncated or damaged, or if its
             pickle names anything but tensors and plain Python types.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
+    def __init__(self, path: Path, admitted: Sequence[tuple[Callable, str]] = ()):
+        self.path = path
+        self._admitted: list[Callable | tuple[Callable, str]] = list(admitted)
         self._file = self._open()
         try:
             self._records = self._list_records()  # by the offset of their data in the file
@@ -103,32 +109,22 @@ class TorchFile:
 
     def fail(self, problem: str, advice: str) -> CheckpointError:
         """Makes the error that says what is wrong with this file and what to do."""
-        return CheckpointError(f"{self.path}: {problem}; {advice}")
+        return fail(self.path, problem, advice)
 
     def _fail_damaged(self, reason: object) -> CheckpointError:
-        return self.fail(
-            f"damaged or cut off: expected a whole archive written by torch.save, got {reason}",
-            "copy it again from where it was written, or use an earlier checkpoint",
-        )
+        return fail_damaged(self.path, reason)
 
     def _open(self) -> BinaryIO:
-        if self.path.is_dir():
-            raise self.fail("expected a file, got a directory", f"give the file in it, as {self.path / 'ckpt.pt'}")
-        try:
-            if self.path.exists() and not self.path.is_file():
-                raise self.fail("expected a regular file, got a device, pipe or socket", "give the path of a ckpt.pt")
-            file = self.path.open("rb")
-        except OSError as error:
-            raise self.fail(f"cannot be opened: {error.strerror}", "check the path and its permissions") from error
-        if file.read(len(_ZIP_MAGIC)) != _ZIP_MAGIC:
-            size = os.fstat(file.fileno()).st_size
-            file.close()
-            raise self.fail(
-                f"not a checkpoint: expected a zip archive written by torch.save, got "
-                f"{f'{size} bytes of something else' if size else 'an empty file'}",
-                "give the ckpt.pt that train.py wrote, and copy it again if the copy was cut off",
-            )
-        return file
+        file = open_source(self.path)
+        if file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC:
+            return file
+        size = measure_bytes(file)
+        file.close()
+        raise self.fail(
+            f"not a checkpoint: expected a zip archive written by torch.save, or an llm.c .bin, got "
+            f"{f'{size} bytes of something else' if size else 'an empty file'}",
+            "give the file that the training script wrote, and copy it again if the copy was cut off",
+        )
 
     def _list_records(self) -> dict[int, zipfile.ZipInfo]:
         records = {}
@@ -146,7 +142,7 @@ class TorchFile:
                 records[offset] = info
         except (zipfile.BadZipFile, struct.error, OSError, NotImplementedError) as error:
             raise self._fail_damaged(error) from error
-        if end > os.fstat(self._file.fileno()).st_size:
+        if end > measure_bytes(self._file):
             raise self._fail_damaged("records longer than the file")
         return records
 
@@ -161,9 +157,10 @@ class TorchFile:
             )
         try:
             self._file.seek(0)
-            contents = torch.load(self._file, map_location="meta", weights_only=True)
-            if any(_get_offset(tensor) is None for tensor in _iterate_tensors(contents)):
-                contents = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            with torch.serialization.safe_globals(self._admitted):
+                contents = torch.load(self._file, map_location="meta", weights_only=True)
+                if any(_get_offset(tensor) is None for tensor in _iterate_tensors(contents)):
+                    contents = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError as error:
             name = re.search(r"GLOBAL (\S+)", str(error))
             found = f"the name {name[1]}" if name else str(error).split("\n")[0]
