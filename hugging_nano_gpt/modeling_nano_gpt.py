@@ -202,6 +202,24 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.wte = value
 
+    def crop_block_size(self, block_size: int) -> None:
+        """Keeps only the first positions, so that the model reads at most block_size tokens, as nanoGPT's does.
+
+        Args:
+            block_size: New length in tokens, from 1 to the present one.
+
+        Raises:
+            ValueError: If it is longer than the present one: those positions have not been learned.
+        """
+        if not 1 <= block_size <= self.config.block_size:
+            raise ValueError(
+                f"{type(self).__name__}.crop_block_size: expected 1 to block_size={self.config.block_size}, got "
+                f"{block_size!r}; positions can be cropped but not added"
+            )
+        weight = self.wpe.weight
+        self.wpe.weight = nn.Parameter(weight.detach()[:block_size].clone(), requires_grad=weight.requires_grad)
+        self.wpe.num_embeddings = self.config.block_size = block_size
+
     @capture_outputs
     def forward(
         self,
@@ -324,6 +342,10 @@ class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.loss_type = "ForCausalLM"  # not in the class name, where Transformers looks for it
         self.post_init()
+
+    def crop_block_size(self, block_size: int) -> None:
+        """Keeps only the first positions; see NanoGPTModel.crop_block_size."""
+        self.transformer.crop_block_size(block_size)
 
     @can_return_tuple
     def forward(
