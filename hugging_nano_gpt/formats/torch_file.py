@@ -73,8 +73,9 @@ class TorchFile:
         views: dict[tuple, torch.Tensor] = {}
         result = {}
         for name, tensor in tensors.items():
-            if tensor.layout != torch.strided:
-                raise self.fail(f"{name}: expected a dense tensor, got {tensor.layout}", "save a plain state dict")
+            if tensor.layout != torch.strided or _has_overlap(tensor):
+                found = tensor.layout if tensor.layout != torch.strided else "one whose numbers share memory"
+                raise self.fail(f"{name}: expected a dense tensor, got {found}", "save a plain state dict")
             storage = tensor.untyped_storage()
             block_key = (_get_offset(tensor) or storage.data_ptr(), tensor.dtype)
             view_key = (*block_key, tensor.shape, tensor.stride(), tensor.storage_offset())
@@ -140,7 +141,9 @@ class TorchFile:
                     raise self._fail_damaged(f"overlapping records at {info.filename!r}")
                 end = offset + info.file_size
                 records[offset] = info
-        except (zipfile.BadZipFile, struct.error, OSError, NotImplementedError) as error:
+        except CheckpointError:
+            raise
+        except Exception as error:  # zipfile meets damage with many types: BadZipFile, UnicodeDecodeError, struct.error
             raise self._fail_damaged(error) from error
         if end > measure_bytes(self._file):
             raise self._fail_damaged("records longer than the file")
@@ -180,7 +183,7 @@ class TorchFile:
             raise self._fail_damaged(f"{len(found)} records named *{suffix} of up to {_LARGEST_PICKLE_BYTES} bytes")
         try:
             return self._archive.read(found[0])
-        except (zipfile.BadZipFile, OSError, EOFError, RuntimeError) as error:
+        except Exception as error:  # as above
             raise self._fail_damaged(error) from error
 
     def _read_block(self, name: str, storage: torch.UntypedStorage) -> torch.Tensor:
@@ -235,6 +238,16 @@ def _iterate_tensors(contents: Any) -> Iterator[torch.Tensor]:
         elif isinstance(item, dict | list | tuple | set) and id(item) not in seen:
             seen.add(id(item))
             pending.extend(item.values() if isinstance(item, dict) else item)
+
+
+def _has_overlap(tensor: torch.Tensor) -> bool:
+    """Tells whether two numbers of a tensor can be the same number of its block, as after expand()."""
+    reach = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride < reach:
+            return True
+        reach = stride * size
+    return False
 
 
 def _view_block(block: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
