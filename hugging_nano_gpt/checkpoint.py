@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from .configuration_nano_gpt import ACTIVATION_FUNCTIONS
-from .errors import CheckpointError, ConversionError
+from .errors import ConversionError
 from .formats import build_nanogpt, llmc, mingpt, nanogpt
-from .formats.atomic import open_atomically
-from .formats.check import find_model_faults, find_number_faults, find_plain_faults
+from .formats.atomic import explain_failed_write, open_atomically
+from .formats.check import find_dense_faults, find_model_faults, find_number_faults, find_plain_faults
 from .formats.contents import Checkpoint, TrainingState
 from .formats.optimizer import OptimizerState
 from .formats.source import fail
@@ -79,9 +79,12 @@ def write_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str], *, to
     where = os.fspath(path)
     if to not in _WRITERS:
         raise ConversionError(f"{where}: expected a format of {list(_WRITERS)}, got {to!r}; give one of them")
-    faults = find_model_faults(checkpoint.model_args, checkpoint.state_dict)
+    faults = find_dense_faults(checkpoint.state_dict)
+    faults = faults or find_model_faults(checkpoint.model_args, checkpoint.state_dict)
     faults = faults or find_number_faults(checkpoint.state_dict) + _find_tying_faults(checkpoint)
-    faults += find_plain_faults("config", checkpoint.training_state.config)
+    faults += _find_state_faults(checkpoint.training_state)
+    if checkpoint.training_state.optimizer is not None and not faults:
+        faults = checkpoint.training_state.optimizer.find_faults(checkpoint.model_args)
     if to == llmc.NAME and not faults:
         faults = llmc.find_faults(checkpoint)
     if faults:
@@ -89,8 +92,8 @@ def write_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str], *, to
     try:
         with open_atomically(path) as file:
             _WRITERS[to](checkpoint, file)
-    except RuntimeError as error:  # torch.save reports a full disk so
-        raise CheckpointError(f"{where}: cannot be written: {error}; what was there is untouched") from error
+    except RuntimeError as error:  # torch.save reports a full disk so, in words about its own insides
+        raise explain_failed_write(path, "the disk is full or failed") from error
 
 
 def _read_torch_file(path: Path, n_head: int | None, with_optimizer: bool) -> Checkpoint:
@@ -126,6 +129,20 @@ def _settle_tying(checkpoint: Checkpoint, wanted: bool | None) -> Checkpoint:
     elif head is embedding:
         state_dict["lm_head.weight"] = embedding.clone()
     return replace(checkpoint, state_dict=state_dict, tie_word_embeddings=is_tied)
+
+
+def _find_state_faults(state: TrainingState) -> list[str]:
+    """Finds what of a training state would not be read back as it is."""
+    expected = {"iter_num": int, "best_val_loss": float, "config": dict}
+    faults = [
+        f"{name}: expected {kind.__name__}, got {type(getattr(state, name)).__name__}"
+        for name, kind in expected.items()
+        if type(getattr(state, name)) is not kind
+    ]
+    faults = faults or find_plain_faults("config", state.config)
+    if state.optimizer is not None:
+        faults += find_plain_faults("optimizer", [*state.optimizer.settings, state.optimizer.moments])
+    return faults
 
 
 def _find_tying_faults(checkpoint: Checkpoint) -> list[str]:

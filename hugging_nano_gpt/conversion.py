@@ -95,7 +95,9 @@ def save_model(
             f"{os.fspath(path)}: the model computes {model.config.activation_function!r}, today's nanoGPT exact "
             f"GELU, so nanoGPT's numbers will differ slightly; its checkpoints have no place to record the activation"
         )
-    write_checkpoint(Checkpoint(model_args, _export_state_dict(model), training_state=state), path)
+    checkpoint = Checkpoint(model_args, _export_state_dict(model), training_state=state)
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        write_checkpoint(checkpoint, path)
 
 
 def _name_moments(
@@ -132,12 +134,12 @@ def _set_special_tokens(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
 
 
 def _export_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Copies references to the model's tensors to the CPU; tied tensors stay one tensor."""
+    """Returns the model's tensors on the CPU, sharded ones whole; tied tensors stay one tensor."""
     moved: dict[int, torch.Tensor] = {}
     state_dict = {}
-    for name, tensor in model.state_dict().items():
-        key = tensor.data_ptr()
-        if key not in moved:
-            moved[key] = tensor.detach().to("cpu").contiguous()
-        state_dict[name] = moved[key]
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in moved:
+            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # FSDP2: on every process
+            moved[id(tensor)] = whole.detach().to("cpu").contiguous()
+        state_dict[name] = moved[id(tensor)]
     return state_dict

@@ -19,3 +19,7 @@ class ConversionError(NanoGPTError, ValueError):
 
 class TokenizerError(NanoGPTError, ValueError):
     """A tokenizer file cannot be read, or a text or an id lies outside its vocabulary."""
+
+
+class DataError(NanoGPTError, ValueError):
+    """A token file cannot be read, is not whole, or does not fit the model."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import TokenizerError
+from .formats.check import list_some
 
 _LARGEST_BYTES = 64 << 20  # every character of Unicode, both ways, takes 18 MB
 
@@ -30,11 +31,22 @@ class CharacterTable:
         ids = {character: index for index, character in enumerate(self.characters)}
         unknown = sorted(set(text) - ids.keys())
         if unknown:
-            raise TokenizerError(f"text: expected characters of the model's {len(ids)}, got {unknown}; leave them out")
+            raise TokenizerError(
+                f"text: expected characters of the model's {len(ids)}, got {list_some(unknown)}; leave them out"
+            )
         return [ids[character] for character in text]
 
     def decode(self, ids: list[int]) -> str:
-        """Returns the text of the ids."""
+        """Returns the text of the ids.
+
+        Raises:
+            TokenizerError: If an id has no character.
+        """
+        unknown = sorted({index for index in ids if not 0 <= index < len(self.characters)})
+        if unknown:
+            raise TokenizerError(
+                f"ids: expected 0 to {len(self.characters) - 1}, got {list_some(unknown)}; leave them out"
+            )
         return "".join(self.characters[index] for index in ids)
 
 
@@ -47,8 +59,8 @@ def read_meta(path: str | os.PathLike[str]) -> CharacterTable:
     """
     path = Path(path)
     try:
-        if path.stat().st_size > _LARGEST_BYTES:
-            raise TokenizerError(f"{path}: expected a meta.pkl of at most {_LARGEST_BYTES} bytes; check the path")
+        if path.stat().st_size > _LARGEST_BYTES or not path.is_file():
+            raise TokenizerError(f"{path}: expected a file of at most {_LARGEST_BYTES} bytes; check the path")
         with path.open("rb") as file:
             meta = _PlainUnpickler(file).load()
     except OSError as error:
@@ -70,12 +82,17 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"refused the name {module}.{name}, nothing was executed")
 
 
+def _are_inverse(characters: tuple[str, ...], stoi: dict) -> bool:
+    return len(stoi) == len(characters) and all(stoi.get(c) == index for index, c in enumerate(characters))
+
+
 def _check_tables(path: Path, meta: Any) -> tuple[str, ...]:
     itos = meta.get("itos") if isinstance(meta, dict) else None
     stoi = meta.get("stoi") if isinstance(meta, dict) else None
-    if isinstance(itos, dict) and isinstance(stoi, dict) and set(itos) == set(range(len(itos))):
+    if isinstance(itos, dict) and isinstance(stoi, dict) and itos.keys() == set(range(len(itos))):
         characters = tuple(itos[index] for index in range(len(itos)))
-        if stoi == {character: index for index, character in enumerate(characters)}:
+        are_characters = all(isinstance(character, str) and len(character) == 1 for character in characters)
+        if are_characters and _are_inverse(characters, stoi):
             return characters
     raise TokenizerError(
         f"{path}: expected 'itos' and 'stoi' to be inverse tables of characters and ids 0 to n - 1, got others; "

@@ -145,7 +145,7 @@ def spoil_entry(contents, model, rng, canary):
     if args and rng.random() < 0.7:
         args[rng.choice([*args, "rotary"])] = rng.choice([0, -1, 10**9, 2**70, None, "3", 2.5])
     else:
-        contents[rng.choice(list(contents))] = rng.choice([None, "x", [], {}, [[]] * 3])
+        contents[rng.choice(list(contents))] = rng.choice([3j, "x", [], {}, [[]] * 3])
 
 
 def plant_canary(contents, model, rng, canary):

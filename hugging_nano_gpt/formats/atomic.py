@@ -26,10 +26,10 @@ def open_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """
     target = Path(os.path.realpath(path))
     try:
-        if target.is_dir():
-            raise IsADirectoryError(f"it is a directory; give a file name, such as {target / 'ckpt.pt'}")
+        if target.exists() and not target.is_file():
+            raise OSError("it is a directory, a device or a pipe, not a file")
         target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        descriptor, name = tempfile.mkstemp(prefix=".writing-", suffix=".tmp", dir=target.parent)
     except OSError as error:
         raise _explain(path, error) from error
     temporary = Path(name)
@@ -57,17 +57,21 @@ def _choose_mode(target: Path) -> int:
 
 def _sync_folder(folder: Path) -> None:
     """Makes the rename itself survive a power cut, where the system lets a folder be opened."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with contextlib.suppress(OSError, AttributeError):  # some systems and network drives cannot; the file is there
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _explain(path: str | os.PathLike[str], error: OSError) -> CheckpointError:
+    return explain_failed_write(path, error.strerror or error)
+
+
+def explain_failed_write(path: str | os.PathLike[str], reason: object) -> CheckpointError:
+    """Makes the error for a file that could not be written."""
     return CheckpointError(
-        f"{os.fspath(path)}: cannot be written: {error.strerror or error}; whatever was there before is untouched, "
-        f"choose a place that is writable and has room"
+        f"{os.fspath(path)}: cannot be written: {reason}; what was there before is untouched, choose a place that is "
+        f"writable and has room"
     )

@@ -4,7 +4,8 @@ Works on shapes and dtypes alone, so a file is refused before its tensors are re
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from ..configuration_nano_gpt import NanoGPTConfig
 from .shapes import MODEL_ARGS, iterate_shapes
 
 _MOST_LISTED = 5
+
+# What torch.load(weights_only=True) reads back beside containers and tensors.
+_PLAIN_TYPES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 def find_key_faults(what: str, found: Collection[str], required: Collection[str], known: Collection[str]) -> list[str]:
@@ -53,7 +57,7 @@ def find_model_faults(model_args: Mapping[str, Any], tensors: Mapping[str, torch
         if name in shapes and tuple(tensor.shape) != shapes[name]
     ]
     if wrong_shapes:
-        faults.append(f"model: wrong shapes: {list_some(wrong_shapes)}")
+        faults.append(f"model: wrong shapes: {join_some(wrong_shapes)}")
     dtypes = {tensor.dtype for tensor in tensors.values()}
     if len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes):
         faults.append(f"model: expected all tensors of one floating dtype, got {list_some(sorted(map(str, dtypes)))}")
@@ -68,19 +72,34 @@ def find_number_faults(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     return [f"model: expected finite numbers, got NaN or infinity in {list_some(spoilt)}"] if spoilt else []
 
 
+def find_dense_faults(tensors: Mapping[str, Any]) -> list[str]:
+    """Finds what is no plain tensor in memory."""
+    odd = [name for name, tensor in tensors.items() if not isinstance(tensor, torch.Tensor) or not _is_dense(tensor)]
+    return [f"model: expected dense tensors on the CPU, got others as {list_some(odd)}"] if odd else []
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    return tensor.layout == torch.strided and tensor.device.type == "cpu"
+
+
 def find_plain_faults(what: str, value: Any) -> list[str]:
     """Finds what a weights_only load would refuse to read back: anything but plain Python types and tensors."""
-    if isinstance(value, Mapping):
-        return [fault for key, item in value.items() for fault in find_plain_faults(f"{what}[{key!r}]", item)]
-    if isinstance(value, list | tuple):
+    if type(value) in (dict, OrderedDict):
+        keys = [fault for key in value for fault in find_plain_faults(f"{what}: key {key!r}", key)]
+        return keys + [fault for key, item in value.items() for fault in find_plain_faults(f"{what}[{key!r}]", item)]
+    if type(value) in (list, tuple, set, torch.Size):
         return [fault for index, item in enumerate(value) for fault in find_plain_faults(f"{what}[{index}]", item)]
-    if value is None or type(value) in (bool, int, float, str) or isinstance(value, torch.Tensor | torch.dtype):
+    if type(value) in _PLAIN_TYPES or isinstance(value, torch.Tensor):
         return []
     return [f"{what}: expected plain Python types, got {type(value).__name__}"]
 
 
-def list_some(items: Collection[Any]) -> str:
-    """Lists the first five items, and how many there are if there are more."""
-    first = list(items)[:_MOST_LISTED]
-    listed = ", ".join(item if isinstance(item, str) and " " in item else repr(item) for item in first)
-    return listed if len(items) <= _MOST_LISTED else f"{listed}, ... ({len(items)} in all)"
+def list_some(names: Collection[Any]) -> str:
+    """Lists the first five names, quoted, and how many there are if there are more."""
+    return join_some([repr(name) for name in names])
+
+
+def join_some(sentences: Sequence[str]) -> str:
+    """Joins the first five sentences, and says how many there are if there are more."""
+    joined = ", ".join(sentences[:_MOST_LISTED])
+    return joined if len(sentences) <= _MOST_LISTED else f"{joined}, ... ({len(sentences)} in all)"

@@ -50,7 +50,7 @@ def read(file: TorchFile, *, with_optimizer: bool) -> Checkpoint:
     is_tied = _is_tied(state_dict)
     optimizer: OptimizerState | None = None
     fault = None
-    if "optimizer" in contents:
+    if contents.get("optimizer") is not None:
         try:
             optimizer = from_adamw(contents["optimizer"], model_args, is_tied)
         except ValueError as error:
@@ -98,12 +98,22 @@ def _find_type_faults(contents: Mapping[str, Any]) -> list[str]:
     faults = [
         f"{key}: expected {expected.__name__}, got {type(contents[key]).__name__}"
         for key, expected in expected_types.items()
-        if key in contents and not isinstance(contents[key], expected)
+        if key in contents
+        and not isinstance(contents[key], expected)
+        and not (key == "optimizer" and contents[key] is None)  # as some strip it from a file
     ]
-    loss = contents.get("best_val_loss", NO_VAL_LOSS)
-    if not isinstance(loss, int | float) and not (isinstance(loss, torch.Tensor) and loss.numel() == 1):
-        faults.append(f"best_val_loss: expected a number, got {type(loss).__name__}")
+    if not _is_real_number(contents.get("best_val_loss", NO_VAL_LOSS)):
+        faults.append(f"best_val_loss: expected a number, got {type(contents['best_val_loss']).__name__}")
     return faults
+
+
+def _is_real_number(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    try:
+        return isinstance(value, int | float) and isinstance(float(value), float)
+    except OverflowError:
+        return False
 
 
 def _complete_model_args(
@@ -111,7 +121,7 @@ def _complete_model_args(
 ) -> tuple[dict[str, Any], list[str]]:
     """Adds vocab_size (recorded since 2023-01-14) and bias (since 2023-01-27) where the file lacks them."""
     inferred = {name: value for name, value in infer_model_args(tensors).items() if name in ("vocab_size", "bias")}
-    missing = {name: value for name, value in inferred.items() if recorded.get(name) is None}
+    missing = {name: value for name, value in inferred.items() if name not in recorded}
     assumptions = [f"{name} {value}, as its tensors have: model_args lacks it" for name, value in missing.items()]
     return {**recorded, **missing}, assumptions
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .check import join_some, list_some
 from .shapes import iterate_shapes
 
 Names = list[str]
@@ -54,6 +55,19 @@ class OptimizerState:
     settings: tuple[dict[str, Any], dict[str, Any]]
     moments: dict[str, dict[str, Any]]
     grouping: Callable = group_by_dimension
+
+    def find_faults(self, model_args: Mapping[str, Any]) -> list[str]:
+        """Finds moments that are not of nanoGPT's model of these model_args, a sentence each."""
+        shapes = list_parameter_shapes(model_args, is_tied=True)
+        wrong = [
+            f"{name!r}: expected two moments of {shapes.get(name, 'no parameter')}, got {found}"
+            for name, moments in self.moments.items()
+            if (found := [tuple(moments[key].shape) for key in _MOMENTS if key in moments]) != [shapes.get(name)] * 2
+        ]
+        missing = set(shapes) - self.moments.keys() if self.moments else set()
+        if missing:
+            wrong.append(f"expected moments of all parameters or of none, missing {list_some(sorted(missing))}")
+        return [f"optimizer: {join_some(wrong)}"] if wrong else []
 
     def to_adamw(self, model_args: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the torch.optim.AdamW state dict for today's nanoGPT, in its groups and its order."""

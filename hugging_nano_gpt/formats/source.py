@@ -13,14 +13,18 @@ def open_source(path: Path) -> BinaryIO:
     Raises:
         CheckpointError: If it is a directory, a device, missing or not readable.
     """
-    if path.is_dir():
-        raise fail(path, "expected a file, got a directory", f"give the file in it, as {path / 'ckpt.pt'}")
     try:
+        if path.is_dir():
+            raise fail(path, "expected a file, got a directory", f"give the file in it, as {path / 'ckpt.pt'}")
         if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
             raise fail(path, "expected a regular file, got a device, pipe or socket", "give the path of a ckpt.pt")
         return path.open("rb")
     except OSError as error:
         raise fail(path, f"cannot be opened: {error.strerror}", "check the path and its permissions") from error
+    except ValueError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise fail(path, f"cannot be opened: {error}", "check the path") from error
 
 
 def measure_bytes(file: BinaryIO) -> int:

@@ -73,9 +73,9 @@ class TorchFile:
         views: dict[tuple, torch.Tensor] = {}
         result = {}
         for name, tensor in tensors.items():
-            if tensor.layout != torch.strided or _has_overlap(tensor):
-                found = tensor.layout if tensor.layout != torch.strided else "one whose numbers share memory"
-                raise self.fail(f"{name}: expected a dense tensor, got {found}", "save a plain state dict")
+            oddity = _find_oddity(tensor)
+            if oddity:
+                raise self.fail(f"{name}: expected a dense tensor, got {oddity}", "save a plain state dict")
             storage = tensor.untyped_storage()
             block_key = (_get_offset(tensor) or storage.data_ptr(), tensor.dtype)
             view_key = (*block_key, tensor.shape, tensor.stride(), tensor.storage_offset())
@@ -86,22 +86,26 @@ class TorchFile:
                     views[view_key] = _view_block(blocks[block_key], tensor)
             except RuntimeError as error:  # torch: the tensor reaches outside its block
                 raise self._fail_damaged(f"{name} not fitting its record: {error}") from error
+            except OSError as error:
+                raise self.fail(f"cannot be read: {error.strerror}", "check the disk, or copy it again") from error
             result[name] = views[view_key]
         return result
 
     def read_tree(self, tree: Any) -> Any:
-        """Copies nested dicts, lists and tuples of `contents`, with the tensors in them read."""
-        tensors = {str(id(tensor)): tensor for tensor in _iterate_tensors(tree)}
+        """Copies nested dicts, lists, tuples and sets of `contents`, with the tensors in them read."""
+        tensors = dict(_iterate_tensors(tree))
         loaded = self.read_tensors(tensors)
+        copies: dict[int, Any] = {id(tensors[name]): loaded[name] for name in tensors}  # what is shared stays shared
 
         def copy(item: Any) -> Any:
-            if isinstance(item, torch.Tensor):
-                return loaded[str(id(item))]
-            if isinstance(item, dict):
-                return {key: copy(value) for key, value in item.items()}
-            if isinstance(item, list | tuple):
-                return type(item)(copy(value) for value in item)
-            return item
+            if id(item) not in copies:
+                if isinstance(item, dict):
+                    copies[id(item)] = {key: copy(value) for key, value in item.items()}
+                elif isinstance(item, list | tuple | set):
+                    copies[id(item)] = type(item)(copy(value) for value in item)
+                else:
+                    return item
+            return copies[id(item)]
 
         try:
             return copy(tree)
@@ -143,7 +147,9 @@ class TorchFile:
                 records[offset] = info
         except CheckpointError:
             raise
-        except Exception as error:  # zipfile meets damage with many types: BadZipFile, UnicodeDecodeError, struct.error
+        except (
+            Exception
+        ) as error:  # zipfile meets damage with many types: BadZipFile, UnicodeDecodeError, struct.error
             raise self._fail_damaged(error) from error
         if end > measure_bytes(self._file):
             raise self._fail_damaged("records longer than the file")
@@ -162,21 +168,23 @@ class TorchFile:
             self._file.seek(0)
             with torch.serialization.safe_globals(self._admitted):
                 contents = torch.load(self._file, map_location="meta", weights_only=True)
-                if any(_get_offset(tensor) is None for tensor in _iterate_tensors(contents)):
+                if any(_get_offset(tensor) is None for _, tensor in _iterate_tensors(contents)):
                     contents = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError as error:
             name = re.search(r"GLOBAL (\S+)", str(error))
-            found = f"the name {name[1]}" if name else str(error).split("\n")[0]
+            found = f"the name {name[1]}" if name else "something that torch.load(weights_only=True) does not admit"
             raise self.fail(
                 f"refused, as its pickle could run code: expected only tensors and plain Python types, got {found}",
                 "nothing in it was executed; if you trust whoever made it, have them save it again with only those",
             ) from error
         except Exception as error:  # torch.load meets damage with many types: RuntimeError, EOFError, KeyError, ...
-            raise self._fail_damaged(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+            raise self._fail_damaged(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
         return contents
 
     def _read_small_record(self, suffix: str, default: bytes | None = None) -> bytes:
-        found = [info for info in self._records.values() if info.filename.endswith(suffix)]
+        found = [
+            info for info in self._records.values() if info.filename.lower().endswith(suffix)
+        ]  # as torch compares
         if not found and default is not None:
             return default
         if len(found) != 1 or found[0].file_size > _LARGEST_PICKLE_BYTES:
@@ -229,25 +237,34 @@ def _get_offset(tensor: torch.Tensor) -> int | None:
     return getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
 
 
-def _iterate_tensors(contents: Any) -> Iterator[torch.Tensor]:
-    seen, pending = set(), [contents]
+def _iterate_tensors(contents: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the tensors in nested dicts, lists, tuples and sets, each with the keys that lead to it."""
+    seen, pending = set(), [("", contents)]
     while pending:
-        item = pending.pop()
+        path, item = pending.pop()
+        if id(item) in seen:
+            continue
         if isinstance(item, torch.Tensor):
-            yield item
-        elif isinstance(item, dict | list | tuple | set) and id(item) not in seen:
             seen.add(id(item))
-            pending.extend(item.values() if isinstance(item, dict) else item)
+            yield path, item
+        elif isinstance(item, dict | list | tuple | set):
+            seen.add(id(item))
+            entries = item.items() if isinstance(item, dict) else enumerate(item)
+            pending.extend((f"{path}[{key!r}]", value) for key, value in entries)
 
 
-def _has_overlap(tensor: torch.Tensor) -> bool:
-    """Tells whether two numbers of a tensor can be the same number of its block, as after expand()."""
+def _find_oddity(tensor: torch.Tensor) -> str | None:
+    """Says what makes a tensor more than the numbers of its block in some order, if anything."""
+    if tensor.layout != torch.strided:
+        return str(tensor.layout)
+    if tensor.is_neg() or tensor.is_conj():
+        return "a negated or conjugated view"
     reach = 1
     for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
         if stride < reach:
-            return True
+            return "one whose numbers share memory"  # as after expand()
         reach = stride * size
-    return False
+    return None
 
 
 def _view_block(block: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,75 @@
+"""What the benchmarks share: the machine they ran on, the plain nanoGPT they compare with, and how they print.
+
+Each benchmark prints a table for people, then, as its last line, one JSON object for programs.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure, and the least or the most it should be.
+
+    Args:
+        name: What the figure is, as a key of the JSON object.
+        value: The figure.
+        limit: The bound, which the figure may reach.
+        is_minimum: Whether the bound is the least the figure should be; otherwise it is the most.
+    """
+
+    name: str
+    value: float
+    limit: float
+    is_minimum: bool = False
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the figure keeps to its bound."""
+        return self.value >= self.limit if self.is_minimum else self.value <= self.limit
+
+
+def import_reference() -> type[torch.nn.Module]:
+    """Imports nanoGPT's architecture in plain torch, which the tests keep and which uses nothing of this package."""
+    sys.path.insert(0, str(ROOT))
+    from tests.reference import ReferenceGPT
+
+    return ReferenceGPT
+
+
+def describe_machine(device: str = "cpu") -> dict[str, Any]:
+    """Returns the versions, threads and processors that the figures depend on."""
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "hugging-nano-gpt")},
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
+    }
+
+
+def print_table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    """Prints rows under a header: the first column to the left, numbers to the right with three decimals."""
+    for row in (header, *rows):
+        cells = [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row]
+        print(f"{cells[0]:<22}" + "".join(f"{cell:>18}" for cell in cells[1:]))
+
+
+def print_result(figures: dict[str, Any], targets: list[Target], device: str = "cpu") -> None:
+    """Prints whether the targets are met, then everything as one line of JSON."""
+    for target in targets:
+        bound = "at least" if target.is_minimum else "at most"
+        print(f"{target.name} {target.value:.3f}: {bound} {target.limit:g}, {'met' if target.is_met else 'MISSED'}")
+    is_met = {target.name: target.is_met for target in targets}
+    print(json.dumps({**figures, "is_met": is_met, **describe_machine(device)}), flush=True)

@@ -1,0 +1,152 @@
+"""Token files as nanoGPT and llm.c write them, sampled as nanoGPT does and served to Trainer.
+
+A data set is every window of block_size tokens in a file, by its offset; samplers choose the offsets. The file is
+mapped anew in each process, so that DataLoader workers share nothing but the page cache.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from ..errors import DataError
+
+# llm.c's headered shards (karpathy/llm.c dev/data/data_common.py): 256 little-endian int32, then uint16 tokens.
+_LLMC_MAGIC = 20240520
+_LLMC_VERSION = 1
+_HEADER_BYTES = 1024
+_TOKEN_BYTES = 2
+
+# nanoGPT seeds each process with 1337 + its rank (train.py @ 3adf61e).
+NANOGPT_SEED = 1337
+
+
+class TokenDataset(Dataset):
+    """Every window of a token file: item i is tokens i to i + block_size and the same one further.
+
+    Takes nanoGPT's train.bin and val.bin (uint16, no header) and llm.c's .bin shards, told by their first bytes.
+
+    Args:
+        path: The file.
+        block_size: Tokens of a window.
+
+    Raises:
+        DataError: If the file is missing, is not whole, or is shorter than one window and its last target.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], block_size: int):
+        self.path = Path(path)
+        self.block_size = block_size
+        self._offset, self._n_tokens = _measure(self.path)
+        if self._n_tokens <= block_size:
+            raise DataError(
+                f"{self.path}: too short: expected more than block_size={block_size} tokens, got {self._n_tokens}; "
+                f"give a longer file or a smaller block_size"
+            )
+        self._tokens: np.memmap | None = None
+
+    def __len__(self) -> int:
+        """Returns the number of windows: nanoGPT draws its offsets below it."""
+        return self._n_tokens - self.block_size
+
+    def __getitem__(self, offset: int) -> dict[str, torch.Tensor]:
+        """Returns input_ids and shift_labels, (block_size,) int64 each, of the window that begins at an offset."""
+        if not 0 <= offset < len(self):
+            raise IndexError(f"{self.path}: expected an offset from 0 to {len(self) - 1}, got {offset}")
+        window = torch.from_numpy(self._map()[offset : offset + self.block_size + 1].astype(np.int64))
+        return {"input_ids": window[:-1], "shift_labels": window[1:]}
+
+    def __getstate__(self) -> dict[str, Any]:  # a map does not travel to another process, the path does
+        return {**self.__dict__, "_tokens": None}
+
+    def _map(self) -> np.memmap:
+        if self._tokens is None:
+            self._tokens = np.memmap(self.path, dtype="<u2", mode="r", offset=self._offset, shape=(self._n_tokens,))
+        return self._tokens
+
+
+class RandomOffsetSampler(Sampler[list[int]]):
+    """Draws batches of offsets as nanoGPT's get_batch does: torch.randint over all windows, with replacement.
+
+    A batch sampler: it yields lists of offsets, one list a micro-step, without end unless n_batches is given. The same
+    seed gives the offsets that get_batch gives after torch.manual_seed(seed).
+
+    Args:
+        dataset: What to draw from.
+        batch_size: Windows of a batch, on this process.
+        n_batches: How many batches to yield; None for no end.
+        seed: Seed of this sampler's own generator.
+        rank: Added to the seed, so that each process draws others, as in nanoGPT.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        batch_size: int,
+        n_batches: int | None = None,
+        seed: int = NANOGPT_SEED,
+        rank: int = 0,
+    ):
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.n_batches = n_batches
+        self.generator = torch.Generator().manual_seed(seed + rank)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        drawn = 0
+        while self.n_batches is None or drawn < self.n_batches:
+            yield torch.randint(len(self.dataset), (self.batch_size,), generator=self.generator).tolist()
+            drawn += 1
+
+    def __len__(self) -> int:
+        if self.n_batches is None:
+            raise TypeError("RandomOffsetSampler without n_batches has no length")
+        return self.n_batches
+
+
+class FixedOffsetSampler(Sampler[list[int]]):
+    """Yields given batches of offsets: a recorded run, or every window once.
+
+    Args:
+        batches: One sequence of offsets a micro-step.
+    """
+
+    def __init__(self, batches: Sequence[Sequence[int]]):
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (list(batch) for batch in self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def collate_windows(windows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Stacks windows into input_ids and shift_labels, (B, block_size) int64 each."""
+    return {name: torch.stack([window[name] for window in windows]) for name in ("input_ids", "shift_labels")}
+
+
+def _measure(path: Path) -> tuple[int, int]:
+    """Returns where the tokens begin and how many there are."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header = np.frombuffer(file.read(_HEADER_BYTES).ljust(_HEADER_BYTES, b"\0"), dtype="<i4")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be opened: {error.strerror}; run the data set's prepare.py") from error
+    if header[0] != _LLMC_MAGIC:
+        if size % _TOKEN_BYTES:
+            raise DataError(f"{path}: expected uint16 tokens, got an odd number of bytes, {size}; write it again")
+        return 0, size // _TOKEN_BYTES
+    version, n_tokens = int(header[1]), int(header[2])
+    expected = _HEADER_BYTES + n_tokens * _TOKEN_BYTES
+    if version != _LLMC_VERSION or size != expected:
+        raise DataError(
+            f"{path}: expected an llm.c shard of version {_LLMC_VERSION} and {expected} bytes, got version {version} "
+            f"and {size} bytes; write it again"
+        )
+    return _HEADER_BYTES, n_tokens

@@ -1,0 +1,138 @@
+"""nanoGPT's AdamW over a model's parameters, with the moments of a checkpoint, and the moments back by name."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ConversionError
+from ..formats.check import list_some
+from ..formats.optimizer import OptimizerState, make_fresh_state
+
+_WRAPPER_PREFIXES = ("_orig_mod.", "module.")
+
+
+def make_optimizer(
+    model: nn.Module, config: Mapping[str, Any] | None = None, state: OptimizerState | None = None
+) -> torch.optim.AdamW:
+    """Makes the optimizer that nanoGPT makes: tensors of two or more dimensions decayed, the others not.
+
+    Groups, their order and, with a state, every moment and step count equal nanoGPT's after its resume. On CUDA it is
+    the fused AdamW, as in nanoGPT.
+
+    Args:
+        model: The model to train; parameters that need no gradient are left out.
+        config: train.py's settings of the optimizer: learning_rate, weight_decay, beta1, beta2; nanoGPT's defaults
+            stand in for missing ones. Not read with a state, which has its own.
+        state: A checkpoint's `training_state.optimizer`.
+
+    Raises:
+        ConversionError: If the state has moments of other parameters than the model.
+    """
+    parameters = {name: parameter for name, parameter in name_parameters(model).items() if parameter.requires_grad}
+    groups = [
+        [name for name, parameter in parameters.items() if parameter.ndim >= 2],
+        [name for name, parameter in parameters.items() if parameter.ndim < 2],
+    ]
+    settings = (make_fresh_state(config or {}) if state is None else state).settings
+    is_fused = all(parameter.is_cuda for parameter in parameters.values())
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [parameters[name] for name in group], "weight_decay": s["weight_decay"]}
+            for group, s in zip(groups, settings, strict=True)
+        ],
+        lr=settings[0]["lr"],
+        betas=settings[0]["betas"],
+        eps=settings[0]["eps"],
+        **({"fused": True} if is_fused else {}),
+    )
+    if state is not None and state.moments:
+        load_moments(optimizer, model, state)
+    return optimizer
+
+
+def load_moments(optimizer: torch.optim.Optimizer, model: nn.Module, state: OptimizerState) -> None:
+    """Gives an AdamW over a model's parameters, grouped in any way, the moments of a checkpoint.
+
+    The moments are copied to each parameter's device, as torch's own load_state_dict does.
+
+    Raises:
+        ConversionError: If the names or shapes of the moments are not those of the optimizer's parameters.
+    """
+    names = {id(parameter): name for name, parameter in name_parameters(model).items()}
+    order = [names.get(id(parameter), "?") for group in optimizer.param_groups for parameter in group["params"]]
+    missing = sorted(set(order) - state.moments.keys())
+    unknown = sorted(state.moments.keys() - set(order))
+    if missing or unknown:
+        raise ConversionError(
+            f"optimizer state: expected moments of the optimizer's parameters, missing {list_some(missing)}, got "
+            f"others {list_some(unknown)}; train the parameters that the checkpoint trained, or start afresh"
+        )
+    raw = optimizer.state_dict()
+    numbers = [number for group in raw["param_groups"] for number in group["params"]]
+    moments = {number: state.moments[name] for number, name in zip(numbers, order, strict=True)}
+    optimizer.load_state_dict({"state": moments, "param_groups": raw["param_groups"]})
+
+
+def read_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> OptimizerState:
+    """Takes the moments of an AdamW, Trainer's included, by the names of the model's parameters.
+
+    Sharded moments (FSDP2) are gathered whole, for which every process has to call this. The tensors are copied to the
+    CPU, so that training may go on.
+
+    Raises:
+        ConversionError: If the optimizer keeps other things than AdamW's moments, or trains other parameters than
+            nanoGPT's model has.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # as Accelerate wraps it
+    names = {id(parameter): name for name, parameter in name_parameters(model).items()}
+    trained = [(names.get(id(p)), p, group) for group in optimizer.param_groups for p in group["params"]]
+    if any(name is None for name, _, _ in trained) or len(trained) != len(names):
+        raise ConversionError(
+            f"optimizer: expected one over all {len(names)} parameters of the model, got {len(trained)} parameters, "
+            f"{sum(name is None for name, _, _ in trained)} of them not the model's; give the model that it trains"
+        )
+    found = {name: (optimizer.state[parameter], group) for name, parameter, group in trained if name}
+    strange = [
+        name for name, (state, _) in found.items() if state and not {"step", "exp_avg", "exp_avg_sq"} <= state.keys()
+    ]
+    if strange:
+        raise ConversionError(
+            f"optimizer: expected AdamW's moments, got others of {list_some(strange)}; nanoGPT has AdamW"
+        )
+    dimensions = {name: parameter.ndim for name, parameter, _ in trained if name}
+    decayed = next(group for name, (_, group) in found.items() if dimensions[name] >= 2)
+    others = next(group for name, (_, group) in found.items() if dimensions[name] < 2)
+    return OptimizerState(
+        settings=(_plain_settings(decayed), _plain_settings(others)),
+        moments={
+            name: {key: gather(v) for key, v in found[name][0].items()} for name in names.values() if found[name][0]
+        },
+    )
+
+
+def name_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns a model's parameters by nanoGPT's names, whatever torch.compile or DDP put before them."""
+    named = {}
+    for name, parameter in model.named_parameters():
+        while name.startswith(_WRAPPER_PREFIXES):
+            for prefix in _WRAPPER_PREFIXES:
+                name = name.removeprefix(prefix)
+        named[name] = parameter
+    return named
+
+
+def gather(value: Any) -> torch.Tensor:
+    """Returns a whole copy of a tensor on the CPU; of a sharded one, on every process that calls this."""
+    tensor = value if isinstance(value, torch.Tensor) else torch.tensor(float(value))
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _plain_settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings that AdamW itself has; a scheduler's initial_lr, for one, is not nanoGPT's."""
+    known = make_fresh_state({}).settings[0]
+    settings = {key: group[key] for key in known if key in group}
+    return {key: float(value) if isinstance(value, torch.Tensor) else value for key, value in settings.items()}

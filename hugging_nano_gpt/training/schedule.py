@@ -1,0 +1,59 @@
+"""nanoGPT's learning rate (train.py @ 3adf61e, get_lr): linear warmup, cosine decay, constant minimum."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+# train.py's settings of the schedule, and their defaults (train.py @ 3adf61e).
+SCHEDULE_DEFAULTS = {
+    "learning_rate": 6e-4,
+    "decay_lr": True,
+    "warmup_iters": 2000,
+    "lr_decay_iters": 600_000,
+    "min_lr": 6e-5,
+}
+
+
+def compute_lr(iter_num: int, config: Mapping[str, Any]) -> float:
+    """Returns the learning rate of update number iter_num, equal to nanoGPT's to the last bit.
+
+    Args:
+        iter_num: Number of updates already made.
+        config: train.py's settings; nanoGPT's defaults stand in for missing ones.
+    """
+    setting = {name: config.get(name, default) for name, default in SCHEDULE_DEFAULTS.items()}
+    highest, lowest = setting["learning_rate"], setting["min_lr"]
+    warmup_iters, decay_iters = setting["warmup_iters"], setting["lr_decay_iters"]
+    if not setting["decay_lr"]:
+        return highest
+    if iter_num < warmup_iters:
+        return highest * (iter_num + 1) / (warmup_iters + 1)
+    if iter_num > decay_iters:
+        return lowest
+    progress = (iter_num - warmup_iters) / (decay_iters - warmup_iters)
+    return lowest + 0.5 * (1.0 + math.cos(math.pi * progress)) * (highest - lowest)
+
+
+class NanoGPTSchedule(LRScheduler):
+    """nanoGPT's learning rate as a torch scheduler, for Trainer or a loop that steps it after every update.
+
+    The learning rate of every parameter group is set outright, not multiplied, so that it equals nanoGPT's.
+
+    Args:
+        optimizer: Any optimizer; its own learning rates are not read.
+        config: train.py's settings: learning_rate, decay_lr, warmup_iters, lr_decay_iters, min_lr.
+        iter_num: Number of updates already made, for a run that goes on.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, config: Mapping[str, Any], iter_num: int = 0):
+        self.config = dict(config)
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])  # LRScheduler asks for it when it does not begin at 0
+        super().__init__(optimizer, last_epoch=iter_num - 1)
+
+    def get_lr(self) -> list[float | torch.Tensor]:
+        """Returns the learning rate of the coming update, for each parameter group."""
+        return [compute_lr(self.last_epoch, self.config) for _ in self.optimizer.param_groups]

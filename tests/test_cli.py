@@ -1,0 +1,134 @@
+"""The installed program: what it prints, its exit codes, and a demonstration that can fail."""
+
+import io
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import hugging_nano_gpt_cli
+from hugging_nano_gpt import NanoGPTLMHeadModel, demo
+
+PROGRAM = Path(sys.executable).with_name("hugging-nano-gpt")
+
+# Runs the command line with the arguments given to python -c, after `prepare`, and then prints what it imported.
+SCRIPT = """
+import sys
+import hugging_nano_gpt_cli
+{prepare}
+try:
+    hugging_nano_gpt_cli.main()
+finally:
+    print("imported:", *sorted({{name.split(".")[0] for name in sys.modules}}))
+"""
+
+
+def run(*command):
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def run_script(*arguments, prepare=""):
+    return run(sys.executable, "-c", SCRIPT.format(prepare=prepare), *arguments)
+
+
+def test_demo_shows_four_steps_and_succeeds():
+    result = run(PROGRAM, "demo")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert re.findall(r"^(\d)\. (\w+)", result.stdout, re.M) == [
+        ("1", "Load"),
+        ("2", "Generate"),
+        ("3", "Compare"),
+        ("4", "Convert"),
+    ]
+    assert result.stdout.count("[ok: ") == 2
+    assert "WRONG" not in result.stdout
+    assert result.stdout.endswith("Equal: nanoGPT -> Transformers -> nanoGPT.\n")
+
+
+def test_version_prints_that_of_the_package():
+    result = run(PROGRAM, "--version")
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"{version('hugging-nano-gpt')}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["--version"]], ids=" ".join)
+def test_help_imports_neither_torch_nor_transformers(arguments):
+    result = run_script(*arguments)
+    assert (result.returncode, result.stderr) == (0, "")
+    text, _, imported = result.stdout.partition("imported: ")
+    assert "demo" in text or arguments == ["--version"]
+    assert "typer" in imported.split()
+    assert {"torch", "transformers", "numpy", "hugging_nano_gpt"} & set(imported.split()) == set()
+
+
+@pytest.mark.parametrize("arguments", [["convrt"], ["demo", "--fast"], ["demo", "extra"]], ids=" ".join)
+def test_unknown_argument_exits_with_2_and_says_so(arguments):
+    result = run(PROGRAM, *arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert arguments[-1] in result.stderr
+
+
+def test_error_of_ours_goes_to_stderr_in_one_line():
+    prepare = "import hugging_nano_gpt.demo as demo; demo.CKPT_PATH = demo.Path('missing.pt')"
+    result = run_script("demo", prepare=prepare)
+    assert result.returncode == 1
+    assert result.stderr == (
+        "error: missing.pt: cannot be opened: No such file or directory; check the path and its permissions\n"
+    )
+
+
+def run_demo():
+    stream = io.StringIO()
+    is_proved = demo.run_demo(stream)
+    return is_proved, stream.getvalue()
+
+
+@pytest.mark.parametrize("change", [1e-4, float("nan")])
+def test_demo_with_altered_golden_logits_says_wrong(tmp_path, monkeypatch, change):
+    golden = load_file(demo.GOLDEN_PATH)
+    golden["logits"][1, 2, 3] += change
+    save_file(golden, tmp_path / "golden.safetensors")
+    monkeypatch.setattr(demo, "GOLDEN_PATH", tmp_path / "golden.safetensors")
+    is_proved, text = run_demo()
+    assert not is_proved
+    assert text.count("[WRONG: expected at most 1e-05]") == 1
+    assert text.count("[ok: same names, same bits]") == 1
+    assert text.endswith("NOT EQUAL: see above.\n")
+
+
+def swap_layers(model):
+    first, second = model.transformer.h[0].attn.c_proj.weight, model.transformer.h[1].attn.c_proj.weight
+    first.data, second.data = second.data, first.data
+
+
+def transpose_square(model):
+    """The usual fault of converters that transpose by shape."""
+    weight = model.transformer.h[0].attn.c_proj.weight
+    weight.data = weight.data.T.contiguous()
+
+
+@pytest.mark.parametrize("break_model", [swap_layers, transpose_square])
+def test_demo_with_a_broken_way_back_says_wrong(monkeypatch, break_model):
+    write = NanoGPTLMHeadModel.to_nanogpt_ckpt
+
+    def write_wrong(model, path):
+        with torch.no_grad():
+            break_model(model)
+        write(model, path)
+
+    monkeypatch.setattr(NanoGPTLMHeadModel, "to_nanogpt_ckpt", write_wrong)
+    is_proved, text = run_demo()
+    assert not is_proved
+    assert text.count("[ok: at most 1e-05]") == 1
+    assert text.count("[WRONG: expected same names, same bits]") == 1
+
+
+def test_demo_exits_with_1_when_something_is_wrong(monkeypatch):
+    monkeypatch.setattr(demo, "run_demo", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["hugging-nano-gpt", "demo"])
+    with pytest.raises(SystemExit, match=r"^1$"):
+        hugging_nano_gpt_cli.main()
