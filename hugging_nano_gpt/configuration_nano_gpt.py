@@ -28,6 +28,8 @@ class NanoGPTConfig(PreTrainedConfig):
         activation_function: "gelu" (exact, nanoGPT since 2023-06-14), "gelu_new" (tanh, older nanoGPT, minGPT,
             llm.c) or "gelu_pytorch_tanh" (tanh, build-nanogpt).
         tie_word_embeddings: Whether lm_head is the token embedding, as in nanoGPT since 2023-01-14.
+        loss_chunk_size: Tokens whose logits are in memory at once while training; None for all, which is nanoGPT's way
+            and bit for bit its loss. With a vocabulary of 50304 the logits are most of the memory of a step.
         use_cache: Whether a forward pass in eval mode returns its keys and values.
         bos_token_id: First token of a document, if the vocabulary has one.
         eos_token_id: Token that ends a document, if the vocabulary has one.
@@ -68,6 +70,7 @@ class NanoGPTConfig(PreTrainedConfig):
     bias: bool = True
     activation_function: str = "gelu"
     tie_word_embeddings: bool = True
+    loss_chunk_size: int | None = None
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -93,6 +96,9 @@ class NanoGPTConfig(PreTrainedConfig):
         for name in ("bias", "tie_word_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 faults.append(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        chunk = self.loss_chunk_size
+        if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
+            faults.append(f"loss_chunk_size: expected a positive int or None, got {chunk!r}")
         if self.activation_function not in ACTIVATION_FUNCTIONS:
             faults.append(
                 f"activation_function: expected one of {', '.join(map(repr, ACTIVATION_FUNCTIONS))}, because no "

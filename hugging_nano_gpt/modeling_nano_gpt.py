@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -374,7 +375,7 @@ class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, GenerationMixin):
 
         Returns:
             loss (mean cross-entropy in nats, float32), logits (B, T or kept, V), past_key_values, and the recorded
-            hidden_states and attentions.
+            hidden_states and attentions. With config.loss_chunk_size, a training step with labels has no logits.
         """
         outputs: BaseModelOutputWithPast = self.transformer(
             input_ids=input_ids,
@@ -385,11 +386,14 @@ class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])  # (B, T or kept, V)
-
-        loss = None
-        if labels is not None or shift_labels is not None:
+        logits, loss = None, None
+        has_labels = labels is not None or shift_labels is not None
+        if has_labels and self.training and self.config.loss_chunk_size is not None:
+            loss = self._compute_chunked_loss(outputs.last_hidden_state, labels, shift_labels, **kwargs)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(outputs.last_hidden_state[:, kept, :])  # (B, T or kept, V)
+        if has_labels and loss is None:
             loss = self.loss_function(
                 logits=logits,
                 labels=_ignore_minus_one(labels),
@@ -404,6 +408,31 @@ class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _compute_chunked_loss(
+        self,
+        hidden_states: torch.Tensor,  # (B, T, C)
+        labels: torch.Tensor | None,
+        shift_labels: torch.Tensor | None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Computes the loss some tokens at a time, so that no more than their logits is ever in memory."""
+        if labels is not None and shift_labels is None:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+        assert shift_labels is not None  # forward calls this with one of the two
+        targets = shift_labels.masked_fill(shift_labels == -1, -100).reshape(-1).to(hidden_states.device)  # (B * T)
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])  # (B * T, C)
+        size, weight = self.config.loss_chunk_size, self.lm_head.weight
+        if hasattr(nn, "LinearCrossEntropyOptions") and not torch.is_autocast_enabled(rows.device.type):
+            # Gradients in the forward pass, and no second one; the chunk size it picks itself was 8 times slower.
+            options = nn.LinearCrossEntropyOptions(batch_chunk_size=size)
+            loss = nn.functional.linear_cross_entropy(rows, weight, targets, reduction="sum", options=options)
+        else:  # torch before 2.13: each chunk's logits are computed again in the backward pass
+            pieces = zip(rows.split(size), targets.split(size), strict=True)
+            sums = [checkpoint(_sum_cross_entropy, piece, weight, kept, use_reentrant=False) for piece, kept in pieces]
+            loss = torch.stack(sums).sum()
+        return loss / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
     def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length):
         # GenerationMixin calls this once, with the final max_length, before the first forward pass.
@@ -505,6 +534,11 @@ class NanoGPTForSequenceClassification(NanoGPTPreTrainedModel):
         else:
             return -1
         return (is_token.to(logits.device) * torch.arange(length, device=logits.device)).argmax(-1)  # (B,)
+
+
+def _sum_cross_entropy(rows: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    logits = nn.functional.linear(rows, weight).float()
+    return nn.functional.cross_entropy(logits, targets, reduction="sum")
 
 
 def _ignore_minus_one(labels: torch.Tensor | None) -> torch.Tensor | None:

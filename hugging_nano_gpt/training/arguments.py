@@ -64,10 +64,10 @@ def training_arguments_from_nanogpt(
 
 def _apply_rules(config: Mapping[str, Any], iter_num: int) -> dict[str, Any]:
     values: dict[str, Any] = {"remove_unused_columns": False}
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if "max_iters" in config:
         values["max_steps"] = max(config["max_iters"] - iter_num, 1)
     if "gradient_accumulation_steps" in config:  # nanoGPT counts micro-steps over all processes
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
         values["gradient_accumulation_steps"] = max(config["gradient_accumulation_steps"] // world_size, 1)
     if "wandb_log" in config:
         values["report_to"] = "wandb" if config["wandb_log"] else "none"
@@ -76,6 +76,6 @@ def _apply_rules(config: Mapping[str, Any], iter_num: int) -> dict[str, Any]:
         values["use_cpu"] = True
     elif config.get("dtype") in ("bfloat16", "float16"):  # nanoGPT autocasts on an accelerator only
         values["bf16" if config["dtype"] == "bfloat16" else "fp16"] = True
-    if "backend" in config:  # nanoGPT's default is nccl on every machine, and is used under torchrun only
+    if "backend" in config and world_size > 1:  # nanoGPT's default is nccl on every machine, CPUs too
         values["ddp_backend"] = "gloo" if device.startswith("cpu") else config["backend"]
     return values

@@ -37,6 +37,10 @@ class NanoGPTTrainer(Trainer):
         **kwargs: Passed to Trainer.
     """
 
+    optimizer: Any
+    lr_scheduler: Any
+    control: Any
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -47,7 +51,8 @@ class NanoGPTTrainer(Trainer):
         train_batch_sampler: Any = None,
         **kwargs: Any,
     ):
-        self.training_state = training_state or getattr(model, "nanogpt_training_state", TrainingState())
+        remembered = getattr(model, "nanogpt_training_state", TrainingState())
+        self.training_state: TrainingState = remembered if training_state is None else training_state
         self.best_val_loss = self.training_state.best_val_loss
         self._train_batch_sampler = train_batch_sampler
         super().__init__(
