@@ -179,7 +179,7 @@ def report(contenders: dict[str, Contender], args: argparse.Namespace) -> None:
         **{f"{name}_tokens_per_s": round(tokens / median) for name, median in medians.items()},
         **{f"ours_to_{name}_of_medians": round(medians["ours"] / medians[name], 4) for name in others},
         **{name: round(ratio, 4) for name, ratio in ratios.items()},
-        "is_loss_of_reference": contenders["ours"].loss == contenders["reference"].loss,
+        "is_loss_equal_to_reference": contenders["ours"].loss == contenders["reference"].loss,
     }
     is_tiny = args.size == "tiny"
     targets = [] if is_tiny else [Target(name, ratio, MOST_TIMES_SLOWER) for name, ratio in ratios.items()]

@@ -55,7 +55,7 @@ def make_optimizer(
 def load_moments(optimizer: torch.optim.Optimizer, model: nn.Module, state: OptimizerState) -> None:
     """Gives an AdamW over a model's parameters, grouped in any way, the moments of a checkpoint.
 
-    The moments are copied to each parameter's device, as torch's own load_state_dict does.
+    The moments are copied, to each parameter's device; the state stays as it was read.
 
     Raises:
         ConversionError: If the names or shapes of the moments are not those of the optimizer's parameters.
@@ -71,7 +71,10 @@ def load_moments(optimizer: torch.optim.Optimizer, model: nn.Module, state: Opti
         )
     raw = optimizer.state_dict()
     numbers = [number for group in raw["param_groups"] for number in group["params"]]
-    moments = {number: state.moments[name] for number, name in zip(numbers, order, strict=True)}
+    moments = {
+        number: {key: value.clone() for key, value in state.moments[name].items()}  # torch would train the state's own
+        for number, name in zip(numbers, order, strict=True)
+    }
     optimizer.load_state_dict({"state": moments, "param_groups": raw["param_groups"]})
 
 

@@ -1,0 +1,356 @@
+"""Training, bit for bit: a recorded run of nanoGPT's train.py, replayed through a loop and through the Trainer.
+
+tests/fixtures/trace was made by train.py: two checkpoints 100 updates apart, and every offset, learning rate and loss
+between them (2 micro-steps an update, 2 CPU threads).
+"""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from hugging_nano_gpt import ConversionError, NanoGPTLMHeadModel, read_checkpoint
+from hugging_nano_gpt.demo import CKPT_PATH
+from hugging_nano_gpt.training import (
+    FixedOffsetSampler,
+    NanoGPTCheckpointCallback,
+    NanoGPTSchedule,
+    NanoGPTTrainer,
+    TokenDataset,
+    collate_windows,
+    compute_lr,
+    make_optimizer,
+    read_optimizer,
+    training_arguments_from_nanogpt,
+)
+
+from .tiny import FIXTURES_DIR, make_model
+
+TRACE_DIR = FIXTURES_DIR / "trace"
+STEPS = json.loads((TRACE_DIR / "trace.json").read_text())["steps"]
+START, END = (read_checkpoint(TRACE_DIR / f"ckpt_{number}.pt") for number in (100, 200))
+CONFIG = START.training_state.config
+OFFSETS = [micro["offsets"] for step in STEPS for micro in step["micro"]]
+LOSSES = [micro["loss"] for step in STEPS for micro in step["micro"]]
+
+# On the machine and torch that made the trace the difference is 0.0; other processors and builds sum in another order.
+TOLERANCE = 1e-6
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    """The trace was made with two threads, and with one the sums come in another order (4e-7)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def load_start():
+    return NanoGPTLMHeadModel.from_nanogpt_ckpt(TRACE_DIR / "ckpt_100.pt")
+
+
+def make_trainer(folder, model, n_updates=100, trainer_class=NanoGPTTrainer, **overrides):
+    settings = {"save_strategy": "no", "eval_strategy": "no", "disable_tqdm": True, "logging_steps": 1, **overrides}
+    config = {**CONFIG, "max_iters": 100 + n_updates, "out_dir": str(folder)}
+    args, _ = training_arguments_from_nanogpt(config, iter_num=100, **settings)
+    return trainer_class(
+        model,
+        args,
+        TokenDataset(TRACE_DIR / "train.bin", 32),
+        TokenDataset(TRACE_DIR / "val.bin", 32),
+        training_state=START.training_state,
+        train_batch_sampler=FixedOffsetSampler(OFFSETS),
+    )
+
+
+def record_losses(model):
+    losses = []
+    model.register_forward_hook(lambda module, args, outputs: losses.append(outputs.loss.item()))
+    return losses
+
+
+def find_largest_difference(model, optimizer):
+    """Returns how far the parameters and moments are from those that nanoGPT reached."""
+    parameters = max((END.state_dict[name] - t).abs().max().item() for name, t in model.state_dict().items())
+    found = read_optimizer(optimizer, model).moments
+    expected = END.training_state.optimizer.moments
+    assert found.keys() == expected.keys()
+    moments = max(
+        (found[n][key] - value).abs().max().item() for n, kept in expected.items() for key, value in kept.items()
+    )
+    return max(parameters, moments)
+
+
+def replay_by_hand(model):
+    dataset = TokenDataset(TRACE_DIR / "train.bin", 32)
+    optimizer = make_optimizer(model.train(), state=START.training_state.optimizer)
+    schedule = NanoGPTSchedule(optimizer, CONFIG, iter_num=100)
+    for step in STEPS:
+        for micro in step["micro"]:
+            batch = collate_windows([dataset[offset] for offset in micro["offsets"]])
+            (model(**batch).loss / 2).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CONFIG["grad_clip"])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+    return optimizer
+
+
+def test_replay_by_hand_ends_where_nanogpt_did():
+    model = load_start()
+    losses = record_losses(model)
+    optimizer = replay_by_hand(model)
+    assert max(abs(found - expected) for found, expected in zip(losses, LOSSES, strict=True)) <= TOLERANCE
+    assert find_largest_difference(model, optimizer) <= TOLERANCE
+
+
+def test_replay_through_trainer_ends_where_nanogpt_did_and_equals_the_loop_bitwise(tmp_path):
+    model = load_start()
+    losses = record_losses(model)
+    trainer = make_trainer(tmp_path, model)
+    trainer.train()
+    assert max(abs(found - expected) for found, expected in zip(losses, LOSSES, strict=True)) <= TOLERANCE
+    assert find_largest_difference(model, trainer.optimizer) <= TOLERANCE
+    assert trainer.iter_num == 200
+    logged = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert logged == [step["lr"] for step in STEPS]
+
+    other = load_start()
+    replay_by_hand(other)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+    trainer.save_nanogpt_ckpt(tmp_path / "ckpt.pt")
+    written = read_checkpoint(tmp_path / "ckpt.pt")
+    assert written.training_state.iter_num == 200
+    assert written.training_state.config == CONFIG
+    assert written.training_state.optimizer.settings == END.training_state.optimizer.settings
+    assert all(torch.equal(written.state_dict[name], t) for name, t in model.state_dict().items())
+
+
+class SummedMicroSteps(NanoGPTTrainer):
+    """Adds up the micro-steps' losses instead of averaging them."""
+
+    def compute_loss(self, model, inputs, **kwargs):
+        return super().compute_loss(model, inputs, **kwargs) * 2
+
+
+class DecayedNorms(NanoGPTTrainer):
+    """Decays LayerNorm weights as if they were matrices."""
+
+    def create_optimizer(self, model=None):
+        optimizer = super().create_optimizer(model)
+        optimizer.param_groups[1]["weight_decay"] = 0.1
+        return optimizer
+
+
+class LateSchedule(NanoGPTTrainer):
+    """Begins the schedule one update late."""
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        self.lr_scheduler = NanoGPTSchedule(self.optimizer, CONFIG, iter_num=99)
+        return self.lr_scheduler
+
+
+class ForgottenMoments(NanoGPTTrainer):
+    """Starts AdamW afresh, as every converter script does."""
+
+    def create_optimizer(self, model=None):
+        self.optimizer = make_optimizer(self.model, self._settings())
+        return self.optimizer
+
+
+@pytest.mark.parametrize("broken", [SummedMicroSteps, DecayedNorms, LateSchedule, ForgottenMoments])
+def test_replay_with_one_thing_wrong_ends_elsewhere(broken, tmp_path):
+    """Shows that the replay can fail."""
+    model = load_start()
+    trainer = make_trainer(tmp_path, model, trainer_class=broken)
+    trainer.train()
+    assert find_largest_difference(model, trainer.optimizer) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("is_interrupted", [False, True])
+def test_trainer_resumed_from_its_own_checkpoint_ends_at_the_same_bits(tmp_path, is_interrupted):
+    model = load_start()
+    trainer = make_trainer(tmp_path, model, n_updates=8, save_strategy="steps", save_steps=5)
+    if is_interrupted:
+        trainer.train(resume_from_checkpoint=None)
+        model = load_start()
+        trainer = make_trainer(tmp_path, model, n_updates=8)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    else:
+        trainer.train()
+    other = load_start()
+    make_trainer(tmp_path / "other", other, n_updates=8).train()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_callback_writes_a_nanogpt_checkpoint_at_every_save(tmp_path):
+    model = load_start()
+    trainer = make_trainer(tmp_path, model, n_updates=6, save_strategy="steps", save_steps=3, eval_strategy="steps")
+    trainer.add_callback(NanoGPTCheckpointCallback(trainer, tmp_path / "ckpt.pt"))
+    trainer.train()
+    state = read_checkpoint(tmp_path / "ckpt.pt").training_state
+    assert state.iter_num == 106
+    assert {int(moments["step"]) for moments in state.optimizer.moments.values()} == {106}
+
+
+def test_evaluate_logs_both_losses_under_nanogpts_names(tmp_path):
+    trainer = make_trainer(tmp_path, load_start())
+    metrics = trainer.evaluate()
+    assert set(metrics) == {"train/loss", "val/loss", "eval_loss"}
+    assert metrics["val/loss"] == metrics["eval_loss"]
+    assert metrics["val/loss"] == pytest.approx(START.training_state.best_val_loss, abs=0.1)  # 5 random batches each
+    assert trainer.best_val_loss == min(metrics["val/loss"], START.training_state.best_val_loss)
+    assert trainer.model.training is False
+
+
+def test_schedule_equals_the_recorded_one_exactly():
+    assert [compute_lr(step["iter"], CONFIG) for step in STEPS] == [step["lr"] for step in STEPS]
+
+
+@pytest.mark.parametrize(
+    ("iter_num", "expected"),
+    [(0, 3e-3 * 1 / 11), (9, 3e-3 * 10 / 11), (10, 3e-3), (200, 3e-4), (201, 3e-4), (10**6, 3e-4)],
+)
+def test_schedule_at_its_corners_is_nanogpts(iter_num, expected):
+    assert compute_lr(iter_num, CONFIG) == pytest.approx(expected, rel=1e-15)
+
+
+def test_schedule_without_decay_is_constant():
+    assert {compute_lr(number, {**CONFIG, "decay_lr": False}) for number in range(0, 300, 7)} == {3e-3}
+
+
+def test_schedule_starting_anywhere_equals_one_from_the_start():
+    optimizers = [torch.optim.AdamW([nn.Parameter(torch.zeros(1))]) for _ in range(2)]
+    first, second = NanoGPTSchedule(optimizers[0], CONFIG), NanoGPTSchedule(optimizers[1], CONFIG, iter_num=7)
+    for _ in range(7):
+        optimizers[0].step()
+        first.step()
+    assert first.get_last_lr() == second.get_last_lr() == [compute_lr(7, CONFIG)]
+
+
+def test_optimizer_groups_are_nanogpts():
+    model = make_model()
+    optimizer = make_optimizer(model, {"learning_rate": 1e-3, "weight_decay": 0.2, "beta2": 0.99})
+    decayed, others = optimizer.param_groups
+    assert [p.ndim for p in decayed["params"]] == [p.ndim for p in model.parameters() if p.ndim >= 2]
+    assert {p.ndim for p in others["params"]} == {1}
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.2, 0.0)
+    assert (decayed["lr"], decayed["betas"]) == (1e-3, (0.9, 0.99))
+
+
+def test_moments_survive_any_grouping_of_the_parameters():
+    checkpoint = read_checkpoint(CKPT_PATH)
+    model = NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH)
+    optimizer = make_optimizer(model, state=checkpoint.training_state.optimizer)
+    again = read_optimizer(optimizer, model)
+    assert again.settings == checkpoint.training_state.optimizer.settings
+    for name, moments in checkpoint.training_state.optimizer.moments.items():
+        assert all(torch.equal(moments[key], again.moments[name][key]) for key in moments)
+
+    shuffled = torch.optim.AdamW(reversed(list(model.parameters())))
+    shuffled.state = optimizer.state
+    moments = read_optimizer(shuffled, model).moments
+    assert moments.keys() == again.moments.keys()
+    assert all(torch.equal(moments[name]["exp_avg"], again.moments[name]["exp_avg"]) for name in moments)
+
+
+def test_moments_of_other_parameters_are_refused():
+    state = read_checkpoint(CKPT_PATH).training_state.optimizer
+    with pytest.raises(
+        ConversionError, match=r"expected moments of the optimizer's parameters, missing 'transformer\.h\.0"
+    ):
+        make_optimizer(make_model(), state=state)
+
+
+def test_optimizer_of_another_kind_is_refused(tmp_path):
+    model = make_model()
+    model(torch.zeros(1, 4, dtype=torch.long), labels=torch.zeros(1, 4, dtype=torch.long)).loss.backward()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer.step()
+    with pytest.raises(ConversionError, match="expected AdamW's moments, got others"):
+        read_optimizer(optimizer, model)
+    with pytest.raises(ConversionError, match=r"expected one over all .* parameters of the model, got 1"):
+        read_optimizer(torch.optim.AdamW([nn.Parameter(torch.zeros(1))]), model)
+
+
+def test_arguments_from_nanogpt_map_or_name_every_setting(tmp_path):
+    config = {**CONFIG, "out_dir": str(tmp_path), "max_iters": 250, "surprise": 1}
+    args, left = training_arguments_from_nanogpt(config, iter_num=100)
+    assert (args.max_steps, args.gradient_accumulation_steps, args.per_device_train_batch_size) == (150, 2, 8)
+    assert (args.learning_rate, args.weight_decay, args.adam_beta1, args.adam_beta2) == (3e-3, 0.1, 0.9, 0.95)
+    assert (args.max_grad_norm, args.eval_steps, args.save_steps, args.logging_steps) == (1.0, 100, 100, 50)
+    assert (args.use_cpu, args.torch_compile, args.report_to) == (True, False, [])
+    assert left["warmup_iters"] == "NanoGPTTrainer reads it from config"
+    assert left["surprise"] == "unknown to nanoGPT"
+    assert "n_layer" in left
+    assert "learning_rate" not in left
+
+
+# renamed in transformers 5.23
+CHECKPOINTING = (
+    "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
+)
+
+
+class Windows(torch.utils.data.Dataset):
+    """The first windows of the trace as plain examples, as users of Trainer have them."""
+
+    def __init__(self, count):
+        self.dataset, self.count = TokenDataset(TRACE_DIR / "train.bin", 32), count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        ids = self.dataset[32 * index]["input_ids"]
+        return {"input_ids": ids, "labels": ids}
+
+
+def make_plain_trainer(folder, model, **settings):
+    defaults = {"per_device_train_batch_size": 4, "max_steps": 1, "logging_steps": 1, "report_to": "none"}
+    args = TrainingArguments(
+        str(folder), **{**defaults, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, **settings}
+    )
+    return Trainer(model, args, train_dataset=Windows(8))
+
+
+def test_plain_trainer_logs_the_loss_of_nanogpt_and_its_groups(tmp_path):
+    model = load_start()
+    trainer = make_plain_trainer(tmp_path, model, max_grad_norm=0.0)
+    batch = next(iter(trainer.get_train_dataloader()))
+    ids = batch["input_ids"]
+    with torch.no_grad():  # nanoGPT's loss of these tokens: the first 31 predict the last 31
+        expected = model(ids[:, :-1], shift_labels=ids[:, 1:].contiguous()).loss.item()
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, abs=1e-6)
+    groups = trainer.optimizer.param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    without_decay = [names[id(parameter)] for parameter in groups[1]["params"]]
+    assert without_decay == [name for name, parameter in model.named_parameters() if parameter.ndim < 2]
+    assert groups[1]["weight_decay"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {CHECKPOINTING: True},
+        {"bf16": True},
+        {"label_smoothing_factor": 0.1},
+        {"gradient_accumulation_steps": 3},
+        {"optim": "adamw_torch"},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_plain_trainer_trains_with_its_usual_switches(tmp_path, settings):
+    model = load_start()
+    trainer = make_plain_trainer(tmp_path, model, max_steps=6, learning_rate=1e-3, **settings)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 6
+    assert all(math.isfinite(loss) for loss in losses)
+    assert not torch.equal(model.lm_head.weight, START.state_dict["lm_head.weight"])
