@@ -3,18 +3,25 @@
 Each benchmark prints a table for people, then, as its last line, one JSON object for programs.
 """
 
+import contextlib
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
+import resource
 import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 ROOT = Path(__file__).resolve().parent.parent
+PROC_STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -73,3 +80,25 @@ def print_result(figures: dict[str, Any], targets: list[Target], device: str = "
         print(f"{target.name} {target.value:.3f}: {bound} {target.limit:g}, {'met' if target.is_met else 'MISSED'}")
     is_met = {target.name: target.is_met for target in targets}
     print(json.dumps({**figures, "is_met": is_met, **describe_machine(device)}), flush=True)
+
+
+def run_in_child(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function in a fresh process, so that no memory of an earlier call is reused or counted."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, initializer=disable_progress_bar) as pool:  # for the eye: it takes no time
+        return pool.submit(function, *args).result()
+
+
+def reset_peak_bytes() -> None:
+    """Lowers the peak resident set to what is resident now, where the system can (proc(5), clear_refs)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def read_resident_bytes(field: str) -> int:
+    """Reads VmRSS (now) or VmHWM (peak) of this process; without /proc, the peak for either."""
+    if PROC_STATUS.exists():
+        lines = PROC_STATUS.read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10

@@ -1,38 +1,41 @@
 """Measures how long a nanoGPT checkpoint takes to become a Transformers model, and how much memory on the way.
 
 The file is what train.py writes for GPT-2's 124M parameters with AdamW's moments, about 1.5 GB, two thirds of it
-optimizer. "ours" is NanoGPTLMHeadModel.from_nanogpt_ckpt. "usual" is what the public converter scripts do: torch.load
-of the whole file, a GPT2LMHeadModel constructed with random weights, every tensor copied into it, Conv1D's transposed.
+optimizer. "ours" is NanoGPTLMHeadModel.from_nanogpt_ckpt, "ours_stripped" the same of a file without the optimizer.
+"usual" is what the public converter scripts do: torch.load of the whole file, a GPT2LMHeadModel constructed with
+random weights, every tensor copied into it, Conv1D's transposed.
 
-Each load runs in a fresh process, after the imports and a tiny warm-up load, with the file in the page cache; the two
-take turns. Memory is the growth of the peak resident set during the load, in multiples of the weights' bytes (the tied
-matrix once). Each process then checks what it loaded: ours against the file bit for bit, usual by its logits.
+Each load runs in a fresh process, after the imports and a tiny warm-up load, with the file in the page cache; they
+take turns. Memory is the growth of the peak resident set during the load, in multiples of the weights' bytes (the
+tied matrix once). Each process then checks what it loaded: ours against the file bit for bit, usual by its logits.
 
 Run: python benchmarks/load.py [--repeats 5] [--size tiny]; the file lies in TMPDIR. The last line is one JSON object:
 medians, ratios (also of the fastest loads, which other work disturbs least), targets, versions and threads.
 """
 
 import argparse
-import contextlib
 import gc
-import multiprocessing
 import os
-import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import Target, import_reference, print_result, print_table
+from common import (
+    Target,
+    import_reference,
+    print_result,
+    print_table,
+    read_resident_bytes,
+    reset_peak_bytes,
+    run_in_child,
+)
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
 
 import hugging_nano_gpt
 from hugging_nano_gpt import NanoGPTLMHeadModel
@@ -54,14 +57,20 @@ def main() -> None:
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "ckpt.pt"
-        weights_bytes = run_in_child(write_checkpoint, path, SIZES[args.size])
+        path, stripped_path = Path(folder) / "ckpt.pt", Path(folder) / "stripped.pt"
+        weights_bytes = run_in_child(write_checkpoint, path, stripped_path, SIZES[args.size])
         read_once(path)
+        read_once(stripped_path)
         print(f"{args.size}: {path.stat().st_size / 1e6:.0f} MB of file, {weights_bytes / 1e6:.0f} MB of weights")
-        samples: dict[str, list[dict[str, float]]] = {"ours": [], "usual": []}
+        ways = {
+            "ours": partial(measure_ours, path),
+            "ours_stripped": partial(measure_ours, stripped_path),
+            "usual": partial(measure_usual, path),
+        }
+        samples: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
         for _ in range(args.repeats):
             for way, measured in samples.items():
-                measured.append(run_in_child(MEASURES[way], path))
+                measured.append(run_in_child(ways[way]))
     report(samples, weights_bytes, {"benchmark": "load", "size": args.size, "repeats": args.repeats})
 
 
@@ -89,19 +98,14 @@ def report(samples: dict[str, list[dict[str, float]]], weights_bytes: int, setti
     targets = [
         Target("time_ratio", time_ratio, 8, is_minimum=True),
         Target("ours_memory_ratio", memory["ours"], 1.3),
+        Target("optimizer_memory_ratio", memory["ours"] - memory["ours_stripped"], 0.05),
     ]
     print_result(figures, targets if settings["size"] == "124m" else [])
 
 
-def run_in_child(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a function in a fresh process, so that no memory of an earlier call is reused or counted."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, initializer=disable_progress_bar) as pool:  # for the eye: it takes no time
-        return pool.submit(function, *args).result()
-
-
-def write_checkpoint(path: Path, sizes: dict[str, int]) -> int:
-    """Writes the checkpoint of a model that made one AdamW step; returns the bytes of its weights."""
+def write_checkpoint(path: Path, stripped_path: Path, sizes: dict[str, int]) -> int:
+    """Writes the checkpoint of a model that made one AdamW step, and one without the optimizer; returns the bytes of
+    the weights."""
     torch.manual_seed(1337)
     model_args = {**sizes, "bias": True, "dropout": 0.0}
     model = import_reference()(**model_args)
@@ -124,10 +128,12 @@ def write_checkpoint(path: Path, sizes: dict[str, int]) -> int:
         "best_val_loss": 10.9,
         "config": {"out_dir": "out", "learning_rate": 6e-4, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95},
     }
-    with path.open("wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())  # or the disk would still be busy while the first loads are timed
+    stripped = {key: value for key, value in checkpoint.items() if key != "optimizer"}
+    for contents, target in ((checkpoint, path), (stripped, stripped_path)):
+        with target.open("wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())  # or the disk would still be busy while the first loads are timed
     return sum(parameter.nbytes for parameter in parameters)
 
 
@@ -161,9 +167,6 @@ def measure_usual(path: Path) -> dict[str, float]:
     if not difference < 1e-4:  # float32 sums of 768 in another order; one matrix not transposed gives far more
         raise SystemExit(f"usual: expected the logits of ours to within 1e-4, got a difference of {difference}")
     return sample
-
-
-MEASURES = {"ours": measure_ours, "usual": measure_usual}
 
 
 def load_ours(path: Path) -> PreTrainedModel:
@@ -217,21 +220,6 @@ def measure(load: Callable[[], PreTrainedModel]) -> tuple[PreTrainedModel, dict[
     model = load()
     time_s = time.perf_counter() - start
     return model, {"time_s": time_s, "peak_growth_bytes": read_resident_bytes("VmHWM") - bytes_before}
-
-
-def reset_peak_bytes() -> None:
-    """Lowers the peak resident set to what is resident now, where the system can (proc(5), clear_refs)."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def read_resident_bytes(field: str) -> int:
-    """Reads VmRSS (now) or VmHWM (peak) of this process; without /proc, the peak for either."""
-    if PROC_STATUS.exists():
-        lines = PROC_STATUS.read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak << 10
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ so noise meets all of them. The ratios compared with the targets are medians of 
 them stand the plain ratios of the medians, and whether ours and the reference ended at the same loss to the last bit.
 The batch is 4, not 64, so that a step takes less than a second on two cores.
 
+On a CPU it then measures the memory of the loss (loss_memory.py) and NanoGPTTrainer's overhead (trainer.py).
+
 Run: python benchmarks/train_step.py [--repeats 30] [--size tiny] [--batch-size 4]
      [--device cuda] [--dtype bfloat16] [--compile]
 The last line is one JSON object: medians, ratios, targets, versions and threads.
@@ -17,10 +19,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from common import Target, import_reference, print_result, print_table
+from loss_memory import MOST_OF_DEFAULT, measure_loss_memory
 from torch import nn
+from trainer import MOST_OVERHEAD, measure_trainer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hugging_nano_gpt import NanoGPTConfig, NanoGPTLMHeadModel
@@ -62,7 +67,9 @@ def main() -> None:
         run_round(contenders, round_index, sizes, args)
     for contender in contenders.values():
         del contender.times_s[:WARM_UP_ROUNDS]
-    report(contenders, args)
+    is_cpu = args.device == "cpu" and not args.compile
+    further = {**measure_loss_memory(), **measure_trainer(sizes, args.repeats)} if is_cpu else {}
+    report(contenders, args, further)
 
 
 def parse_args() -> argparse.Namespace:
@@ -155,7 +162,7 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def report(contenders: dict[str, Contender], args: argparse.Namespace) -> None:
+def report(contenders: dict[str, Contender], args: argparse.Namespace, further: dict[str, Any]) -> None:
     """Prints the table, the targets and the JSON line."""
     tokens = args.batch_size * SIZES[args.size]["block_size"]
     medians = {name: statistics.median(contender.times_s) for name, contender in contenders.items()}
@@ -180,9 +187,15 @@ def report(contenders: dict[str, Contender], args: argparse.Namespace) -> None:
         **{f"ours_to_{name}_of_medians": round(medians["ours"] / medians[name], 4) for name in others},
         **{name: round(ratio, 4) for name, ratio in ratios.items()},
         "is_loss_equal_to_reference": contenders["ours"].loss == contenders["reference"].loss,
+        **further,
     }
     is_tiny = args.size == "tiny"
+    for name, figure in further.items():
+        print(f"{name}: {figure}")
     targets = [] if is_tiny else [Target(name, ratio, MOST_TIMES_SLOWER) for name, ratio in ratios.items()]
+    if further and not is_tiny:
+        targets.append(Target("trainer_overhead", further["trainer_overhead"], MOST_OVERHEAD))
+        targets.append(Target("loss_memory_ratio", further["loss_memory_ratio"], MOST_OF_DEFAULT))
     print_result(figures, targets, args.device)
 
 

@@ -1,0 +1,127 @@
+"""Measures NanoGPTTrainer end to end against a bare loop in nanoGPT's style; part of train_step.py.
+
+Both make the same updates at the size of train_shakespeare_char.py (batch 4, 2 micro-steps), on the same windows of a
+token file, with nanoGPT's optimizer, schedule and clipping; the loop is what train.py does and no more. They take
+turns, and both end at the same bits. Progress bars and logging are on, as users have them.
+"""
+
+import contextlib
+import io
+import itertools
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+from hugging_nano_gpt import NanoGPTConfig, NanoGPTLMHeadModel
+from hugging_nano_gpt.formats.contents import TrainingState
+from hugging_nano_gpt.training import (
+    NanoGPTSchedule,
+    NanoGPTTrainer,
+    RandomOffsetSampler,
+    TokenDataset,
+    collate_windows,
+    make_optimizer,
+    training_arguments_from_nanogpt,
+)
+
+MICRO_STEPS = 2
+WARM_UP_UPDATES = 3
+MOST_OVERHEAD = 0.05
+
+
+class UpdateTimes(TrainerCallback):
+    """Notes when each update ends."""
+
+    def __init__(self) -> None:
+        self.times_s: list[float] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.times_s.append(time.perf_counter())
+
+
+def measure_trainer(sizes: dict[str, int], n_updates: int, rounds: int = 3) -> dict[str, Any]:
+    """Returns the median seconds of an update both ways, and whether they ended at the same bits."""
+    seconds: dict[str, list[float]] = {"trainer": [], "loop": []}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "train.bin"
+        np.random.default_rng(0).integers(0, sizes["vocab_size"], 100_000, dtype=np.uint16).tofile(path)
+        dataset = TokenDataset(path, sizes["block_size"])
+        for _ in range(rounds):
+            for way, run in (("trainer", run_trainer), ("loop", run_loop)):
+                model = make_model(sizes)
+                ends = run(model, dataset, n_updates + WARM_UP_UPDATES, folder)
+                ends = ends[WARM_UP_UPDATES - 1 :]
+                seconds[way] += [end - start for start, end in itertools.pairwise(ends)]
+                if way == "trainer":
+                    expected = model.state_dict()
+            is_same = all(torch.equal(expected[name], tensor) for name, tensor in model.state_dict().items())
+    medians = {way: statistics.median(times) for way, times in seconds.items()}
+    return {
+        "trainer_ms": round(1e3 * medians["trainer"], 3),
+        "loop_ms": round(1e3 * medians["loop"], 3),
+        "trainer_overhead": round(medians["trainer"] / medians["loop"] - 1, 4),
+        "is_trainer_at_the_bits_of_the_loop": is_same,
+    }
+
+
+def make_model(sizes: dict[str, int]) -> NanoGPTLMHeadModel:
+    """Makes the same model each time."""
+    torch.manual_seed(1337)
+    return NanoGPTLMHeadModel(NanoGPTConfig(**sizes, dropout=0.0, bias=False)).train()
+
+
+def make_config(folder: str, n_updates: int) -> dict[str, Any]:
+    """Says the settings of both in train.py's words."""
+    return {
+        "out_dir": folder,
+        "max_iters": n_updates,
+        "batch_size": 4,
+        "gradient_accumulation_steps": MICRO_STEPS,
+        "learning_rate": 1e-3,
+        "min_lr": 1e-4,
+        "warmup_iters": 10,
+        "lr_decay_iters": 1000,
+        "weight_decay": 0.1,
+        "beta1": 0.9,
+        "beta2": 0.99,
+        "grad_clip": 1.0,
+        "log_interval": 10,
+        "device": "cpu",
+        "wandb_log": False,
+    }
+
+
+def run_trainer(model: NanoGPTLMHeadModel, dataset: TokenDataset, n_updates: int, folder: str) -> list[float]:
+    """Trains with NanoGPTTrainer; returns the time at the end of each update."""
+    config = make_config(folder, n_updates)
+    args, _ = training_arguments_from_nanogpt(config, save_strategy="no")
+    times = UpdateTimes()
+    trainer = NanoGPTTrainer(model, args, dataset, training_state=TrainingState(config=config), callbacks=[times])
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        trainer.train()
+    return times.times_s
+
+
+def run_loop(model: NanoGPTLMHeadModel, dataset: TokenDataset, n_updates: int, folder: str) -> list[float]:
+    """Trains with a loop like train.py's; returns the time at the end of each update."""
+    config = make_config(folder, n_updates)
+    optimizer = make_optimizer(model, config)
+    schedule = NanoGPTSchedule(optimizer, config)
+    batches = iter(RandomOffsetSampler(dataset, config["batch_size"]))
+    ends = []
+    for _ in range(n_updates):
+        for _ in range(MICRO_STEPS):
+            batch = collate_windows([dataset[offset] for offset in next(batches)])
+            (model(**batch).loss / MICRO_STEPS).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config["grad_clip"])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        ends.append(time.perf_counter())
+    return ends
