@@ -4,7 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from .checkpoint import Checkpoint, OptimizerState, TrainingState, read_checkpoint, write_checkpoint
 from .configuration_nano_gpt import NanoGPTConfig
-from .errors import CheckpointError, ConversionError, NanoGPTError, TokenizerError
+from .errors import CheckpointError, ConversionError, DataError, NanoGPTError, TokenizerError
 from .modeling_nano_gpt import (
     NanoGPTForSequenceClassification,
     NanoGPTLMHeadModel,
@@ -16,6 +16,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "ConversionError",
+    "DataError",
     "NanoGPTConfig",
     "NanoGPTError",
     "NanoGPTForSequenceClassification",

@@ -3,8 +3,9 @@
 import hugging_nano_gpt
 
 PUBLIC_NAMES = """
-Checkpoint CheckpointError ConversionError NanoGPTConfig NanoGPTError NanoGPTForSequenceClassification
-NanoGPTLMHeadModel NanoGPTModel NanoGPTPreTrainedModel TokenizerError TrainingState read_checkpoint write_checkpoint
+Checkpoint CheckpointError ConversionError DataError NanoGPTConfig NanoGPTError NanoGPTForSequenceClassification
+NanoGPTLMHeadModel NanoGPTModel NanoGPTPreTrainedModel OptimizerState TokenizerError TrainingState read_checkpoint
+write_checkpoint
 """.split()
 
 
@@ -14,7 +15,7 @@ def test_public_names_are_these_and_no_others():
 
 
 def test_errors_are_caught_as_one_and_as_value_errors():
-    for name in ("CheckpointError", "ConversionError", "TokenizerError"):
+    for name in ("CheckpointError", "ConversionError", "DataError", "TokenizerError"):
         error = getattr(hugging_nano_gpt, name)
         assert issubclass(error, hugging_nano_gpt.NanoGPTError)
         assert issubclass(error, ValueError)

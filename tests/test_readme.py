@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hugging_nano_gpt.demo import CKPT_PATH
@@ -16,6 +17,9 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 def test_readme_python_runs_as_written(block, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "ckpt.pt").write_bytes(CKPT_PATH.read_bytes())
+    data_dir = tmp_path / "data" / "shakespeare_char"
+    data_dir.mkdir(parents=True)
+    np.random.default_rng(0).integers(0, 65, 1000, dtype=np.uint16).tofile(data_dir / "train.bin")
     monkeypatch.chdir(tmp_path)
     exec(block, {})
     assert (tmp_path / "out-back" / "ckpt.pt").is_file()
