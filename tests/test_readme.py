@@ -19,7 +19,8 @@ def test_readme_python_runs_as_written(block, tmp_path, monkeypatch):
     (tmp_path / "out" / "ckpt.pt").write_bytes(CKPT_PATH.read_bytes())
     data_dir = tmp_path / "data" / "shakespeare_char"
     data_dir.mkdir(parents=True)
-    np.random.default_rng(0).integers(0, 65, 1000, dtype=np.uint16).tofile(data_dir / "train.bin")
+    for split in ("train", "val"):
+        np.random.default_rng(0).integers(0, 65, 1000, dtype=np.uint16).tofile(data_dir / f"{split}.bin")
     monkeypatch.chdir(tmp_path)
     exec(block, {})
     assert (tmp_path / "out-back" / "ckpt.pt").is_file()
