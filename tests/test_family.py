@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ MEMBERS = {
     "mingpt/model.pt": ({"n_head": 4}, "gelu_new", False),
     "llmc/gpt2_tiny.bin": ({}, "gelu_new", True),
 }
+ROOT = Path(__file__).parent.parent
 TIED = [name for name, (_, _, is_tied) in MEMBERS.items() if is_tied]
 
 
@@ -324,3 +326,16 @@ def test_cropped_model_reads_no_further_and_survives_the_way_back(block_size, tm
 def test_crop_beyond_what_was_learned_is_refused(block_size):
     with pytest.raises(ValueError, match=f"expected 1 to block_size=32, got {block_size}"):
         NanoGPTLMHeadModel(NanoGPTConfig(**MODEL_ARGS)).crop_block_size(block_size)
+
+
+def test_documentation_has_a_row_for_every_era():
+    rows = [
+        line for line in (ROOT / "docs" / "checkpoint-format.md").read_text().splitlines() if line.startswith("| ")
+    ]
+    for name, (_, activation_function, is_tied) in MEMBERS.items():
+        commit = name.split("/")[0].rsplit("-", 1)[-1]
+        found = [row.split(" | ") for row in rows if commit in row.split(" | ")[0]]
+        for row in found:
+            assert ("tanh" in row[2]) is (activation_function != "gelu") or "wrong for these six weeks" in row[2], name
+            assert row[3] == ("tied" if is_tied else "untied"), name
+        assert found or not name.startswith("nanogpt-20") or commit in ("1e87509e", "ab0718a7"), name  # within a row

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from hugging_nano_gpt.demo import CKPT_PATH
@@ -103,3 +104,19 @@ def test_generation_without_a_prompt_starts_at_the_newline():
     tokens = model.generate(max_new_tokens=20, do_sample=True)
     assert tokens.shape == (1, 21)
     assert tokens[0, 0] == 0
+
+
+@pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::UserWarning"
+)  # of the experimental batcher, about itself
+def test_continuous_batching_equals_single_rows():
+    model, reference = make_pair()
+    prompts = [make_batch(1, length, seed=length)[0] for length in (3, 9, 5)]
+    settings = GenerationConfig(max_new_tokens=12, do_sample=False, pad_token_id=0)
+    small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)  # by default it fills the machine's memory
+    outputs = model.eval().generate_batch(
+        [prompt[0].tolist() for prompt in prompts], generation_config=settings, continuous_batching_config=small
+    )
+    found = [output.generated_tokens for output in outputs.values()]
+    expected = [reference.eval().generate_greedily(prompt, 12)[0, -12:].tolist() for prompt in prompts]
+    assert found == expected
