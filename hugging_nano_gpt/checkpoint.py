@@ -55,7 +55,7 @@ def read_checkpoint(
         raise fail(path, "; ".join(faults), "the run diverged before it was saved: use an earlier checkpoint")
     recorded = checkpoint.model_args["n_head"]
     if n_head is not None and n_head != recorded:
-        raise fail(path, f"expected n_head={recorded} as it records, got {n_head}", "leave it out")
+        raise fail(path, f"expected n_head={recorded} as it records, got {n_head!r}", "leave it out")
     if activation_function not in (None, *ACTIVATION_FUNCTIONS):
         raise fail(path, f"expected a GELU of {ACTIVATION_FUNCTIONS}, got {activation_function!r}", "give one of them")
     checkpoint = _settle_tying(replace(checkpoint, path=path), tie_word_embeddings)
@@ -139,9 +139,14 @@ def _find_state_faults(state: TrainingState) -> list[str]:
         for name, kind in expected.items()
         if type(getattr(state, name)) is not kind
     ]
-    faults = faults or find_plain_faults("config", state.config)
-    if state.optimizer is not None:
-        faults += find_plain_faults("optimizer", [*state.optimizer.settings, state.optimizer.moments])
+    if not isinstance(state.optimizer, OptimizerState | None):
+        return [*faults, f"optimizer: expected OptimizerState or None, got {type(state.optimizer).__name__}"]
+    try:
+        faults = faults or find_plain_faults("config", state.config)
+        if state.optimizer is not None:
+            faults += find_plain_faults("optimizer", [*state.optimizer.settings, state.optimizer.moments])
+    except RecursionError:
+        faults.append("config: expected an end to lists within lists, got none")
     return faults
 
 

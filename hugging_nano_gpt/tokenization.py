@@ -60,7 +60,9 @@ def read_meta(path: str | os.PathLike[str]) -> CharacterTable:
     path = Path(path)
     try:
         if path.stat().st_size > _LARGEST_BYTES or not path.is_file():
-            raise TokenizerError(f"{path}: expected a file of at most {_LARGEST_BYTES} bytes; check the path")
+            raise TokenizerError(
+                f"{path}: expected a meta.pkl, got a directory, a device or too large a file; check the path"
+            )
         with path.open("rb") as file:
             meta = _PlainUnpickler(file).load()
     except OSError as error:

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from hugging_nano_gpt import Checkpoint, ConversionError, read_checkpoint, write_checkpoint
+
 from .tiny import MODEL_ARGS
 
 
@@ -22,6 +24,11 @@ def shared_contents() -> dict[str, Any]:
 def contents(shared_contents) -> dict[str, Any]:
     """A copy for each test to change; making AdamW step takes 20 times as long."""
     return copy.deepcopy(shared_contents)
+
+
+@pytest.fixture
+def checkpoint(contents, tmp_path) -> Checkpoint:
+    return read_checkpoint(save(contents, tmp_path))
 
 
 def make_contents(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -39,7 +46,7 @@ def make_contents(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
 
     decayed, others = [p for p in model.values() if p.ndim >= 2], [p for p in model.values() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99), eps=1e-4)  # 1e-8 is 0 in float16
     for parameter in model.values():
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
@@ -79,6 +86,15 @@ def assert_same(left: Any, right: Any) -> None:
             assert_same(left_item, right_item)
     else:
         assert left == right
+
+
+def assert_write_refused(checkpoint: Checkpoint, folder: Path, message: str) -> None:
+    """Asserts that a checkpoint is refused in a message with the path in front, and that nothing is written."""
+    path = folder / "refused.pt"
+    with pytest.raises(ConversionError, match=message) as caught:
+        write_checkpoint(checkpoint, path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert not path.exists()
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,22 +1,32 @@
-"""formats/atomic.py: whatever happens while a file is written, the old one or the whole new one is under its name."""
+"""formats/atomic.py: whatever happens while a file is written, the old one or the whole new one is under its name.
 
+The writers that are killed at random moments have a seed, which is printed when one fails and can be set:
+KILL_SEED=7 python -m pytest tests/test_atomic.py
+"""
+
+import contextlib
 import errno
 import os
+import random
 import re
 import signal
 import stat
-import subprocess
-import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from hugging_nano_gpt import CheckpointError
+from hugging_nano_gpt import CheckpointError, read_checkpoint, write_checkpoint
+from hugging_nano_gpt.formats import nanogpt
 from hugging_nano_gpt.formats.atomic import open_atomically
 
-from .conftest import limit_file_size
+from .conftest import assert_same, limit_file_size, limit_time
 
 OLD, NEW = b"old", b"new" * 1000
+KILL_SEED = int(os.environ.get("KILL_SEED", "1337"))
+KILLS = 20
 
 
 @pytest.fixture
@@ -175,7 +185,9 @@ def test_write_under_the_longest_name_succeeds(tmp_path):
 
 def test_write_over_a_folder_is_refused(tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(CheckpointError, match=r"out: cannot be written: it is a directory; give a file name, such as"):
+    with pytest.raises(
+        CheckpointError, match=r"out: cannot be written: it is a directory.*not a file; .*choose a place"
+    ):
         write(tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -188,6 +200,12 @@ def test_write_over_a_pipe_is_refused(tmp_path):
         write(path)
     assert path.is_fifo()
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_write_to_an_impossible_name_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        write(tmp_path / "ckpt\0.pt")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_write_into_a_file_as_folder_is_refused(old_path):
@@ -207,20 +225,125 @@ def test_write_into_a_locked_folder_is_refused(old_path):
         old_path.parent.chmod(0o700)
 
 
+# Killing the writer
+
+forks = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 and newer, as torch has threads
+
+
+@contextlib.contextmanager
+def start_child(work):
+    """Runs work(ready) in a fork of this process, where torch is imported already, and kills it with SIGKILL.
+
+    The block begins when the child calls ready().
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.set_num_threads(1)  # those of the parent are not in the child
+            work(lambda: os.write(writer, b"!"))
+        finally:
+            os._exit(1)
+    try:
+        os.close(writer)
+        assert os.read(reader, 1) == b"!"
+        yield
+    finally:
+        os.close(reader)
+        os.kill(child, signal.SIGKILL)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+@forks
 def test_write_killed_half_way_keeps_the_old_file(old_path):
-    program = f"""
-import time
-from hugging_nano_gpt.formats.atomic import open_atomically
-with open_atomically({str(old_path)!r}) as file:
-    file.write({NEW!r})
-    file.flush()
-    print("half way", flush=True)
-    time.sleep(60)
-"""
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout.readline() == "half way\n"
-        child.kill()
-    assert child.returncode == -signal.SIGKILL
+    def write_half(ready):
+        with open_atomically(old_path) as file:
+            file.write(NEW[:1000])
+            file.flush()
+            ready()
+            time.sleep(60)
+
+    with limit_time(20), start_child(write_half):
+        pass
     assert old_path.read_bytes() == OLD
     write(old_path)
     assert old_path.read_bytes() == NEW
+
+
+@pytest.fixture
+def both(checkpoint):
+    """Two checkpoints that differ in every tensor and in length."""
+    state = checkpoint.training_state
+    second = replace(
+        checkpoint,
+        state_dict={name: tensor + 1 for name, tensor in checkpoint.state_dict.items()},
+        training_state=replace(state, iter_num=8, config={"notes": "x" * 10_000}),
+    )
+    return checkpoint, second
+
+
+def list_contents(checkpoint):
+    state = checkpoint.training_state
+    optimizer = (state.optimizer.settings, state.optimizer.moments)
+    return checkpoint.state_dict, checkpoint.model_args, state.iter_num, state.best_val_loss, state.config, optimizer
+
+
+def is_same(left, right):
+    try:
+        assert_same(list_contents(left), list_contents(right))
+    except AssertionError:
+        return False
+    return True
+
+
+def write_in_place(checkpoint, path):
+    """Writes as nanoGPT's train.py does."""
+    with path.open("wb") as file:
+        nanogpt.write(checkpoint, file)
+
+
+def kill_writers(write, both, path):
+    """Kills writers of two checkpoints over one path; yields after each which of the two is there, or what else."""
+    parent, rng = os.getpid(), random.Random(KILL_SEED)
+    write(both[0], path)
+    start_s = time.monotonic()
+    write(both[1], path)
+    period_s = time.monotonic() - start_s
+
+    def write_in_turn(ready):
+        ready()
+        while os.getppid() == parent:  # no child outlives the tests
+            for checkpoint in both:
+                write(checkpoint, path)
+
+    for _ in range(KILLS):
+        with start_child(write_in_turn):
+            time.sleep(rng.uniform(0, 4 * period_s))
+        try:
+            found = read_checkpoint(path)
+        except CheckpointError as error:
+            yield str(error)
+        else:
+            yield "first" if is_same(found, both[0]) else "second" if is_same(found, both[1]) else "neither"
+
+
+@forks
+def test_write_checkpoint_killed_at_random_moments_leaves_the_old_or_the_new(both, tmp_path):
+    path = tmp_path / "out" / "ckpt.pt"
+    with limit_time(60):
+        outcomes = list(kill_writers(write_checkpoint, both, path))
+    assert [outcome for outcome in outcomes if outcome not in ("first", "second")] == [], f"KILL_SEED={KILL_SEED}"
+    assert len(outcomes) == KILLS
+    half_written = list(path.parent.glob(".writing-*"))
+    assert half_written, f"no writer was caught at work, with KILL_SEED={KILL_SEED}"
+    assert sorted(path.parent.iterdir()) == sorted([path, *half_written])
+
+
+@forks
+def test_write_in_place_killed_at_random_moments_leaves_neither(both, tmp_path):
+    """Shows that the test above tells a file that is neither from the two."""
+    with limit_time(60):
+        outcomes = list(kill_writers(write_in_place, both, tmp_path / "ckpt.pt"))
+    assert any(re.search("damaged or cut off|an empty file", outcome) for outcome in outcomes), (
+        f"KILL_SEED={KILL_SEED}"
+    )

@@ -18,7 +18,7 @@ import torch
 from hugging_nano_gpt import CheckpointError, read_checkpoint
 from hugging_nano_gpt.formats.build_nanogpt import GPTConfig
 
-from .tiny import FIXTURES_DIR
+from .tiny import FIXTURES_DIR, TORCH_VERSION
 
 SEED = int(os.environ.get("FUZZ_SEED", "1337"))
 CASES_PER_KIND = 75
@@ -134,7 +134,7 @@ def spoil_tensor(contents, model, rng, canary):
         lambda: torch.full_like(tensor, rng.choice([float("nan"), float("inf")])),
         lambda: tensor[..., :1].expand_as(tensor),
         lambda: torch.zeros(1).expand(10**6, 10**6),
-        lambda: tensor.to_sparse(),
+        lambda: tensor.to_sparse() if TORCH_VERSION >= (2, 7) else None,  # torch 2.6 fails at the next load
         lambda: rng.choice([None, 1.5, "x", [tensor], {"a": tensor}]),
     ]
     model[name] = rng.choice(replacements)()

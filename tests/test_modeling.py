@@ -17,7 +17,7 @@ from hugging_nano_gpt import (
     modeling_nano_gpt,
 )
 
-from .tiny import MODEL_ARGS, make_batch, make_model
+from .tiny import MODEL_ARGS, TORCH_VERSION, make_batch, make_model
 
 # Another order of float32 sums over at most 32 positions and 2 layers, on logits of size 10; measured at most 3e-6.
 TOLERANCE = {"rtol": 0, "atol": 2e-5}
@@ -99,6 +99,7 @@ def test_eager_attention_equals_sdpa():
     torch.testing.assert_close(model(ids).logits, expected, **TOLERANCE)
 
 
+@pytest.mark.skipif(TORCH_VERSION < (2, 7), reason="the compiler of torch 2.6 fails on Transformers' code")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's and transformers' own, when they compile it
 def test_flex_attention_equals_sdpa():
     model = make_model()
@@ -271,6 +272,7 @@ def test_resized_embeddings_stay_tied_and_keep_the_old_logits(bigger):
     torch.testing.assert_close(model(ids).logits[..., :kept], expected[..., :kept], **TOLERANCE)
 
 
+@pytest.mark.skipif(TORCH_VERSION < (2, 7), reason="the compiler of torch 2.6 fails on Transformers' code")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, in its compiler
 def test_compiled_forward_is_one_graph_without_a_mask():
     model = make_model().train()

@@ -12,6 +12,9 @@ from .reference import ReferenceGPT
 # Checkpoints that nanoGPT itself wrote, with the logits that it computed from them. The demo's is in the package.
 FIXTURES_DIR = Path(__file__).parent / "fixtures"
 
+# (major, minor), for what the oldest supported release cannot do.
+TORCH_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
 MODEL_ARGS: dict[str, Any] = {
     "n_layer": 2,
     "n_head": 4,

@@ -24,13 +24,13 @@ def open_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     Raises:
         CheckpointError: If the operating system refuses any step (no space, no permission, a folder in the way).
     """
-    target = Path(os.path.realpath(path))
     try:
+        target = Path(os.path.realpath(path))
         if target.exists() and not target.is_file():
             raise OSError("it is a directory, a device or a pipe, not a file")
         target.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(prefix=".writing-", suffix=".tmp", dir=target.parent)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise _explain(path, error) from error
     temporary = Path(name)
     try:
@@ -65,8 +65,8 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _explain(path: str | os.PathLike[str], error: OSError) -> CheckpointError:
-    return explain_failed_write(path, error.strerror or error)
+def _explain(path: str | os.PathLike[str], error: OSError | ValueError) -> CheckpointError:
+    return explain_failed_write(path, getattr(error, "strerror", None) or error)
 
 
 def explain_failed_write(path: str | os.PathLike[str], reason: object) -> CheckpointError:

@@ -74,12 +74,26 @@ def find_number_faults(tensors: Mapping[str, torch.Tensor]) -> list[str]:
 
 def find_dense_faults(tensors: Mapping[str, Any]) -> list[str]:
     """Finds what is no plain tensor in memory."""
-    odd = [name for name, tensor in tensors.items() if not isinstance(tensor, torch.Tensor) or not _is_dense(tensor)]
+    odd = [name for name, tensor in tensors.items() if not _is_dense(tensor) or tensor.device.type != "cpu"]
     return [f"model: expected dense tensors on the CPU, got others as {list_some(odd)}"] if odd else []
 
 
-def _is_dense(tensor: torch.Tensor) -> bool:
-    return tensor.layout == torch.strided and tensor.device.type == "cpu"
+def _is_dense(tensor: Any) -> bool:
+    return isinstance(tensor, torch.Tensor) and not tensor.is_meta and find_oddity(tensor) is None
+
+
+def find_oddity(tensor: torch.Tensor) -> str | None:
+    """Says what makes a tensor more than the numbers of its block in some order, if anything."""
+    if tensor.layout != torch.strided:
+        return str(tensor.layout)
+    if tensor.is_neg() or tensor.is_conj():
+        return "a negated or conjugated view"
+    reach = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride < reach:
+            return "one whose numbers share memory"  # as after expand()
+        reach = stride * size
+    return None
 
 
 def find_plain_faults(what: str, value: Any) -> list[str]:
@@ -89,9 +103,10 @@ def find_plain_faults(what: str, value: Any) -> list[str]:
         return keys + [fault for key, item in value.items() for fault in find_plain_faults(f"{what}[{key!r}]", item)]
     if type(value) in (list, tuple, set, torch.Size):
         return [fault for index, item in enumerate(value) for fault in find_plain_faults(f"{what}[{index}]", item)]
-    if type(value) in _PLAIN_TYPES or isinstance(value, torch.Tensor):
+    if type(value) in _PLAIN_TYPES or _is_dense(value):
         return []
-    return [f"{what}: expected plain Python types, got {type(value).__name__}"]
+    kind = "a tensor that is not dense" if isinstance(value, torch.Tensor) else type(value).__name__
+    return [f"{what}: expected plain Python types, got {kind}"]
 
 
 def list_some(names: Collection[Any]) -> str:

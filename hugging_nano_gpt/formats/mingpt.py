@@ -34,13 +34,14 @@ def read(file: TorchFile, *, n_head: int | None) -> Checkpoint:
         CheckpointError: With all faults found, before any tensor is read; also if n_head is not given.
     """
     names = clean_names(file.contents)
-    if n_head is None and "transformer.wte.weight" in names.tensors:
-        n_embd = names.tensors["transformer.wte.weight"].shape[-1]
+    inferred = infer_model_args(names.tensors)
+    if n_head is None and "n_embd" in inferred:
+        n_embd = inferred["n_embd"]
         raise file.fail(
             f"a bare state dict does not record the number of heads: expected n_head, a divisor of {n_embd}, got none",
             "give it as n_head=...; minGPT's models are listed in its model.py",
         )
-    model_args = {**infer_model_args(names.tensors), "n_head": n_head, "dropout": 0.0}
+    model_args = {**inferred, "n_head": n_head, "dropout": 0.0}
     faults = names.faults + find_model_faults(model_args, names.tensors)
     if faults:
         raise file.fail(

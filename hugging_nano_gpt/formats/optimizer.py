@@ -7,11 +7,12 @@ of the groupings, or that does not fit by shape, is refused and never guessed.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 
-from .check import join_some, list_some
+from .check import join_some
 from .shapes import iterate_shapes
 
 Names = list[str]
@@ -58,15 +59,19 @@ class OptimizerState:
 
     def find_faults(self, model_args: Mapping[str, Any]) -> list[str]:
         """Finds moments that are not of nanoGPT's model of these model_args, a sentence each."""
+        if len(self.settings) != 2 or not all(isinstance(value, dict) for value in (*self.settings, self.moments)):
+            return ["optimizer: expected settings of two groups and a dict of moments, got others"]
         shapes = list_parameter_shapes(model_args, is_tied=True)
         wrong = [
             f"{name!r}: expected two moments of {shapes.get(name, 'no parameter')}, got {found}"
             for name, moments in self.moments.items()
-            if (found := [tuple(moments[key].shape) for key in _MOMENTS if key in moments]) != [shapes.get(name)] * 2
+            if (found := _list_moment_shapes(moments)) != [shapes.get(name)] * 2
         ]
-        missing = set(shapes) - self.moments.keys() if self.moments else set()
-        if missing:
-            wrong.append(f"expected moments of all parameters or of none, missing {list_some(sorted(missing))}")
+        wrong += [
+            f"{name!r}: expected a step, got none"
+            for name, m in self.moments.items()
+            if isinstance(m, dict) and "step" not in m
+        ]
         return [f"optimizer: {join_some(wrong)}"] if wrong else []
 
     def to_adamw(self, model_args: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,6 +87,11 @@ class OptimizerState:
         return {"state": dict(sorted(state.items())), "param_groups": param_groups}
 
 
+def _list_moment_shapes(moments: Any) -> list[tuple[int, ...]]:
+    found = [moments.get(key) for key in _MOMENTS] if isinstance(moments, dict) else []
+    return [tuple(moment.shape) for moment in found if isinstance(moment, torch.Tensor)]
+
+
 def from_adamw(adamw: Any, model_args: Mapping[str, Any], is_tied: bool) -> OptimizerState:
     """Names the moments of a torch.optim.AdamW state dict of any nanoGPT.
 
@@ -93,6 +103,9 @@ def from_adamw(adamw: Any, model_args: Mapping[str, Any], is_tied: bool) -> Opti
         numbers = [list(group.pop("params")) for group in param_groups]
         found = {number: dict(moments) for number, moments in adamw["state"].items()}
         found_shapes = {number: {tuple(m[name].shape) for name in _MOMENTS} for number, m in found.items()}
+        are_numbers = all(type(number) is int for number in (*chain(*numbers), *found))
+        if not are_numbers or any("step" not in moments for moments in found.values()):
+            raise TypeError
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError("optimizer: expected a torch.optim.AdamW state dict, got something else") from error
     shapes = list_parameter_shapes(model_args, is_tied)
@@ -100,9 +113,8 @@ def from_adamw(adamw: Any, model_args: Mapping[str, Any], is_tied: bool) -> Opti
         groups = grouping(list(shapes), shapes)
         names = groups[0] + groups[1]
         split = [list(range(len(groups[0]))), list(range(len(groups[0]), len(names)))]
-        if numbers == split and all(
-            number in range(len(names)) and found_shapes[number] == {shapes[names[number]]} for number in found
-        ):
+        is_known = found.keys() <= set(range(len(names)))  # a parameter that was frozen has no moments
+        if numbers == split and is_known and all(found_shapes[n] == {shapes[names[n]]} for n in found):
             moments = {names[number]: found[number] for number in sorted(found)}
             return OptimizerState((param_groups[0], param_groups[1]), moments, grouping)
     sizes = [[len(group) for group in grouping(list(shapes), shapes)] for grouping in GROUPINGS]

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, cast
 import torch
 
 from ..errors import CheckpointError
+from .check import find_oddity
 from .source import fail, fail_damaged, measure_bytes, open_source
 
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -76,7 +77,7 @@ class TorchFile:
         """
         first_names: dict[tuple, str] = {}  # of each stored block
         for name, tensor in tensors.items():
-            if oddity := _find_oddity(tensor):
+            if oddity := find_oddity(tensor):
                 raise self.fail(f"{name}: expected a dense tensor, got {oddity}", "save a plain state dict")
             first_names.setdefault(_get_block_key(tensor), name)
         with ThreadPoolExecutor(_N_READERS) as readers:  # reads and checksums run outside Python's lock
@@ -273,20 +274,6 @@ def _iterate_tensors(contents: Any) -> Iterator[tuple[str, torch.Tensor]]:
             seen.add(id(item))
             entries = item.items() if isinstance(item, dict) else enumerate(item)
             pending.extend((f"{path}[{key!r}]", value) for key, value in entries)
-
-
-def _find_oddity(tensor: torch.Tensor) -> str | None:
-    """Says what makes a tensor more than the numbers of its block in some order, if anything."""
-    if tensor.layout != torch.strided:
-        return str(tensor.layout)
-    if tensor.is_neg() or tensor.is_conj():
-        return "a negated or conjugated view"
-    reach = 1
-    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
-        if stride < reach:
-            return "one whose numbers share memory"  # as after expand()
-        reach = stride * size
-    return None
 
 
 def _view_block(block: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

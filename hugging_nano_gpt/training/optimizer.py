@@ -55,13 +55,15 @@ def make_optimizer(
 def load_moments(optimizer: torch.optim.Optimizer, model: nn.Module, state: OptimizerState) -> None:
     """Gives an AdamW over a model's parameters, grouped in any way, the moments of a checkpoint.
 
-    The moments are copied, to each parameter's device; the state stays as it was read.
+    The moments are copied, to each parameter's device; the state stays as it was read. Where parameters are sharded
+    (FSDP2), so are their moments, for which every process has to call this.
 
     Raises:
         ConversionError: If the names or shapes of the moments are not those of the optimizer's parameters.
     """
     names = {id(parameter): name for name, parameter in name_parameters(model).items()}
-    order = [names.get(id(parameter), "?") for group in optimizer.param_groups for parameter in group["params"]]
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    order = [names.get(id(parameter), "?") for parameter in trained]
     missing = sorted(set(order) - state.moments.keys())
     unknown = sorted(state.moments.keys() - set(order))
     if missing or unknown:
@@ -72,8 +74,8 @@ def load_moments(optimizer: torch.optim.Optimizer, model: nn.Module, state: Opti
     raw = optimizer.state_dict()
     numbers = [number for group in raw["param_groups"] for number in group["params"]]
     moments = {
-        number: {key: value.clone() for key, value in state.moments[name].items()}  # torch would train the state's own
-        for number, name in zip(numbers, order, strict=True)
+        number: {key: _copy_like(value, parameter) for key, value in state.moments[name].items()}
+        for number, name, parameter in zip(numbers, order, trained, strict=True)
     }
     optimizer.load_state_dict({"state": moments, "param_groups": raw["param_groups"]})
 
@@ -116,7 +118,14 @@ def read_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Optimi
 
 
 def name_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns a model's parameters by nanoGPT's names, whatever torch.compile or DDP put before them."""
+    """Returns a model's parameters by nanoGPT's names, whatever torch.compile or DDP put before them.
+
+    Those that FSDP2 left whole, as a forward pass without a backward pass does, are sharded again: as the optimizer
+    has them.
+    """
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
     named = {}
     for name, parameter in model.named_parameters():
         while name.startswith(_WRAPPER_PREFIXES):
@@ -132,6 +141,16 @@ def gather(value: Any) -> torch.Tensor:
     if hasattr(tensor, "full_tensor"):
         tensor = tensor.full_tensor()
     return tensor.detach().to("cpu", copy=True)
+
+
+def _copy_like(moment: torch.Tensor, parameter: Any) -> torch.Tensor:
+    """Copies a moment, which torch would train in place, and shards it where its parameter is sharded."""
+    copy = moment.clone()
+    if moment.ndim and hasattr(parameter, "full_tensor"):  # the step count stays whole, as AdamW keeps it
+        from torch.distributed.tensor import distribute_tensor  # not in every build of torch
+
+        return distribute_tensor(copy, parameter.device_mesh, parameter.placements)
+    return copy
 
 
 def _plain_settings(group: Mapping[str, Any]) -> dict[str, Any]:
