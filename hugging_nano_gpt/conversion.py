@@ -32,6 +32,7 @@ _CONFIG_KWARGS = (
     "eos_token_id",
     "id2label",
     "label2id",
+    "loss_chunk_size",
     "num_labels",
     "pad_token_id",
     "problem_type",
@@ -96,8 +97,13 @@ def save_model(
             f"GELU, so nanoGPT's numbers will differ slightly; its checkpoints have no place to record the activation"
         )
     checkpoint = Checkpoint(model_args, _export_state_dict(model), training_state=state)
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+    if _is_main_process():
         write_checkpoint(checkpoint, path)
+
+
+def _is_main_process() -> bool:
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
 def _name_moments(

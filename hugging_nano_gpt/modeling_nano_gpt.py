@@ -455,7 +455,9 @@ class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, GenerationMixin):
             ckpt_path: Path of the ckpt.pt to write. Missing folders are made, as nanoGPT makes its out_dir.
             **kwargs: `optimizer`, `iter_num`, `best_val_loss` and `config` of the checkpoint. The last three default
                 to those of the checkpoint the model came from, or else to nanoGPT's values before the first step;
-                `optimizer` is a torch.optim.AdamW state dict in nanoGPT's parameter order and defaults to a fresh one.
+                `optimizer` is a checkpoint's `training_state.optimizer`, what training.read_optimizer takes from an
+                AdamW, or an AdamW state dict in nanoGPT's parameter order; a fresh one by default. Under
+                torch.distributed every process calls this, for sharded tensors, and the first one writes.
 
         Raises:
             ConversionError: If the model computes something that nanoGPT cannot (an untied head, a wrapped or

@@ -153,9 +153,7 @@ class TorchFile:
                 records[offset] = info
         except CheckpointError:
             raise
-        except (
-            Exception
-        ) as error:  # zipfile meets damage with many types: BadZipFile, UnicodeDecodeError, struct.error
+        except Exception as error:  # zipfile meets damage with many types: BadZipFile, UnicodeDecodeError, ...
             raise self._fail_damaged(error) from error
         if end > measure_bytes(self._file):
             raise self._fail_damaged("records longer than the file")
@@ -188,9 +186,8 @@ class TorchFile:
         return contents
 
     def _read_small_record(self, suffix: str, default: bytes | None = None) -> bytes:
-        found = [
-            info for info in self._records.values() if info.filename.lower().endswith(suffix)
-        ]  # as torch compares
+        # torch finds records whatever their case
+        found = [info for info in self._records.values() if info.filename.lower().endswith(suffix)]
         if not found and default is not None:
             return default
         if len(found) != 1 or found[0].file_size > _LARGEST_PICKLE_BYTES:
