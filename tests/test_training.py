@@ -145,6 +145,26 @@ class SummedMicroSteps(NanoGPTTrainer):
         return super().compute_loss(model, inputs, **kwargs) * 2
 
 
+def add_labels(trainer_class, make_labels):
+    """Makes a trainer whose batches have labels, from which Trainer counts the tokens that it divides the loss by."""
+
+    class WithLabels(trainer_class):
+        def get_train_dataloader(self):
+            loader = super().get_train_dataloader()
+            collate = loader.collate_fn
+            loader.collate_fn = lambda windows: make_labels(collate(windows))
+            return loader
+
+    return WithLabels
+
+
+# Trainer's default: labels instead of targets, so that a row of 32 tokens has 31 of them, and the loss a sum over their
+# number.
+TrainersOwnLoss = add_labels(
+    NanoGPTTrainer, lambda batch: {"input_ids": batch["input_ids"], "labels": batch["input_ids"]}
+)
+
+
 class DecayedNorms(NanoGPTTrainer):
     """Decays LayerNorm weights as if they were matrices."""
 
@@ -170,13 +190,22 @@ class ForgottenMoments(NanoGPTTrainer):
         return self.optimizer
 
 
-@pytest.mark.parametrize("broken", [SummedMicroSteps, DecayedNorms, LateSchedule, ForgottenMoments])
+@pytest.mark.parametrize("broken", [SummedMicroSteps, TrainersOwnLoss, DecayedNorms, LateSchedule, ForgottenMoments])
 def test_replay_with_one_thing_wrong_ends_elsewhere(broken, tmp_path):
     """Shows that the replay can fail."""
     model = load_start()
     trainer = make_trainer(tmp_path, model, trainer_class=broken)
     trainer.train()
     assert find_largest_difference(model, trainer.optimizer) > 100 * TOLERANCE
+
+
+def test_replay_divided_by_the_number_of_targets_ends_where_nanogpt_did(tmp_path):
+    """Trainer's sum over num_items_in_batch is nanoGPT's mean of means, bit for bit with 2 micro-steps."""
+    model = load_start()
+    counted = add_labels(NanoGPTTrainer, lambda batch: {**batch, "labels": batch["shift_labels"]})
+    trainer = make_trainer(tmp_path, model, trainer_class=counted)
+    trainer.train()
+    assert find_largest_difference(model, trainer.optimizer) <= TOLERANCE
 
 
 @pytest.mark.parametrize("is_interrupted", [False, True])
