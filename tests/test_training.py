@@ -158,7 +158,7 @@ def add_labels(trainer_class, make_labels):
     return WithLabels
 
 
-# Trainer's default: labels instead of targets, so that a row of 32 tokens has 31 of them, and the loss a sum over their
+# Trainer's default: labels instead of targets, so that a row of 32 tokens has 31, and the loss a sum over their
 # number.
 TrainersOwnLoss = add_labels(
     NanoGPTTrainer, lambda batch: {"input_ids": batch["input_ids"], "labels": batch["input_ids"]}
