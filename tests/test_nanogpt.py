@@ -4,8 +4,6 @@ The scripts run as they are, in a folder of links to the checkout with a small d
 """
 
 import importlib.util
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,16 +14,12 @@ import torch
 from hugging_nano_gpt import NanoGPTLMHeadModel, read_checkpoint
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
+from .conftest import assert_same
+from .scripts import NANOGPT_DIR, link_scripts, resume_trace, run_script, skip_without_nanogpt
 from .tiny import MODEL_ARGS, make_batch, make_pair
+from .trace import END, START_PATH, STEPS, TOLERANCE, find_largest_difference, load_start, make_trainer
 
-NANOGPT_DIR = os.environ.get("NANOGPT_DIR")
-
-pytestmark = [
-    pytest.mark.nanogpt,
-    pytest.mark.skipif(not NANOGPT_DIR, reason="NANOGPT_DIR names no checkout of karpathy/nanoGPT"),
-]
-
-SCRIPTS = ("model.py", "train.py", "sample.py", "configurator.py")
+pytestmark = [pytest.mark.nanogpt, skip_without_nanogpt]
 
 # The run that wrote the demo checkpoint, on the CPU.
 DEMO_FLAGS = (
@@ -48,24 +42,13 @@ def nanogpt():
 @pytest.fixture
 def workplace(tmp_path):
     """A folder in which nanoGPT's scripts run: its files, a character data set, and no tiktoken needed."""
-    for script in SCRIPTS:
-        (tmp_path / script).symlink_to(Path(NANOGPT_DIR) / script)
+    link_scripts(tmp_path)
     data_dir = tmp_path / "data" / "shakespeare_char"
     data_dir.mkdir(parents=True)
     (data_dir / "meta.pkl").write_bytes(META_PATH.read_bytes())
     for split, seed in (("train", 0), ("val", 1)):
         np.random.default_rng(seed).integers(0, 65, 4000, dtype=np.uint16).tofile(data_dir / f"{split}.bin")
-    (tmp_path / "tiktoken.py").write_text("# sample.py imports it, but a character model does not use it\n")
     return tmp_path
-
-
-def run_script(workplace, script, *flags):
-    # Python looks for model.py beside the script that the link leads to, and for our tiktoken.py on PYTHONPATH.
-    environment = {**os.environ, "PYTHONPATH": str(workplace), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, script, *flags]
-    done = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -114,7 +97,7 @@ def test_train_py_resumes_from_our_checkpoint(workplace, with_optimizer):
     assert resumed.training_state.iter_num == 5003
     assert list(resumed.state_dict) == list(original.state_dict)
     assert not torch.equal(resumed.state_dict["lm_head.weight"], original.state_dict["lm_head.weight"])
-    steps = {int(state["step"]) for state in resumed.training_state.optimizer["state"].values()}
+    steps = {int(state["step"]) for state in resumed.training_state.optimizer.moments.values()}
     assert steps == {5003 if with_optimizer else 3}
 
 
@@ -131,6 +114,41 @@ def test_train_py_resumes_from_ours_as_from_its_own(workplace):
         run_script(workplace, "train.py", *DEMO_FLAGS, "--max_iters=5003", "--eval_interval=5003")
         ends.append(read_checkpoint(path).state_dict)
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@pytest.fixture
+def two_threads():
+    """The recorded run had two, and with another number the sums come in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_train_py_goes_on_from_our_updates_as_from_its_own(workplace, two_threads):
+    """50 updates of ours and 50 of nanoGPT's after them end at the bits of 100 of nanoGPT's."""
+    path = workplace / "out" / "ckpt.pt"
+    trainer = make_trainer(workplace / "trainer", load_start(), STEPS[:50])
+    trainer.train()
+    trainer.save_nanogpt_ckpt(path)
+    assert not torch.equal(trainer.model.lm_head.weight, load_start().lm_head.weight)
+    ours = resume_trace(workplace, STEPS[50:])
+
+    path.write_bytes(START_PATH.read_bytes())
+    theirs = resume_trace(workplace, STEPS)
+    assert ours.training_state.iter_num == theirs.training_state.iter_num == 200
+    assert_same(ours.state_dict, theirs.state_dict)
+    assert_same(ours.training_state.optimizer.moments, theirs.training_state.optimizer.moments)
+    assert find_largest_difference(ours.state_dict, END.state_dict) <= TOLERANCE  # 0.0 where the run was recorded
+
+
+def test_train_py_goes_on_elsewhere_from_our_updates_without_moments(workplace, two_threads):
+    """Shows that the test above can fail."""
+    trainer = make_trainer(workplace / "trainer", load_start(), STEPS[:50])
+    trainer.train()
+    trainer.model.to_nanogpt_ckpt(workplace / "out" / "ckpt.pt", iter_num=150)
+    ours = resume_trace(workplace, STEPS[50:])
+    assert find_largest_difference(ours.state_dict, END.state_dict) > 100 * TOLERANCE
 
 
 def test_sample_py_samples_from_our_checkpoint(workplace):

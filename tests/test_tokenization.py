@@ -152,9 +152,7 @@ def test_read_meta_without_inverse_tables_is_refused(tmp_path, meta):
 def test_read_meta_too_large_is_refused(tmp_path):
     with (tmp_path / "meta.pkl").open("wb") as file:
         file.truncate((64 << 20) + 1)  # a hole, which takes no room
-    assert_refused(
-        tmp_path / "meta.pkl", "expected a meta.pkl, got a directory, a device or too large a file; check"
-    )
+    assert_refused(tmp_path / "meta.pkl", "expected a meta.pkl, got a directory, a device or too large a file; check")
 
 
 @pytest.mark.parametrize(

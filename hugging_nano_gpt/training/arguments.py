@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from ..errors import ConversionError
+
 # train.py's settings that TrainingArguments has under another name (train.py @ 3adf61e).
 _RENAMED = {
     "out_dir": "output_dir",
@@ -51,6 +53,9 @@ def training_arguments_from_nanogpt(
 
     Returns:
         The arguments, and the settings that have no counterpart in them, each with the reason or the place to go.
+
+    Raises:
+        ConversionError: If the micro-steps do not divide among the processes.
     """
     values = {ours: config[theirs] for theirs, ours in _RENAMED.items() if theirs in config}
     values |= _apply_rules(config, iter_num)
@@ -68,7 +73,13 @@ def _apply_rules(config: Mapping[str, Any], iter_num: int) -> dict[str, Any]:
     if "max_iters" in config:
         values["max_steps"] = max(config["max_iters"] - iter_num, 1)
     if "gradient_accumulation_steps" in config:  # nanoGPT counts micro-steps over all processes
-        values["gradient_accumulation_steps"] = max(config["gradient_accumulation_steps"] // world_size, 1)
+        micro_steps, rest = divmod(config["gradient_accumulation_steps"], world_size)
+        if rest:
+            raise ConversionError(
+                f"config: gradient_accumulation_steps: expected a multiple of the {world_size} processes, got "
+                f"{config['gradient_accumulation_steps']}; change one of the two, as nanoGPT asks too"
+            )
+        values["gradient_accumulation_steps"] = micro_steps
     if "wandb_log" in config:
         values["report_to"] = "wandb" if config["wandb_log"] else "none"
     device = str(config.get("device", ""))
@@ -78,4 +89,6 @@ def _apply_rules(config: Mapping[str, Any], iter_num: int) -> dict[str, Any]:
         values["bf16" if config["dtype"] == "bfloat16" else "fp16"] = True
     if "backend" in config and world_size > 1:  # nanoGPT's default is nccl on every machine, CPUs too
         values["ddp_backend"] = "gloo" if device.startswith("cpu") else config["backend"]
+    if world_size > 1:
+        values["ddp_find_unused_parameters"] = False  # all are used, and looking for others costs time
     return values

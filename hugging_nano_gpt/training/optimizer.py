@@ -124,8 +124,9 @@ def name_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     has them.
     """
     for module in model.modules():
-        if hasattr(module, "reshard"):
-            module.reshard()
+        reshard = getattr(module, "reshard", None)
+        if reshard is not None:
+            reshard()
     named = {}
     for name, parameter in model.named_parameters():
         while name.startswith(_WRAPPER_PREFIXES):

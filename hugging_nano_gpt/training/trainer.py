@@ -7,6 +7,7 @@ replay of a recorded nanoGPT run ends at the same bits.
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from ..conversion import save_model
 from ..formats.contents import TrainingState
 from .data import NANOGPT_SEED, RandomOffsetSampler, TokenDataset, collate_windows
-from .optimizer import make_optimizer, read_optimizer
+from .optimizer import load_moments, make_optimizer, read_optimizer
 from .schedule import NanoGPTSchedule
 
 # nanoGPT's number of batches for an estimate of the loss (train.py @ 3adf61e).
@@ -74,6 +75,12 @@ class NanoGPTTrainer(Trainer):
         """train.py's settings."""
         return self.training_state.config
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains as Trainer does; each process with dropout masks of its own, as in nanoGPT."""
+        if self.args.world_size > 1:
+            torch.manual_seed(NANOGPT_SEED + self.args.process_index)
+        return super().train(*args, **kwargs)
+
     def get_train_dataloader(self) -> DataLoader:
         """Serves each process its own random windows, as nanoGPT does, without sharding them again."""
         n_batches = self.args.max_steps * self.args.gradient_accumulation_steps
@@ -83,7 +90,10 @@ class NanoGPTTrainer(Trainer):
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Makes nanoGPT's optimizer, with the moments of the training state if it has any."""
         if self.optimizer is None:
-            self.optimizer = make_optimizer(model or self.model, self._settings(), self.training_state.optimizer)
+            state = self.training_state.optimizer
+            if self.is_fsdp_enabled and state is not None:
+                state = replace(state, moments={})  # Accelerate replaces the parameters: see create_scheduler
+            self.optimizer = make_optimizer(model or self.model, self._settings(), state)
         return self.optimizer
 
     def create_scheduler(
@@ -92,9 +102,11 @@ class NanoGPTTrainer(Trainer):
         """Makes nanoGPT's schedule, beginning at the training state's iter_num."""
         if self.lr_scheduler is None:
             optimizer = optimizer or self.optimizer
-            self.lr_scheduler = NanoGPTSchedule(
-                getattr(optimizer, "optimizer", optimizer), self._settings(), self.training_state.iter_num
-            )
+            optimizer = getattr(optimizer, "optimizer", optimizer)
+            state = self.training_state.optimizer
+            if self.is_fsdp_enabled and state is not None and state.moments:
+                load_moments(optimizer, self.model, state)  # Trainer calls this once the parameters are sharded
+            self.lr_scheduler = NanoGPTSchedule(optimizer, self._settings(), self.training_state.iter_num)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 

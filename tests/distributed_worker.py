@@ -1,0 +1,70 @@
+"""One process of test_distributed.py: makes recorded updates together with its peers, then writes a checkpoint.
+
+torchrun starts it as `-m tests.distributed_worker STRATEGY FOLDER`. The checkpoint is ckpt-0.pt, as the first process
+alone writes; held.pt is what the processes hold, gathered by torch's own functions and not by ours.
+"""
+
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+from torch.distributed.fsdp import fully_shard
+
+from hugging_nano_gpt.training import collate_windows, make_optimizer, read_optimizer
+
+from .trace import CONFIG, START, STEPS, load_start, make_trainer, train_by_hand
+
+N_UPDATES = 20
+
+# Long enough for a busy machine, short enough that a process without peers does not outlive the tests.
+TIMEOUT_S = 60
+
+
+def train_with_ddp(folder: Path, rank: int, world_size: int) -> None:
+    """Makes the updates through NanoGPTTrainer, each process one of the two micro-steps."""
+    trainer = make_trainer(
+        folder, load_start(), STEPS[:N_UPDATES], rank, world_size, ddp_timeout=TIMEOUT_S, logging_strategy="no"
+    )
+    trainer.train()
+    assert dist.get_world_size() == world_size
+    save_held(folder, trainer.model, trainer.optimizer.optimizer)
+    trainer.evaluate()
+    trainer.save_nanogpt_ckpt(folder / f"ckpt-{rank}.pt")
+
+
+def train_with_fsdp2(folder: Path, rank: int, world_size: int) -> None:
+    """Makes the updates by hand on sharded parameters, each process half of the rows of both micro-steps."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_S))
+    model = load_start().train()
+    for block in model.transformer.h:
+        fully_shard(block)
+    fully_shard(model)
+    optimizer = make_optimizer(model, state=START.training_state.optimizer)
+    share = CONFIG["batch_size"] // world_size
+    train_by_hand(model, optimizer, STEPS[:N_UPDATES], slice(rank * share, (rank + 1) * share))
+    save_held(folder, model, optimizer)
+
+    with torch.no_grad():  # an evaluation, after which FSDP2 leaves the root's parameters whole
+        model.eval()(**collate_windows([{name: torch.arange(8) for name in ("input_ids", "shift_labels")}]))
+    state = read_optimizer(optimizer, model)
+    model.to_nanogpt_ckpt(folder / f"ckpt-{rank}.pt", optimizer=state, iter_num=100 + N_UPDATES)
+
+
+def save_held(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Saves parameters and moments by name."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    parameters, state = get_state_dict(model, optimizer, options=options)
+    if dist.get_rank() == 0:
+        torch.save({"parameters": parameters, "moments": state["state"]}, folder / "held.pt")
+
+
+STRATEGIES = {"ddp": train_with_ddp, "fsdp2": train_with_fsdp2}
+
+if __name__ == "__main__":
+    STRATEGIES[sys.argv[1]](Path(sys.argv[2]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,225 @@
+"""training/data.py: the windows and offsets of nanoGPT's get_batch, from its token files and from llm.c's."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from hugging_nano_gpt import DataError, NanoGPTError
+from hugging_nano_gpt.training import FixedOffsetSampler, RandomOffsetSampler, TokenDataset, collate_windows
+
+MAGIC, VERSION = 20240520, 1
+BLOCK_SIZE = 8
+TOKENS = np.random.default_rng(0).integers(0, 2**16, 500).astype("<u2")  # all of uint16, also what int16 cannot hold
+
+
+def write_plain(path, tokens=TOKENS):
+    path.write_bytes(tokens.tobytes())
+    return path
+
+
+def write_shard(path, tokens=TOKENS, magic=MAGIC, version=VERSION, count=None):
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, version, len(tokens) if count is None else count
+    path.write_bytes(header.tobytes() + tokens.tobytes())
+    return path
+
+
+WRITERS = pytest.mark.parametrize("write", [write_plain, write_shard], ids=["plain", "llm.c"])
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return TokenDataset(write_plain(tmp_path / "train.bin"), BLOCK_SIZE)
+
+
+def make_loader(dataset, sampler, n_workers=0):
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_windows, num_workers=n_workers)
+
+
+def assert_batch_holds(batch, offsets, tokens=TOKENS):
+    """Asserts that a batch is the one that get_batch makes of these offsets: x from i, y from i + 1."""
+    for name, shift in (("input_ids", 0), ("shift_labels", 1)):
+        expected = np.stack([tokens[i + shift : i + shift + BLOCK_SIZE].astype(np.int64) for i in offsets])
+        assert batch[name].dtype == torch.int64
+        assert torch.equal(batch[name], torch.from_numpy(expected))
+
+
+@WRITERS
+def test_windows_of_any_offset_are_get_batchs_pairs(tmp_path, write):
+    dataset = TokenDataset(write(tmp_path / "train.bin"), BLOCK_SIZE)
+    assert len(dataset) == len(TOKENS) - BLOCK_SIZE  # get_batch draws below it
+    for offset in range(len(dataset)):
+        assert_batch_holds(collate_windows([dataset[offset]]), [offset])
+
+
+@pytest.mark.parametrize("name", ["input_ids", "shift_labels"])
+def test_windows_moved_by_one_token_are_told_apart(dataset, name):
+    """Shows that the test above can fail."""
+    batch = {**collate_windows([dataset[7]]), name: collate_windows([dataset[8]])[name]}
+    with pytest.raises(AssertionError):
+        assert_batch_holds(batch, [7])
+
+
+@WRITERS
+def test_file_of_one_window_and_its_last_target_is_long_enough(tmp_path, write):
+    tokens = TOKENS[: BLOCK_SIZE + 1]
+    dataset = TokenDataset(write(tmp_path / "train.bin", tokens), BLOCK_SIZE)
+    assert len(dataset) == 1
+    assert_batch_holds(collate_windows([dataset[0]]), [0], tokens)
+
+
+def test_shard_with_another_magic_number_is_a_plain_file(tmp_path):
+    """The header is told by its magic number alone: without it its 512 uint16 are tokens."""
+    dataset = TokenDataset(write_shard(tmp_path / "train.bin", magic=MAGIC + 1), BLOCK_SIZE)
+    assert len(dataset) == 512 + len(TOKENS) - BLOCK_SIZE
+    assert_batch_holds(collate_windows([dataset[512]]), [0])
+
+
+@pytest.mark.parametrize("offset", [-1, 492, 10**9])
+def test_window_of_an_offset_outside_the_file_is_refused(dataset, offset):
+    with pytest.raises(IndexError, match=rf"train\.bin: expected an offset from 0 to 491, got {offset}$"):
+        dataset[offset]
+
+
+@pytest.mark.parametrize("seed", [1337, 0])
+@pytest.mark.parametrize("batch_size", [1, 12])
+def test_random_offsets_are_those_that_get_batch_draws_after_the_seed(dataset, seed, batch_size):
+    torch.manual_seed(seed)
+    expected = [torch.randint(len(TOKENS) - BLOCK_SIZE, (batch_size,)).tolist() for _ in range(50)]
+    assert list(RandomOffsetSampler(dataset, batch_size, n_batches=50, seed=seed)) == expected
+
+
+def test_random_offsets_by_default_are_those_of_train_pys_seed(dataset):
+    assert list(RandomOffsetSampler(dataset, 4, 3)) == list(RandomOffsetSampler(dataset, 4, 3, seed=1337))
+
+
+def test_random_offsets_leave_torchs_own_random_numbers_alone(dataset):
+    before = torch.get_rng_state()
+    list(RandomOffsetSampler(dataset, 4, 3))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_random_offsets_of_each_rank_are_those_of_seed_plus_rank(dataset):
+    drawn = [list(RandomOffsetSampler(dataset, 4, 10, seed=1337, rank=rank)) for rank in range(4)]
+    assert drawn == [list(RandomOffsetSampler(dataset, 4, 10, seed=1337 + rank)) for rank in range(4)]
+    assert len({str(offsets) for offsets in drawn}) == 4
+
+
+def test_random_offsets_drawn_in_two_goes_continue(dataset):
+    sampler = RandomOffsetSampler(dataset, 4, n_batches=5)
+    assert [*sampler, *sampler] == list(RandomOffsetSampler(dataset, 4, n_batches=10))
+
+
+def test_random_offsets_without_a_number_of_batches_have_no_end_and_no_length(dataset):
+    sampler = RandomOffsetSampler(dataset, 4)
+    with pytest.raises(TypeError, match="without n_batches has no length"):
+        len(sampler)
+    batches = iter(sampler)
+    assert [next(batches) for _ in range(1000)] == list(RandomOffsetSampler(dataset, 4, n_batches=1000))
+    assert len(RandomOffsetSampler(dataset, 4, n_batches=7)) == 7
+
+
+def test_random_offsets_reach_the_first_window_and_the_last(tmp_path):
+    dataset = TokenDataset(write_plain(tmp_path / "train.bin", TOKENS[: BLOCK_SIZE + 3]), BLOCK_SIZE)
+    assert {offset for batch in RandomOffsetSampler(dataset, 8, 20) for offset in batch} == {0, 1, 2}
+
+
+def test_fixed_offsets_come_as_given_every_time(dataset):
+    batches = [[5, 0, 5], (491,), range(3)]
+    sampler = FixedOffsetSampler(batches)
+    assert len(sampler) == 3
+    for _ in range(2):
+        assert list(sampler) == [[5, 0, 5], [491], [0, 1, 2]]
+    for batch, offsets in zip(make_loader(dataset, sampler), batches, strict=True):
+        assert_batch_holds(batch, offsets)
+
+
+@WRITERS
+# Neither is a fault here: fork beside torch's threads (Python 3.12 and newer), and two workers on one core.
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+@pytest.mark.parametrize("n_workers", [0, 2])
+def test_batches_with_or_without_workers_are_get_batchs(tmp_path, write, n_workers):
+    dataset = TokenDataset(write(tmp_path / "train.bin"), BLOCK_SIZE)
+    loader = make_loader(dataset, RandomOffsetSampler(dataset, 4, n_batches=9), n_workers)
+    torch.manual_seed(1337)
+    expected = [torch.randint(len(TOKENS) - BLOCK_SIZE, (4,)).tolist() for _ in range(9)]
+    assert len(loader) == 9
+    for batch, offsets in zip(loader, expected, strict=True):
+        assert_batch_holds(batch, offsets)
+
+
+def test_batch_is_made_of_contiguous_int64_and_nothing_else(dataset):
+    batch = collate_windows([{**dataset[offset], "extra": 1} for offset in (3, 1)])
+    assert list(batch) == ["input_ids", "shift_labels"]
+    for tensor in batch.values():
+        assert (tensor.dtype, tensor.shape, tensor.is_contiguous()) == (torch.int64, (2, BLOCK_SIZE), True)
+
+
+def test_pickled_dataset_carries_the_path_and_no_map(dataset):
+    window = dataset[17]
+    pickled = pickle.dumps(dataset)
+    assert TOKENS.tobytes() not in pickled  # a pickled map is a copy of the file
+    again = pickle.loads(pickled)
+    assert (again.path, len(again)) == (dataset.path, len(dataset))
+    assert all(torch.equal(again[17][name], window[name]) for name in window)
+    assert all(torch.equal(dataset[17][name], window[name]) for name in window)
+
+
+def test_dataset_whose_file_is_replaced_keeps_what_it_mapped(dataset):
+    """As a run does while prepare.py writes a new file under the same name."""
+    window = dataset[0]["input_ids"]
+    other = write_plain(dataset.path.with_name("new.bin"), TOKENS[::-1])
+    other.replace(dataset.path)
+    assert torch.equal(dataset[0]["input_ids"], window)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: path, r"cannot be opened: No such file or directory; run the data set's prepare\.py$"),
+        (lambda path: path.mkdir(), "cannot be opened: Is a directory; run the data set's prepare"),
+        (lambda path: path.write_bytes(b"\0" * 999), "expected uint16 tokens, got an odd number of bytes, 999; write"),
+        (
+            lambda path: path.write_bytes(b""),
+            "too short: expected more than block_size=8 tokens, got 0; give a longer",
+        ),
+        (lambda path: write_plain(path, TOKENS[:8]), "expected more than block_size=8 tokens, got 8; give a longer"),
+        (lambda path: write_shard(path, TOKENS[:8]), "expected more than block_size=8 tokens, got 8; give a longer"),
+        (
+            lambda path: write_shard(path, version=2),
+            "expected an llm.c shard of version 1 and 2024 bytes, got version 2 and 2024 bytes; write it again$",
+        ),
+        (lambda path: write_shard(path, TOKENS[:-1], count=500), "2024 bytes, got version 1 and 2022 bytes; write"),
+        (lambda path: write_shard(path, count=499), "2022 bytes, got version 1 and 2024 bytes; write"),
+        (lambda path: write_shard(path, count=-1), "1022 bytes, got version 1 and 2024 bytes; write"),
+        (
+            lambda path: path.write_bytes(write_shard(path).read_bytes()[:1000]),
+            "2024 bytes, got version 1 and 1000 bytes; write",
+        ),
+        (lambda path: path.write_bytes(write_shard(path).read_bytes()[:-1]), "got version 1 and 2023 bytes; write"),
+    ],
+    ids=[
+        "missing",
+        "folder",
+        "odd",
+        "empty",
+        "short",
+        "short shard",
+        "version",
+        "truncated shard",
+        "longer shard",
+        "negative count",
+        "truncated header",
+        "odd shard",
+    ],
+)
+def test_file_that_is_not_whole_is_refused(tmp_path, write, message):
+    path = tmp_path / "train.bin"
+    write(path)
+    with pytest.raises(DataError, match=r"train\.bin: .*" + message) as caught:
+        TokenDataset(path, BLOCK_SIZE)
+    assert isinstance(caught.value, NanoGPTError)

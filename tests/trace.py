@@ -1,0 +1,97 @@
+"""The run of nanoGPT's train.py recorded in tests/fixtures/trace, and ways to make its updates again.
+
+Two checkpoints 100 updates apart, and every offset, learning rate and loss between them (2 micro-steps an update).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hugging_nano_gpt import NanoGPTLMHeadModel, read_checkpoint
+from hugging_nano_gpt.training import (
+    FixedOffsetSampler,
+    NanoGPTSchedule,
+    NanoGPTTrainer,
+    TokenDataset,
+    collate_windows,
+    training_arguments_from_nanogpt,
+)
+
+from .tiny import FIXTURES_DIR
+
+TRACE_DIR = FIXTURES_DIR / "trace"
+START_PATH = TRACE_DIR / "ckpt_100.pt"
+STEPS: list[dict[str, Any]] = json.loads((TRACE_DIR / "trace.json").read_text())["steps"]
+START, END = (read_checkpoint(TRACE_DIR / f"ckpt_{number}.pt") for number in (100, 200))
+CONFIG = START.training_state.config
+BLOCK_SIZE = CONFIG["block_size"]
+
+# On the machine and torch that made the trace the difference is 0.0; other processors and builds sum in another order,
+# and so do several processes.
+TOLERANCE = 1e-6
+
+
+def load_start() -> NanoGPTLMHeadModel:
+    """Loads the model as it was after 100 updates."""
+    return NanoGPTLMHeadModel.from_nanogpt_ckpt(START_PATH)
+
+
+def list_offsets(steps: Sequence[Mapping[str, Any]], rank: int = 0, world_size: int = 1) -> list[list[int]]:
+    """Lists the offsets of each micro-step; of several processes each takes its share, as nanoGPT divides them."""
+    return [micro["offsets"] for step in steps for micro in step["micro"][rank::world_size]]
+
+
+def make_trainer(
+    folder: Path,
+    model: NanoGPTLMHeadModel,
+    steps: Sequence[Mapping[str, Any]],
+    rank: int = 0,
+    world_size: int = 1,
+    **settings: Any,
+) -> NanoGPTTrainer:
+    """Makes a trainer that goes on from the start with the recorded batches of some updates."""
+    config = {**CONFIG, "max_iters": 100 + len(steps), "out_dir": str(folder)}
+    quiet = {"save_strategy": "no", "eval_strategy": "no", "disable_tqdm": True}
+    args, _ = training_arguments_from_nanogpt(config, iter_num=100, **quiet, **settings)
+    return NanoGPTTrainer(
+        model,
+        args,
+        TokenDataset(TRACE_DIR / "train.bin", BLOCK_SIZE),
+        TokenDataset(TRACE_DIR / "val.bin", BLOCK_SIZE),
+        training_state=START.training_state,
+        train_batch_sampler=FixedOffsetSampler(list_offsets(steps, rank, world_size)),
+    )
+
+
+def train_by_hand(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: Sequence[Mapping[str, Any]],
+    rows: slice = slice(None),
+) -> None:
+    """Makes recorded updates in nanoGPT's plain loop, on all rows of each batch or on one process's share of them."""
+    dataset = TokenDataset(TRACE_DIR / "train.bin", BLOCK_SIZE)
+    schedule = NanoGPTSchedule(optimizer, CONFIG, iter_num=steps[0]["iter"])
+    for step in steps:
+        for micro in step["micro"]:
+            batch = collate_windows([dataset[offset] for offset in micro["offsets"][rows]])
+            (model(**batch).loss / len(step["micro"])).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CONFIG["grad_clip"])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+
+
+def find_largest_difference(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> float:
+    """Returns how far two sets of tensors of the same names are apart."""
+    assert left.keys() == right.keys()
+    return torch.stack([(left[name] - right[name]).abs().max() for name in left]).max().item()  # NaN if any is
+
+
+def flatten_moments(moments: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Returns moments by parameter name under one name each: `exp_avg of lm_head.weight`."""
+    return {f"{key} of {name}": value for name, kept in moments.items() for key, value in kept.items()}
