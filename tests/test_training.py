@@ -4,7 +4,6 @@ tests/fixtures/trace was made by train.py: two checkpoints 100 updates apart, an
 between them (2 micro-steps an update, 2 CPU threads).
 """
 
-import json
 import math
 
 import pytest
@@ -15,29 +14,32 @@ from transformers import Trainer, TrainingArguments
 from hugging_nano_gpt import ConversionError, NanoGPTLMHeadModel, read_checkpoint
 from hugging_nano_gpt.demo import CKPT_PATH
 from hugging_nano_gpt.training import (
-    FixedOffsetSampler,
     NanoGPTCheckpointCallback,
     NanoGPTSchedule,
     NanoGPTTrainer,
     TokenDataset,
-    collate_windows,
     compute_lr,
     make_optimizer,
     read_optimizer,
     training_arguments_from_nanogpt,
 )
 
-from .tiny import FIXTURES_DIR, make_model
+from .tiny import make_model
+from .trace import (
+    CONFIG,
+    END,
+    START,
+    STEPS,
+    TOLERANCE,
+    TRACE_DIR,
+    find_largest_difference,
+    flatten_moments,
+    load_start,
+    make_trainer,
+    train_by_hand,
+)
 
-TRACE_DIR = FIXTURES_DIR / "trace"
-STEPS = json.loads((TRACE_DIR / "trace.json").read_text())["steps"]
-START, END = (read_checkpoint(TRACE_DIR / f"ckpt_{number}.pt") for number in (100, 200))
-CONFIG = START.training_state.config
-OFFSETS = [micro["offsets"] for step in STEPS for micro in step["micro"]]
 LOSSES = [micro["loss"] for step in STEPS for micro in step["micro"]]
-
-# On the machine and torch that made the trace the difference is 0.0; other processors and builds sum in another order.
-TOLERANCE = 1e-6
 
 
 @pytest.fixture(autouse=True)
@@ -49,40 +51,17 @@ def two_threads():
     torch.set_num_threads(before)
 
 
-def load_start():
-    return NanoGPTLMHeadModel.from_nanogpt_ckpt(TRACE_DIR / "ckpt_100.pt")
-
-
-def make_trainer(folder, model, n_updates=100, trainer_class=NanoGPTTrainer, **overrides):
-    settings = {"save_strategy": "no", "eval_strategy": "no", "disable_tqdm": True, "logging_steps": 1, **overrides}
-    config = {**CONFIG, "max_iters": 100 + n_updates, "out_dir": str(folder)}
-    args, _ = training_arguments_from_nanogpt(config, iter_num=100, **settings)
-    return trainer_class(
-        model,
-        args,
-        TokenDataset(TRACE_DIR / "train.bin", 32),
-        TokenDataset(TRACE_DIR / "val.bin", 32),
-        training_state=START.training_state,
-        train_batch_sampler=FixedOffsetSampler(OFFSETS),
-    )
-
-
 def record_losses(model):
     losses = []
     model.register_forward_hook(lambda module, args, outputs: losses.append(outputs.loss.item()))
     return losses
 
 
-def find_largest_difference(model, optimizer):
+def measure_distance(model, optimizer):
     """Returns how far the parameters and moments are from those that nanoGPT reached."""
-    parameters = max((END.state_dict[name] - t).abs().max().item() for name, t in model.state_dict().items())
-    found = read_optimizer(optimizer, model).moments
-    expected = END.training_state.optimizer.moments
-    assert found.keys() == expected.keys()
-    moments = max(
-        (found[n][key] - value).abs().max().item() for n, kept in expected.items() for key, value in kept.items()
-    )
-    return max(parameters, moments)
+    moments = flatten_moments(read_optimizer(optimizer, model).moments)
+    expected = flatten_moments(END.training_state.optimizer.moments)
+    return max(find_largest_difference(model.state_dict(), END.state_dict), find_largest_difference(moments, expected))
 
 
 def assert_same_settings(left, right):
@@ -93,17 +72,8 @@ def assert_same_settings(left, right):
 
 
 def replay_by_hand(model):
-    dataset = TokenDataset(TRACE_DIR / "train.bin", 32)
     optimizer = make_optimizer(model.train(), state=START.training_state.optimizer)
-    schedule = NanoGPTSchedule(optimizer, CONFIG, iter_num=100)
-    for step in STEPS:
-        for micro in step["micro"]:
-            batch = collate_windows([dataset[offset] for offset in micro["offsets"]])
-            (model(**batch).loss / 2).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CONFIG["grad_clip"])
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
+    train_by_hand(model, optimizer, STEPS)
     return optimizer
 
 
@@ -112,16 +82,16 @@ def test_replay_by_hand_ends_where_nanogpt_did():
     losses = record_losses(model)
     optimizer = replay_by_hand(model)
     assert max(abs(found - expected) for found, expected in zip(losses, LOSSES, strict=True)) <= TOLERANCE
-    assert find_largest_difference(model, optimizer) <= TOLERANCE
+    assert measure_distance(model, optimizer) <= TOLERANCE
 
 
 def test_replay_through_trainer_ends_where_nanogpt_did_and_equals_the_loop_bitwise(tmp_path):
     model = load_start()
     losses = record_losses(model)
-    trainer = make_trainer(tmp_path, model)
+    trainer = make_trainer(tmp_path, model, STEPS, logging_steps=1)
     trainer.train()
     assert max(abs(found - expected) for found, expected in zip(losses, LOSSES, strict=True)) <= TOLERANCE
-    assert find_largest_difference(model, trainer.optimizer) <= TOLERANCE
+    assert measure_distance(model, trainer.optimizer) <= TOLERANCE
     assert trainer.iter_num == 200
     logged = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
     assert logged == [step["lr"] for step in STEPS]
@@ -194,39 +164,39 @@ class ForgottenMoments(NanoGPTTrainer):
 def test_replay_with_one_thing_wrong_ends_elsewhere(broken, tmp_path):
     """Shows that the replay can fail."""
     model = load_start()
-    trainer = make_trainer(tmp_path, model, trainer_class=broken)
+    trainer = make_trainer(tmp_path, model, STEPS, trainer_class=broken)
     trainer.train()
-    assert find_largest_difference(model, trainer.optimizer) > 100 * TOLERANCE
+    assert measure_distance(model, trainer.optimizer) > 100 * TOLERANCE
 
 
 def test_replay_divided_by_the_number_of_targets_ends_where_nanogpt_did(tmp_path):
     """Trainer's sum over num_items_in_batch is nanoGPT's mean of means, bit for bit with 2 micro-steps."""
     model = load_start()
     counted = add_labels(NanoGPTTrainer, lambda batch: {**batch, "labels": batch["shift_labels"]})
-    trainer = make_trainer(tmp_path, model, trainer_class=counted)
+    trainer = make_trainer(tmp_path, model, STEPS, trainer_class=counted)
     trainer.train()
-    assert find_largest_difference(model, trainer.optimizer) <= TOLERANCE
+    assert measure_distance(model, trainer.optimizer) <= TOLERANCE
 
 
 @pytest.mark.parametrize("is_interrupted", [False, True])
 def test_trainer_resumed_from_its_own_checkpoint_ends_at_the_same_bits(tmp_path, is_interrupted):
     model = load_start()
-    trainer = make_trainer(tmp_path, model, n_updates=8, save_strategy="steps", save_steps=5)
+    trainer = make_trainer(tmp_path, model, STEPS[:8], save_strategy="steps", save_steps=5)
     if is_interrupted:
         trainer.train(resume_from_checkpoint=None)
         model = load_start()
-        trainer = make_trainer(tmp_path, model, n_updates=8)
+        trainer = make_trainer(tmp_path, model, STEPS[:8])
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     else:
         trainer.train()
     other = load_start()
-    make_trainer(tmp_path / "other", other, n_updates=8).train()
+    make_trainer(tmp_path / "other", other, STEPS[:8]).train()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
 def test_callback_writes_a_nanogpt_checkpoint_at_every_save(tmp_path):
     model = load_start()
-    trainer = make_trainer(tmp_path, model, n_updates=6, save_strategy="steps", save_steps=3, eval_strategy="steps")
+    trainer = make_trainer(tmp_path, model, STEPS[:6], save_strategy="steps", save_steps=3, eval_strategy="steps")
     trainer.add_callback(NanoGPTCheckpointCallback(trainer, tmp_path / "ckpt.pt"))
     trainer.train()
     state = read_checkpoint(tmp_path / "ckpt.pt").training_state
@@ -235,7 +205,7 @@ def test_callback_writes_a_nanogpt_checkpoint_at_every_save(tmp_path):
 
 
 def test_evaluate_logs_both_losses_under_nanogpts_names(tmp_path):
-    trainer = make_trainer(tmp_path, load_start())
+    trainer = make_trainer(tmp_path, load_start(), STEPS)
     metrics = trainer.evaluate()
     assert set(metrics) == {"train/loss", "val/loss", "eval_loss"}
     assert metrics["val/loss"] == metrics["eval_loss"]

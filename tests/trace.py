@@ -51,13 +51,14 @@ def make_trainer(
     steps: Sequence[Mapping[str, Any]],
     rank: int = 0,
     world_size: int = 1,
+    trainer_class: type[NanoGPTTrainer] = NanoGPTTrainer,
     **settings: Any,
 ) -> NanoGPTTrainer:
     """Makes a trainer that goes on from the start with the recorded batches of some updates."""
     config = {**CONFIG, "max_iters": 100 + len(steps), "out_dir": str(folder)}
     quiet = {"save_strategy": "no", "eval_strategy": "no", "disable_tqdm": True}
-    args, _ = training_arguments_from_nanogpt(config, iter_num=100, **quiet, **settings)
-    return NanoGPTTrainer(
+    args, _ = training_arguments_from_nanogpt(config, iter_num=100, **{**quiet, **settings})
+    return trainer_class(
         model,
         args,
         TokenDataset(TRACE_DIR / "train.bin", BLOCK_SIZE),
