@@ -68,7 +68,7 @@ def main() -> None:
     for contender in contenders.values():
         del contender.times_s[:WARM_UP_ROUNDS]
     is_cpu = args.device == "cpu" and not args.compile
-    further = {**measure_loss_memory(), **measure_trainer(sizes, args.repeats)} if is_cpu else {}
+    further = {**measure_loss_memory(), **measure_trainer(sizes)} if is_cpu else {}
     report(contenders, args, further)
 
 

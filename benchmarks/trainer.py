@@ -45,7 +45,7 @@ class UpdateTimes(TrainerCallback):
         self.times_s.append(time.perf_counter())
 
 
-def measure_trainer(sizes: dict[str, int], n_updates: int, rounds: int = 3) -> dict[str, Any]:
+def measure_trainer(sizes: dict[str, int], n_updates: int = 15, rounds: int = 2) -> dict[str, Any]:
     """Returns the median seconds of an update both ways, and whether they ended at the same bits."""
     seconds: dict[str, list[float]] = {"trainer": [], "loop": []}
     with tempfile.TemporaryDirectory() as folder:
