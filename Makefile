@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: demo test check fix bench clean
+.PHONY: demo test check fix examples bench clean
 
 demo: $(READY)
 	$(VENV)/bin/hugging-nano-gpt demo
@@ -19,6 +19,13 @@ check: $(READY)
 fix: $(READY)
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
+
+# Idle threads that spin make small models very slow where other programs run too.
+examples: export OMP_WAIT_POLICY = passive
+examples: $(READY)
+	$(VENV)/bin/python examples/resume_in_trainer.py
+	$(VENV)/bin/python examples/back_to_nanogpt.py
+	PYTHON=$(VENV)/bin/python sh examples/finetune_fsdp.sh
 
 bench: $(READY)
 	$(VENV)/bin/python benchmarks/load.py

@@ -1,0 +1,53 @@
+"""Continues a nanoGPT run in Transformers' Trainer, with its optimizer state, its schedule and its settings.
+
+The run is the bundled demo checkpoint: train.py stopped it after 5,000 iterations of data/shakespeare_char. Here it
+goes on for 40 updates, and ends as a checkpoint of Trainer's own and as a ckpt.pt from which train.py goes on.
+
+Run: python examples/resume_in_trainer.py [out-example]
+"""
+
+from dataclasses import replace
+
+from shakespeare_sample import choose_out_dir, write_data
+
+from hugging_nano_gpt import NanoGPTLMHeadModel, read_checkpoint
+from hugging_nano_gpt.demo import CKPT_PATH
+from hugging_nano_gpt.training import (
+    NanoGPTCheckpointCallback,
+    NanoGPTTrainer,
+    TokenDataset,
+    training_arguments_from_nanogpt,
+)
+
+N_UPDATES = 40
+
+out_dir = choose_out_dir()
+data_dir = write_data(out_dir / "data")
+
+model = NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH)
+state = read_checkpoint(CKPT_PATH).training_state  # iter_num, best_val_loss, settings, AdamW's moments
+
+# The run had decayed its learning rate to the end; with 1,000 iterations more to decay, it has some way to go.
+changes = {"lr_decay_iters": state.iter_num + 1000, "eval_interval": N_UPDATES, "eval_iters": 10}
+config = {**state.config, **changes, "max_iters": state.iter_num + N_UPDATES, "out_dir": str(out_dir)}
+args, _ = training_arguments_from_nanogpt(config, iter_num=state.iter_num, disable_tqdm=True)
+
+trainer = NanoGPTTrainer(
+    model,
+    args,
+    TokenDataset(data_dir / "train.bin", model.config.block_size),
+    TokenDataset(data_dir / "val.bin", model.config.block_size),
+    training_state=replace(state, config=config, best_val_loss=1e9),  # other data than the run's, so no best loss yet
+)
+trainer.add_callback(NanoGPTCheckpointCallback(trainer, out_dir / "ckpt.pt"))
+before = trainer.evaluate()["val/loss"]
+trainer.train()
+
+written = read_checkpoint(out_dir / "ckpt.pt").training_state
+steps = {int(moments["step"]) for moments in written.optimizer.moments.values()}
+assert written.best_val_loss < before
+assert written.iter_num == state.iter_num + N_UPDATES
+assert steps == {written.iter_num}  # AdamW went on where train.py left it
+assert (out_dir / f"checkpoint-{N_UPDATES}" / "model.safetensors").is_file()  # Trainer's own
+print(f"Continued to iteration {written.iter_num}, validation loss {before:.4f} to {written.best_val_loss:.4f}.")
+print(f"Wrote {out_dir / 'ckpt.pt'}")
