@@ -28,9 +28,8 @@ def write_data(data_dir: Path) -> Path:
     model = NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH)
     torch.manual_seed(1337)
     newlines = torch.zeros(N_SAMPLES, 1, dtype=torch.long)  # token 0, with which nanoGPT's sample.py begins
-    samples = model.generate(
-        newlines, max_new_tokens=model.config.block_size - 1, do_sample=True, temperature=0.5
-    )  # (N_SAMPLES, block_size)
+    n_new = model.config.block_size - 1
+    samples = model.generate(newlines, max_new_tokens=n_new, do_sample=True, temperature=0.5)  # (rows, block_size)
     tokens = samples.flatten().numpy().astype(np.uint16)
     n_val = len(tokens) // VAL_SHARE
     tokens[:-n_val].tofile(data_dir / "train.bin")

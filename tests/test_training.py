@@ -5,6 +5,7 @@ between them (2 micro-steps an update, 2 CPU threads).
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -202,6 +203,17 @@ def test_callback_writes_a_nanogpt_checkpoint_at_every_save(tmp_path):
     state = read_checkpoint(tmp_path / "ckpt.pt").training_state
     assert state.iter_num == 106
     assert {int(moments["step"]) for moments in state.optimizer.moments.values()} == {106}
+
+
+def test_best_val_loss_survives_a_resume_from_trainers_own_checkpoint(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    first = make_trainer(tmp_path, load_start(), STEPS[:2], **settings)
+    first.training_state = replace(START.training_state, best_val_loss=1e9)
+    first.train()
+    second = make_trainer(tmp_path, load_start(), STEPS[:3])
+    second.training_state = replace(START.training_state, best_val_loss=1e9)
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert first.best_val_loss == second.best_val_loss < 10
 
 
 def test_evaluate_logs_both_losses_under_nanogpts_names(tmp_path):

@@ -68,8 +68,9 @@ def load_moments(optimizer: torch.optim.Optimizer, model: nn.Module, state: Opti
     unknown = sorted(state.moments.keys() - set(order))
     if missing or unknown:
         raise ConversionError(
-            f"optimizer state: expected moments of the optimizer's parameters, missing {list_some(missing)}, got "
-            f"others {list_some(unknown)}; train the parameters that the checkpoint trained, or start afresh"
+            f"optimizer state: expected moments of the optimizer's parameters, missing {list_some(missing) or 'none'}"
+            f", got others {list_some(unknown) or 'none'}; train the parameters that the checkpoint trained, or start "
+            f"afresh"
         )
     raw = optimizer.state_dict()
     numbers = [number for group in raw["param_groups"] for number in group["params"]]

@@ -23,6 +23,9 @@ from .schedule import NanoGPTSchedule
 # nanoGPT's number of batches for an estimate of the loss (train.py @ 3adf61e).
 _EVAL_ITERS = 200
 
+# Far from the seeds of training, rank by rank, so that evaluation does not see the windows that it trains on first.
+_EVAL_SEED = NANOGPT_SEED + 1_000_000
+
 
 class NanoGPTTrainer(Trainer):
     """Continues, or begins, a nanoGPT run.
@@ -54,7 +57,6 @@ class NanoGPTTrainer(Trainer):
     ):
         remembered = getattr(model, "nanogpt_training_state", TrainingState())
         self.training_state: TrainingState = remembered if training_state is None else training_state
-        self.best_val_loss = self.training_state.best_val_loss
         self._train_batch_sampler = train_batch_sampler
         super().__init__(
             model=model,
@@ -69,6 +71,12 @@ class NanoGPTTrainer(Trainer):
     def iter_num(self) -> int:
         """nanoGPT's count of updates: those before this trainer and its own."""
         return self.training_state.iter_num + self.state.global_step
+
+    @property
+    def best_val_loss(self) -> float:
+        """Lowest validation loss so far, in nats per token, of the training state and all evaluations since."""
+        logged = (entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry)
+        return min([self.training_state.best_val_loss, *logged])
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -123,7 +131,6 @@ class NanoGPTTrainer(Trainer):
         losses = {split: self._estimate_loss(dataset) for split, dataset in datasets.items() if dataset is not None}
         metrics = {f"{split}/loss": loss for split, loss in losses.items()}
         metrics[f"{metric_key_prefix}_loss"] = losses.get("val", losses["train"])
-        self.best_val_loss = min(self.best_val_loss, metrics[f"{metric_key_prefix}_loss"])
         self.log({**metrics, "iter": self.iter_num})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -141,7 +148,8 @@ class NanoGPTTrainer(Trainer):
         )
 
     def _settings(self) -> dict[str, Any]:
-        # What the arguments say goes, for settings that both have.
+        # What the arguments say goes, for settings that both have; but a state with moments brings its own weight
+        # decay and betas, as in train.py.
         arguments = {
             "learning_rate": self.args.learning_rate,
             "weight_decay": self.args.weight_decay,
@@ -154,7 +162,7 @@ class NanoGPTTrainer(Trainer):
         model = self.model_wrapped if self.is_fsdp_enabled else self.model
         was_training = model.training
         model.eval()
-        sampler = self._make_sampler(dataset, self.config.get("eval_iters", _EVAL_ITERS))
+        sampler = self._make_sampler(dataset, self.config.get("eval_iters", _EVAL_ITERS), _EVAL_SEED)
         losses = []
         for batch in self._make_loader(dataset, sampler):
             with self.compute_loss_context_manager():
@@ -163,9 +171,9 @@ class NanoGPTTrainer(Trainer):
         mean = torch.stack(losses).mean()
         return float(self.accelerator.gather(mean).mean())
 
-    def _make_sampler(self, dataset: TokenDataset, n_batches: int) -> RandomOffsetSampler:
+    def _make_sampler(self, dataset: TokenDataset, n_batches: int, seed: int = NANOGPT_SEED) -> RandomOffsetSampler:
         batch_size = self.args.per_device_train_batch_size
-        return RandomOffsetSampler(dataset, batch_size, n_batches, NANOGPT_SEED, self.args.process_index)
+        return RandomOffsetSampler(dataset, batch_size, n_batches, seed, self.args.process_index)
 
     def _make_loader(self, dataset: TokenDataset, batch_sampler: Any) -> DataLoader:
         return DataLoader(
