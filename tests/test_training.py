@@ -353,6 +353,21 @@ def test_plain_trainer_logs_the_loss_of_nanogpt_and_its_groups(tmp_path):
     assert groups[1]["weight_decay"] == 0.0
 
 
+def test_plain_trainer_shifts_labels_when_it_smooths_them(tmp_path):
+    model = load_start()
+    trainer = make_plain_trainer(tmp_path, model, label_smoothing_factor=0.1)
+    ids = next(iter(trainer.get_train_dataloader()))["input_ids"]
+    with torch.no_grad():
+        logits = model(ids).logits[:, :-1].flatten(0, 1)
+        expected = nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), label_smoothing=0.1).item()
+        unshifted = nn.functional.cross_entropy(
+            model(ids).logits.flatten(0, 1), ids.flatten(), label_smoothing=0.1
+        ).item()
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, abs=1e-5)
+    assert abs(unshifted - expected) > 0.1
+
+
 @pytest.mark.parametrize(
     "settings",
     [
