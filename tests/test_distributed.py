@@ -17,6 +17,7 @@ from hugging_nano_gpt.training import make_optimizer, read_optimizer
 
 from .conftest import assert_same
 from .scripts import link_scripts, resume_trace, skip_without_nanogpt
+from .tiny import TORCH_VERSION
 from .trace import (
     CONFIG,
     START,
@@ -41,7 +42,10 @@ REPOSITORY_DIR = Path(__file__).parents[1]
 TIMEOUT_S = 120
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+needs_newer_torch = pytest.mark.skipif(TORCH_VERSION < (2, 7), reason="FSDP2 of torch 2.6 does not run on a CPU")
+
+
+@pytest.fixture(scope="module", params=["ddp", pytest.param("fsdp2", marks=needs_newer_torch)])
 def folder(request, tmp_path_factory):
     """Where two processes left a checkpoint, and in held.pt what they held."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -104,7 +108,8 @@ def test_checkpoint_of_two_processes_says_where_the_run_stands(folder):
     state = checkpoint.training_state
     assert (state.iter_num, state.config) == (100 + N_UPDATES, CONFIG)
     assert {int(moments["step"]) for moments in state.optimizer.moments.values()} == {100 + N_UPDATES}
-    assert state.optimizer.settings[0].keys() == START.training_state.optimizer.settings[0].keys()
+    # torch 2.6 lacks one setting of the torch that wrote the recording
+    assert state.optimizer.settings[0].keys() <= START.training_state.optimizer.settings[0].keys()
     assert checkpoint.model_args == START.model_args
 
 
