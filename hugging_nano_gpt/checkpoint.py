@@ -7,13 +7,11 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from .configuration_nano_gpt import ACTIVATION_FUNCTIONS
 from .errors import ConversionError
 from .formats import build_nanogpt, llmc, mingpt, nanogpt
 from .formats.atomic import explain_failed_write, open_atomically
-from .formats.check import find_dense_faults, find_model_faults, find_number_faults, find_plain_faults
+from .formats.check import find_dense_faults, find_model_faults, find_number_faults, find_plain_faults, is_tied
 from .formats.contents import Checkpoint, TrainingState
 from .formats.optimizer import OptimizerState
 from .formats.source import fail
@@ -116,19 +114,19 @@ def _settle_tying(checkpoint: Checkpoint, wanted: bool | None) -> Checkpoint:
     """Makes one tensor of two equal matrices, or two of one, as the tying says."""
     state_dict = dict(checkpoint.state_dict)
     head, embedding = state_dict["lm_head.weight"], state_dict["transformer.wte.weight"]
-    is_equal = head is embedding or torch.equal(head, embedding)
+    is_equal = is_tied(state_dict)
     if wanted and not is_equal:
         raise fail(
             checkpoint.path or Path(),
             "lm_head and the token embedding cannot be tied: expected equal matrices, got different ones",
             "leave tie_word_embeddings out to load them untied",
         )
-    is_tied = is_equal if wanted is None else wanted
-    if is_tied:
+    is_wanted = is_equal if wanted is None else wanted
+    if is_wanted:
         state_dict["lm_head.weight"] = embedding
     elif head is embedding:
         state_dict["lm_head.weight"] = embedding.clone()
-    return replace(checkpoint, state_dict=state_dict, tie_word_embeddings=is_tied)
+    return replace(checkpoint, state_dict=state_dict, tie_word_embeddings=is_wanted)
 
 
 def _find_state_faults(state: TrainingState) -> list[str]:
@@ -151,8 +149,7 @@ def _find_state_faults(state: TrainingState) -> list[str]:
 
 
 def _find_tying_faults(checkpoint: Checkpoint) -> list[str]:
-    head, embedding = (checkpoint.state_dict[name] for name in ("lm_head.weight", "transformer.wte.weight"))
-    if head is embedding or torch.equal(head, embedding):
+    if is_tied(checkpoint.state_dict):
         return []
     return [
         "lm_head.weight: expected the numbers of transformer.wte.weight, because the format ties them and would "

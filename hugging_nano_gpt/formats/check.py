@@ -72,6 +72,12 @@ def find_number_faults(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     return [f"model: expected finite numbers, got NaN or infinity in {list_some(spoilt)}"] if spoilt else []
 
 
+def is_tied(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Tells whether lm_head and the token embedding are one tensor, or hold the same numbers."""
+    head, embedding = tensors["lm_head.weight"], tensors["transformer.wte.weight"]
+    return head is embedding or torch.equal(head, embedding)
+
+
 def find_dense_faults(tensors: Mapping[str, Any]) -> list[str]:
     """Finds what is no plain tensor in memory."""
     odd = [name for name, tensor in tensors.items() if not _is_dense(tensor) or tensor.device.type != "cpu"]

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from .check import find_key_faults, find_model_faults
+from .check import find_key_faults, find_model_faults, is_tied
 from .contents import NO_VAL_LOSS, Checkpoint, TrainingState
 from .names import CleanNames, clean_names
 from .optimizer import OptimizerState, from_adamw, group_by_module, make_fresh_state
@@ -47,12 +47,11 @@ def read(file: TorchFile, *, with_optimizer: bool) -> Checkpoint:
         raise _fail(file, faults)
 
     state_dict = file.read_tensors(names.tensors)
-    is_tied = _is_tied(state_dict)
     optimizer: OptimizerState | None = None
     fault = None
     if contents.get("optimizer") is not None:
         try:
-            optimizer = from_adamw(contents["optimizer"], model_args, is_tied)
+            optimizer = from_adamw(contents["optimizer"], model_args, is_tied(state_dict))
         except ValueError as error:
             fault = str(error)
     if fault and with_optimizer:
@@ -124,11 +123,6 @@ def _complete_model_args(
     missing = {name: value for name, value in inferred.items() if name not in recorded}
     assumptions = [f"{name} {value}, as its tensors have: model_args lacks it" for name, value in missing.items()]
     return {**recorded, **missing}, assumptions
-
-
-def _is_tied(state_dict: Mapping[str, torch.Tensor]) -> bool:
-    head, embedding = state_dict["lm_head.weight"], state_dict["transformer.wte.weight"]
-    return head is embedding or torch.equal(head, embedding)
 
 
 def _tell_activation(
