@@ -3,7 +3,7 @@
 Modules carry nanoGPT's names and layouts and the arithmetic follows its order, so in training and in inference every
 number equals nanoGPT's bit for bit. What Transformers adds (caches, attention back ends, padding, recorded outputs)
 stays out of the way when it is not asked for. This file travels with saved models as remote code, so it imports
-torch, transformers and its own configuration, and nothing else of this package.
+torch, transformers and the two files that travel with it, and nothing else of this package.
 
 Shapes: B batch, T tokens, S keys (cached + T), C n_embd, H heads, D head size = C / H, V vocabulary.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_causal_mask
@@ -32,6 +32,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_nano_gpt import NanoGPTConfig
+from .generation_nano_gpt import NanoGPTGenerationMixin
 
 
 def eager_attention_forward(
@@ -84,9 +85,11 @@ class NanoGPTAttention(nn.Module):
         query = query.view(head_shape).transpose(1, 2)  # (B, H, T, D)
         key = key.view(head_shape).transpose(1, 2)
         value = value.view(head_shape).transpose(1, 2)
+        dtype = query.dtype
 
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, S, D)
+            query = query.to(key.dtype)  # a cache may be more precise than the model is
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -101,7 +104,7 @@ class NanoGPTAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        attn_output = attn_output.reshape(*input_shape, -1).contiguous()  # (B, T, C)
+        attn_output = attn_output.reshape(*input_shape, -1).contiguous().to(dtype)  # (B, T, C)
         return self.resid_dropout(self.c_proj(attn_output)), attn_weights
 
 
@@ -330,7 +333,7 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
             )
 
 
-class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, GenerationMixin):
+class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, NanoGPTGenerationMixin):
     """nanoGPT's GPT: the transformer and the language-model head, tied to the token embedding."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
@@ -433,17 +436,6 @@ class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, GenerationMixin):
             sums = [checkpoint(_sum_cross_entropy, piece, weight, kept, use_reentrant=False) for piece, kept in pieces]
             loss = torch.stack(sums).sum()
         return loss / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
-
-    def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length):
-        # GenerationMixin calls this once, with the final max_length, before the first forward pass.
-        super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
-        if generation_config.max_length > self.config.block_size:
-            raise ValueError(
-                f"{type(self).__name__}.generate: sequence too long: expected at most "
-                f"block_size={self.config.block_size} tokens, got {generation_config.max_length} "
-                f"({input_ids_length} of the prompt and {generation_config.max_length - input_ids_length} new); "
-                f"shorten the prompt or lower max_new_tokens"
-            )
 
     def to_nanogpt_ckpt(self, ckpt_path: str | os.PathLike[str], **kwargs: Any) -> None:
         """Writes a checkpoint that nanoGPT's train.py resumes and its sample.py reads.

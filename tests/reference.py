@@ -75,9 +75,18 @@ class ReferenceGPT(nn.Module):
             return logits, None
         return logits, F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1), ignore_index=-1)
 
-    @torch.no_grad()
     def generate_greedily(self, idx: Tensor, count: int) -> Tensor:
-        """Appends the most likely token count times, reading the whole sequence again for each."""
+        """Appends the most likely token count times."""
+        return self.sample(idx, count, top_k=1)
+
+    @torch.no_grad()
+    def sample(self, idx: Tensor, count: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
+        """Appends count drawn tokens, reading the last block_size tokens again for each; ties at the top_k stay."""
+        block_size = self.transformer["wpe"].num_embeddings
         for _ in range(count):
-            idx = torch.cat([idx, self(idx)[0][:, -1:].argmax(-1)], dim=1)
+            scores = self(idx[:, -block_size:])[0][:, -1] / temperature
+            if top_k is not None:
+                threshold = scores.sort(descending=True).values[:, min(top_k, scores.shape[1]) - 1]
+                scores = torch.where(scores < threshold[:, None], -torch.inf, scores)
+            idx = torch.cat([idx, torch.multinomial(scores.softmax(-1), 1)], dim=1)
         return idx

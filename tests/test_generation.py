@@ -1,15 +1,19 @@
-"""generate(): greedy tokens equal the reference's, in every way of decoding that stays within block_size."""
+"""generate(): tokens equal the reference's in every way of decoding; test_window.py goes past block_size."""
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
 from hugging_nano_gpt.demo import CKPT_PATH
 from hugging_nano_gpt.modeling_nano_gpt import NanoGPTLMHeadModel
 
 from .test_modeling import pad_left
-from .tiny import make_batch, make_model, make_pair
+from .tiny import TORCH_VERSION, make_batch, make_model, make_pair
+
+N_TOKENS = 50257  # of GPT-2's vocabulary, which nanoGPT pads to 50304 rows
 
 
 @pytest.mark.parametrize(
@@ -90,20 +94,99 @@ def test_streamer_receives_every_token_as_it_comes():
     assert streamer.is_ended
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"cache_implementation": "static"}])
-def test_generation_past_block_size_is_refused_before_it_starts(settings):
-    model = make_model()
-    with pytest.raises(
-        ValueError, match=r"at most block_size=32 tokens, got 33 \(8 of the prompt and 25 new\); shorten"
-    ):
-        model.generate(make_batch(2, 8)[0], max_new_tokens=25, **settings)
-
-
 def test_generation_without_a_prompt_starts_at_the_newline():
     model = NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH)
     tokens = model.generate(max_new_tokens=20, do_sample=True)
     assert tokens.shape == (1, 21)
     assert tokens[0, 0] == 0
+
+
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory):
+    """A model of GPT-2's padded vocabulary whose logits favour the spare rows."""
+    model = make_model(vocab_size=50304, n_layer=1)
+    path = tmp_path_factory.mktemp("padded") / "ckpt.pt"
+    model.to_nanogpt_ckpt(path)
+    model = NanoGPTLMHeadModel.from_nanogpt_ckpt(path)
+    with torch.no_grad():  # the last LayerNorm gives its bias, whose direction the spare rows have
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.fill_(1.0)
+        model.lm_head.weight[N_TOKENS:] = 5.0
+    return model
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": False},
+        {"do_sample": True, "temperature": 5.0, "top_k": 0},
+        {"do_sample": False, "num_beams": 4},
+        {"do_sample": True, "num_beams": 3},
+        {"do_sample": False, "prompt_lookup_num_tokens": 2},
+        {"do_sample": True, "use_cache": False, "generation_config": GenerationConfig(top_k=0)},
+    ],
+    ids=["greedy", "sampling", "beams", "sampled beams", "drafts", "settings of the caller"],
+)
+def test_spare_rows_of_a_padded_vocabulary_are_never_generated(padded, settings):
+    idx, _ = make_batch(1, 6)
+    logits = padded(idx).logits[0, -1]
+    assert logits.argmax() >= N_TOKENS  # the logits themselves are left as they are
+    assert logits[N_TOKENS:].min() > logits[:N_TOKENS].max()
+    torch.manual_seed(0)
+    tokens = padded.generate(idx, max_new_tokens=40, min_new_tokens=40, **settings)
+    assert tokens.shape == (1, 46)
+    assert tokens.max() < N_TOKENS
+
+
+def test_spare_rows_stay_out_of_a_saved_model_and_of_a_served_batch(padded, tmp_path):
+    padded.save_pretrained(tmp_path)
+    model = NanoGPTLMHeadModel.from_pretrained(tmp_path)
+    assert model.generate(make_batch(1, 6)[0], max_new_tokens=10, do_sample=False).max() < N_TOKENS
+
+
+@pytest.mark.skipif(TORCH_VERSION < (2, 7), reason="torch.compile does not work with torch 2.6 and Transformers 5")
+def test_compiled_static_cache_decodes_without_recompiling():
+    model = make_model()
+    idx, _ = make_batch(2, 8)
+    ids, mask = pad_left((3, 8))
+    settings = CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
+    settings._compile_all_devices = True  # Transformers compiles on accelerators only, unless told otherwise
+    for inputs in ({"inputs": idx}, {"inputs": ids, "attention_mask": mask}):
+        torch._dynamo.reset()
+        counters.clear()
+        streamer = CountingStreamer()
+        eager = model.generate(**inputs, max_new_tokens=20, do_sample=False)
+        tokens = model.generate(
+            **inputs, max_new_tokens=20, do_sample=False, cache_implementation="static", compile_config=settings
+        )
+        assert torch.equal(tokens, eager)
+        first_run = counters["stats"]["unique_graphs"]
+        assert first_run > 0
+        row = {name: value[:1] for name, value in inputs.items()}
+        model.generate(
+            **row,
+            max_new_tokens=20,
+            do_sample=False,
+            cache_implementation="static",
+            compile_config=settings,
+            streamer=streamer,
+        )
+        # The prompt, the token it gives, the first decoded token, which may compile for the new batch size; the rest.
+        assert set(streamer.graphs[2:]) == {streamer.graphs[2]}
+        assert first_run <= streamer.graphs[2] <= first_run + 1
+
+
+class CountingStreamer(BaseStreamer):
+    """Counts the graphs compiled so far at each token."""
+
+    def __init__(self):
+        self.graphs = []
+
+    def put(self, value):
+        self.graphs.append(counters["stats"]["unique_graphs"])
+
+    def end(self):
+        assert len(self.graphs) == 21
 
 
 @pytest.mark.filterwarnings(
@@ -120,3 +203,18 @@ def test_continuous_batching_equals_single_rows():
     found = [output.generated_tokens for output in outputs.values()]
     expected = [reference.eval().generate_greedily(prompt, 12)[0, -12:].tolist() for prompt in prompts]
     assert found == expected
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_continuous_batching_refuses_requests_longer_than_block_size():
+    model = make_model()
+    settings = GenerationConfig(max_new_tokens=12, do_sample=False, pad_token_id=0)
+    expected = r"at most block_size=32 tokens, got 21 of the prompt and 12 new; shorten"
+    with pytest.raises(ValueError, match=expected):
+        model.generate_batch([[1, 2], [3] * 21], generation_config=settings)
+    small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
+    manager = model.init_continuous_batching(generation_config=settings, continuous_batching_config=small)
+    with pytest.raises(ValueError, match=expected):
+        manager.add_request([3] * 21)
+    with pytest.raises(ValueError, match="got 32 of the prompt"):
+        manager.add_request([3] * 32, max_new_tokens=1)

@@ -72,6 +72,37 @@ def test_model_and_reference_equal_nanogpt_bitwise(nanogpt, bias, dropout, lengt
         assert all(torch.equal(parameter.grad, other.grad) for other in others)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("prompt_length", [1, 50, 127, 128, 300])
+def test_generated_tokens_equal_nanogpts(nanogpt, bias, prompt_length):
+    model, _ = make_pair(bias=bias, block_size=128)
+    model.eval()
+    theirs = nanogpt.GPT(nanogpt.GPTConfig(**{**MODEL_ARGS, "bias": bias, "block_size": 128})).eval()
+    theirs.load_state_dict(model.state_dict())
+    idx, _ = make_batch(1, prompt_length)
+    tokens = model.generate(idx, max_new_tokens=150, do_sample=False)
+    assert torch.equal(tokens, theirs.generate(idx, 150, top_k=1))
+    for seed in range(10):
+        settings = {"temperature": 0.5 + 0.1 * seed, "top_k": (5, 20, 200)[seed % 3]}
+        torch.manual_seed(seed)
+        expected = theirs.generate(idx, 60, **settings)
+        for use_cache in (True, False):
+            torch.manual_seed(seed)
+            tokens = model.generate(idx, max_new_tokens=60, do_sample=True, use_cache=use_cache, **settings)
+            assert torch.equal(tokens, expected), (seed, use_cache)
+
+
+def test_logits_of_uncached_generation_equal_nanogpts_bitwise(nanogpt):
+    model, _ = make_pair()
+    model.eval()
+    theirs = nanogpt.GPT(nanogpt.GPTConfig(**MODEL_ARGS)).eval()
+    theirs.load_state_dict(model.state_dict())
+    settings = {"use_cache": False, "output_logits": True, "return_dict_in_generate": True}
+    output = model.generate(make_batch(1, 5)[0], max_new_tokens=60, do_sample=False, **settings)
+    for step, logits in enumerate(output.logits):
+        assert torch.equal(logits, theirs(output.sequences[:, : 5 + step][:, -32:])[0][:, -1])
+
+
 def test_our_checkpoint_loads_as_nanogpt_loads_its_own(nanogpt, tmp_path):
     model = NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH)
     model.to_nanogpt_ckpt(tmp_path / "ckpt.pt")
