@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from .errors import MissingDependencyError, TokenizerError
+from .formats.check import list_some
 
 if TYPE_CHECKING:
     import tiktoken
@@ -143,7 +144,7 @@ def _build_backend(encoding: "tiktoken.Encoding") -> Tokenizer:
     if missing or clashing:
         raise TokenizerError(
             f"encoding {encoding.name!r}: has no equal as a tokenizer.json: expected each of the 256 bytes and special "
-            f"tokens that no other token is spelt like, got {len(missing)} bytes missing and {clashing[:5]} spelt alike; "
+            f"tokens spelt unlike all others, got {len(missing)} bytes missing and {list_some(clashing)} spelt alike; "
             f"change the encoding"
         )
     merges = {token: _find_merge(token, ranks) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1}
