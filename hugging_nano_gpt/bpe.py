@@ -143,7 +143,7 @@ def _build_backend(encoding: "tiktoken.Encoding") -> Tokenizer:
     clashing = [token for token in special_tokens if token in vocabulary]
     if missing or clashing:
         raise TokenizerError(
-            f"encoding {encoding.name!r}: has no equal as a tokenizer.json: expected each of the 256 bytes and special "
+            f"encoding {encoding.name!r}: has no equal as a tokenizer.json: expected all of the 256 bytes and special "
             f"tokens spelt unlike all others, got {len(missing)} bytes missing and {list_some(clashing)} spelt alike; "
             f"change the encoding"
         )
