@@ -205,7 +205,7 @@ def make_generate(model: nn.Module, **settings: Any) -> Run:
     """Makes a way of Transformers' generate()."""
 
     def run(prompt: torch.Tensor, count: int) -> torch.Tensor:
-        return model.generate(prompt, max_new_tokens=count, do_sample=False, pad_token_id=0, **settings)
+        return model.generate(prompt, max_new_tokens=count, do_sample=False, **settings)
 
     return run
 
