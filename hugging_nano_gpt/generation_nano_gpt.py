@@ -274,16 +274,16 @@ def _get_setting(name: str, model: GenerationMixin, args: tuple, kwargs: dict[st
 
 
 def _decodes_on_cpu(model: nn.Module) -> bool:
-    """Tells whether the model runs as it is written, on a CPU."""
-    is_compiled = getattr(model, "_compiled_call_impl", None) is not None or "forward" in vars(model)
-    return model.device.type == "cpu" and not is_compiled
+    """Tells whether the model runs on a CPU as it is written, with no part of it compiled."""
+    compiled = (m for m in model.modules() if m._compiled_call_impl is not None or "_orig_mod" in m._modules)
+    return model.device.type == "cpu" and "forward" not in vars(model) and next(compiled, None) is None
 
 
 @contextmanager
 def _use_decoding_kernels(model: nn.Module) -> Iterator[None]:
     """Lets the Linear modules of a model on a CPU use faster kernels for few rows."""
     changed = []
-    if _decodes_on_cpu(model) and torch.backends.mkldnn.is_available():
+    if _decodes_on_cpu(model) and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
         kernel = torch.ops.mkldnn._linear_pointwise.default
         for module in model.modules():
             # Not where a wrapper, a quantised or a sharded weight has taken the place of plain ones.

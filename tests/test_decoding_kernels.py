@@ -59,7 +59,7 @@ def test_kernels_are_gone_after_an_error():
     assert not is_changed(model)
 
 
-def test_wrapped_and_compiled_modules_are_left_alone():
+def test_wrapped_modules_are_left_alone():
     class Wrapped(nn.Linear):
         pass
 
@@ -74,9 +74,31 @@ def test_wrapped_and_compiled_modules_are_left_alone():
             pass
         assert "forward" in vars(model.lm_head)
     assert hooked.forward is own_forward
-    model.forward = model.forward
+
+
+@pytest.mark.parametrize(
+    "compile_part",
+    [
+        lambda model: setattr(model, "forward", torch.compile(model.forward)),
+        lambda model: model.compile(),
+        lambda model: model.transformer.h[0].compile(),
+        lambda model: setattr(model, "transformer", torch.compile(model.transformer)),
+    ],
+    ids=["forward", "model", "block", "base model"],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when its compiler is imported
+def test_compiled_models_are_left_alone(compile_part):
+    model = make_model()
+    compile_part(model)
     with _use_decoding_kernels(model):
         assert "forward" not in vars(model.lm_head)
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # the switch reads and sets a flag of Intel GPUs too
+def test_kernels_can_be_switched_off_with_torchs_own_switch():
+    model = make_model()
+    with torch.backends.mkldnn.flags(enabled=False), _use_decoding_kernels(model):
+        assert not is_changed(model)
 
 
 @pytest.mark.parametrize("bias", [True, False])
