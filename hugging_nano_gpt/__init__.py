@@ -3,21 +3,32 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .bpe import build_gpt2_tokenizer, build_tiktoken_tokenizer
 from .checkpoint import Checkpoint, OptimizerState, TrainingState, read_checkpoint, write_checkpoint
 from .configuration_nano_gpt import NanoGPTConfig
-from .errors import CheckpointError, ConversionError, DataError, NanoGPTError, TokenizerError
+from .errors import (
+    CheckpointError,
+    ConversionError,
+    DataError,
+    MissingDependencyError,
+    NanoGPTError,
+    TokenizerError,
+)
 from .modeling_nano_gpt import (
     NanoGPTForSequenceClassification,
     NanoGPTLMHeadModel,
     NanoGPTModel,
     NanoGPTPreTrainedModel,
 )
+from .tokenization import CharacterTable, build_character_tokenizer, find_tokenizer, read_meta, write_meta
 
 __all__ = [
+    "CharacterTable",
     "Checkpoint",
     "CheckpointError",
     "ConversionError",
     "DataError",
+    "MissingDependencyError",
     "NanoGPTConfig",
     "NanoGPTError",
     "NanoGPTForSequenceClassification",
@@ -27,8 +38,14 @@ __all__ = [
     "OptimizerState",
     "TokenizerError",
     "TrainingState",
+    "build_character_tokenizer",
+    "build_gpt2_tokenizer",
+    "build_tiktoken_tokenizer",
+    "find_tokenizer",
     "read_checkpoint",
+    "read_meta",
     "write_checkpoint",
+    "write_meta",
 ]
 
 AutoConfig.register(NanoGPTConfig.model_type, NanoGPTConfig)

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from .bpe import GPT2_TOKENS, GPT2_VOCAB_SIZES
 from .checkpoint import read_checkpoint, write_checkpoint
 from .configuration_nano_gpt import NanoGPTConfig
 from .errors import ConversionError
@@ -40,11 +41,8 @@ _CONFIG_KWARGS = (
     "use_cache",
 )
 
-# GPT-2's vocabulary, whole and as nanoGPT pads it, and its <|endoftext|>, which stands between the documents of
-# nanoGPT's data (data/openwebtext/prepare.py @ 3adf61e).
-_GPT2_TOKENS = 50257
-_GPT2_VOCAB_SIZES = (_GPT2_TOKENS, 50304)
-_GPT2_END_OF_TEXT = 50256
+# <|endoftext|>, which stands between the documents of nanoGPT's data (data/openwebtext/prepare.py @ 3adf61e).
+_GPT2_END_OF_TEXT = GPT2_TOKENS - 1
 
 
 def load_model(model_class: type[Model], path: str | os.PathLike[str], **kwargs: Any) -> Model:
@@ -164,8 +162,8 @@ def _set_special_tokens(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Lets generate() start without a prompt, stop where the vocabulary has an end of text, and never pad."""
     settings, vocab_size = model.generation_config, checkpoint.model_args["vocab_size"]
     n_tokens = checkpoint.n_tokens or vocab_size
-    if vocab_size in _GPT2_VOCAB_SIZES:
-        n_tokens = _GPT2_TOKENS
+    if vocab_size in GPT2_VOCAB_SIZES:
+        n_tokens = GPT2_TOKENS
         defaults = {"bos_token_id": _GPT2_END_OF_TEXT, "eos_token_id": _GPT2_END_OF_TEXT}
     else:  # token 0 is the newline of nanoGPT's character data, with which sample.py starts by default
         defaults = {"bos_token_id": 0}

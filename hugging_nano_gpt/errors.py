@@ -23,3 +23,7 @@ class TokenizerError(NanoGPTError, ValueError):
 
 class DataError(NanoGPTError, ValueError):
     """A token file cannot be read, is not whole, or does not fit the model."""
+
+
+class MissingDependencyError(NanoGPTError, ImportError):
+    """A package that only some functions need is not installed; the message names the command that installs it."""

@@ -1,15 +1,27 @@
-"""nanoGPT's character tables: the meta.pkl of a character-level data set, read without executing anything in it."""
+"""nanoGPT's character tables: meta.pkl, read without executing anything in it, as Transformers tokenizers, and back.
+
+A tokenizer made here is one tokenizer.json that needs nothing of this package. bpe.py makes those of GPT-2's kind.
+"""
 
 import os
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import TokenizerError
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from .bpe import GPT2_VOCAB_SIZES, build_gpt2_tokenizer, wrap_backend
+from .errors import CheckpointError, TokenizerError
+from .formats.atomic import open_atomically
 from .formats.check import list_some
 
 _LARGEST_BYTES = 64 << 20  # every character of Unicode, both ways, takes 18 MB
+
+# `tokenizers` raises "Unk token `...` not found in the vocabulary": these are the only words of it that are ours.
+_NO_UNKNOWN = "(for a character that is not in the model's alphabet)"
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,142 @@ def read_meta(path: str | os.PathLike[str]) -> CharacterTable:
             f"give the meta.pkl that prepare.py wrote"
         ) from error
     return CharacterTable(_check_tables(path, meta))
+
+
+def write_meta(
+    source: CharacterTable | PreTrainedTokenizerBase, path: str | os.PathLike[str], *, overwrite: bool = False
+) -> None:
+    """Writes the meta.pkl that nanoGPT's train.py and sample.py read: vocab_size, itos and stoi.
+
+    The file appears under its name only when it is complete.
+
+    Args:
+        source: A character table, or a tokenizer of one character an id, however it was made.
+        path: Path of the file to write. Missing folders are made.
+        overwrite: Whether to replace a file that is there.
+
+    Raises:
+        TokenizerError: If the tokenizer is not a character table, a file is there, or the file cannot be written.
+    """
+    where = os.fspath(path)
+    table = source if isinstance(source, CharacterTable) else _extract_table(where, source)
+    _check_characters(where, table)
+    if os.path.lexists(path) and not overwrite:
+        raise TokenizerError(f"{where}: is there already: expected a new path; give another or overwrite=True")
+    itos = dict(enumerate(table.characters))
+    meta = {"vocab_size": len(itos), "itos": itos, "stoi": {character: index for index, character in itos.items()}}
+    try:
+        with open_atomically(path) as file:
+            pickle.dump(meta, file)
+    except CheckpointError as error:
+        raise TokenizerError(str(error)) from error
+
+
+def build_character_tokenizer(
+    table: CharacterTable, *, unknown_id: int | None = None, block_size: int | None = None
+) -> PreTrainedTokenizerFast:
+    """Makes a Transformers tokenizer of a character table.
+
+    Ids equal the table's, and decoding gives the text back as it was, with skip_special_tokens=True too. Encoding adds
+    no token. A character outside the table makes the tokenizer raise an Exception, as nanoGPT raises KeyError, also
+    where this package is not installed, unless unknown_id is given. Decoding leaves out an id outside the table.
+
+    It has no bos, eos or pad: every id is a character, and Transformers marks what it loads under these names as
+    special, so that skip_special_tokens=True would drop that character and Trainer's collators would not train on it.
+    docs/tokenizers.md shows what to do where one is needed.
+
+    Args:
+        table: The alphabet.
+        unknown_id: Id that each unknown character gets, instead of the error.
+        block_size: Longest sequence of the model, as model_max_length.
+
+    Raises:
+        TokenizerError: If the table does not hold different single characters that UTF-8 can encode, or unknown_id
+            is not one of its ids.
+    """
+    characters = table.characters
+    _check_characters("table", table)
+    if unknown_id is not None and not 0 <= unknown_id < len(characters):
+        raise TokenizerError(f"unknown_id: expected an id of 0 to {len(characters) - 1}, got {unknown_id!r}; give one")
+    unknown = _NO_UNKNOWN if unknown_id is None else characters[unknown_id]
+    # Byte-pair encoding without merges: without an unknown token it would drop unknown characters in silence.
+    vocabulary = {character: index for index, character in enumerate(characters)}
+    backend = Tokenizer(models.BPE(vocabulary, [], unk_token=unknown, fuse_unk=False))
+    backend.decoder = decoders.Fuse()  # without a decoder, tokens are joined by spaces
+    return wrap_backend(backend, block_size, None)
+
+
+def find_tokenizer(
+    checkpoint_path: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    vocab_size: int,
+    *,
+    block_size: int | None = None,
+) -> PreTrainedTokenizerFast:
+    """Finds the tokenizer that a checkpoint was trained with, as nanoGPT's sample.py does.
+
+    That is data/<dataset>/meta.pkl, in the folder in which the checkpoint's folder lies or else in the working
+    directory, if it has as many characters as the model has rows. Without one, it is GPT-2's, if the model has
+    GPT-2's vocabulary, which nanoGPT pads to 50304.
+
+    Args:
+        checkpoint_path: Path of the checkpoint, such as out/ckpt.pt.
+        config: train.py's settings, as in TrainingState.config. Only a plain folder name is looked up as a dataset.
+        vocab_size: Rows of the model's embedding.
+        block_size: Longest sequence of the model, as model_max_length.
+
+    Raises:
+        TokenizerError: If there is no tokenizer of that size, or the meta.pkl or GPT-2's files cannot be read.
+        MissingDependencyError: If GPT-2's is needed, is not in the Hub's cache, and tiktoken is not installed.
+    """
+    dataset = config.get("dataset")
+    roots = [Path(checkpoint_path).absolute().parent.parent, Path.cwd()] if _is_folder_name(dataset) else []
+    paths = [root / "data" / str(dataset) / "meta.pkl" for root in roots]
+    tables = {path: read_meta(path) for path in paths if path.is_file()}
+    for table in tables.values():
+        if len(table.characters) == vocab_size:
+            return build_character_tokenizer(table, block_size=block_size)
+    if vocab_size in GPT2_VOCAB_SIZES and not tables:
+        return build_gpt2_tokenizer(block_size=block_size)
+    found = [f"{path} of {len(table.characters)} characters" for path, table in tables.items()]
+    raise TokenizerError(
+        f"{os.fspath(checkpoint_path)}: no tokenizer found: expected a meta.pkl of {vocab_size} characters of the "
+        f"data set {dataset!r}, got {list_some(found) if found else 'none'}; give its path to read_meta, or the "
+        f"encoding to build_tiktoken_tokenizer"
+    )
+
+
+def _is_folder_name(name: Any) -> bool:
+    """Says whether a name from a file that is not trusted stays in the folder it is looked up in."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+
+
+def _check_characters(where: str, table: CharacterTable) -> None:
+    characters = table.characters
+    wrong = [c for c in characters if not isinstance(c, str) or len(c) != 1 or "\ud800" <= c <= "\udfff"]
+    repeated = len(set(characters)) < len(characters)
+    if wrong or repeated or not characters:
+        reason = list_some(wrong) if wrong else "a character twice" if repeated else "none"
+        raise TokenizerError(
+            f"{where}: expected a table of different single characters that UTF-8 can encode, got {reason}; "
+            f"change them"
+        )
+
+
+def _extract_table(where: str, tokenizer: PreTrainedTokenizerBase) -> CharacterTable:
+    """Returns the table that a tokenizer is, found out by what it does and not by how it was made."""
+    by_id = {index: token for token, index in tokenizer.get_vocab().items()}
+    characters = tuple(by_id.get(index, "") for index in range(len(by_id)))
+    odd = [token for token in characters if len(token) != 1]
+    texts = ["".join(characters), "".join(reversed(characters)), *characters]
+    wanted = [[*range(len(characters))], [*reversed(range(len(characters)))], *([i] for i in range(len(characters)))]
+    if odd or tokenizer(texts).input_ids != wanted or tokenizer.batch_decode(wanted) != texts:
+        reason = f"tokens such as {list_some(odd)}" if odd else "one that treats text in another way"
+        raise TokenizerError(
+            f"{where}: not a character table: expected a tokenizer that gives each character the id of its own, got "
+            f"{reason}; nanoGPT's meta.pkl cannot hold it, nothing was written"
+        )
+    return CharacterTable(characters)
 
 
 class _PlainUnpickler(pickle.Unpickler):

@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from hugging_nano_gpt import NanoGPTLMHeadModel, read_checkpoint
+from hugging_nano_gpt import (
+    NanoGPTLMHeadModel,
+    build_character_tokenizer,
+    read_checkpoint,
+    read_meta,
+    write_meta,
+)
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
 from .conftest import assert_same
@@ -189,3 +195,15 @@ def test_sample_py_samples_from_our_checkpoint(workplace):
     (workplace / "out" / "ckpt.pt").write_bytes(CKPT_PATH.read_bytes())
     assert ours == run_script(workplace, "sample.py", *flags)
     assert "Loading meta from" in ours
+
+
+def test_sample_py_reads_our_meta(workplace):
+    (workplace / "out").mkdir(exist_ok=True)
+    (workplace / "out" / "ckpt.pt").write_bytes(CKPT_PATH.read_bytes())
+    flags = "--out_dir=out --device=cpu --dtype=float32 --num_samples=1 --max_new_tokens=20 --start=ROMEO".split()
+    theirs = run_script(workplace, "sample.py", *flags)
+    path = workplace / "data" / "shakespeare_char" / "meta.pkl"
+    path.unlink()
+    write_meta(build_character_tokenizer(read_meta(META_PATH)), path)
+    assert run_script(workplace, "sample.py", *flags) == theirs
+    assert "Loading meta from" in theirs

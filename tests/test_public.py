@@ -3,9 +3,10 @@
 import hugging_nano_gpt
 
 PUBLIC_NAMES = """
-Checkpoint CheckpointError ConversionError DataError NanoGPTConfig NanoGPTError NanoGPTForSequenceClassification
-NanoGPTLMHeadModel NanoGPTModel NanoGPTPreTrainedModel OptimizerState TokenizerError TrainingState read_checkpoint
-write_checkpoint
+CharacterTable Checkpoint CheckpointError ConversionError DataError MissingDependencyError NanoGPTConfig NanoGPTError
+NanoGPTForSequenceClassification NanoGPTLMHeadModel NanoGPTModel NanoGPTPreTrainedModel OptimizerState TokenizerError
+TrainingState build_character_tokenizer build_gpt2_tokenizer build_tiktoken_tokenizer find_tokenizer read_checkpoint
+read_meta write_checkpoint write_meta
 """.split()
 
 
@@ -19,6 +20,11 @@ def test_errors_are_caught_as_one_and_as_value_errors():
         error = getattr(hugging_nano_gpt, name)
         assert issubclass(error, hugging_nano_gpt.NanoGPTError)
         assert issubclass(error, ValueError)
+
+
+def test_missing_dependency_is_caught_as_an_import_error():
+    assert issubclass(hugging_nano_gpt.MissingDependencyError, hugging_nano_gpt.NanoGPTError)
+    assert issubclass(hugging_nano_gpt.MissingDependencyError, ImportError)
 
 
 def test_public_objects_have_docstrings():
