@@ -56,7 +56,7 @@ def main(folder: Path, n_threads: int) -> None:
     n_new = model.config.block_size + 8  # past block_size
     outputs["generated"] = model.generate(idx[:1, :4], max_new_tokens=n_new, do_sample=False)
     pipe = pipeline("text-generation", model=str(folder / "lm"), trust_remote_code=True, device="cpu")
-    facts["pipeline"] = pipe("abc", max_new_tokens=8, do_sample=False)[0]["generated_text"]
+    facts["pipeline"] = pipe("ROMEO:", max_new_tokens=8, do_sample=False)[0]["generated_text"]
 
     facts["module"] = type(model).__module__
     facts["training_state"] = repr(model.nanogpt_training_state)

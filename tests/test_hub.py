@@ -1,12 +1,17 @@
 """Saved folders: complete, truthful, and equal bit for bit where nobody has heard of this package."""
 
 import builtins
+import contextlib
 import json
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,13 +21,11 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
 )
@@ -33,10 +36,12 @@ from hugging_nano_gpt import (
     NanoGPTForSequenceClassification,
     NanoGPTLMHeadModel,
     NanoGPTModel,
+    build_character_tokenizer,
     read_checkpoint,
+    read_meta,
     write_checkpoint,
 )
-from hugging_nano_gpt.demo import CKPT_PATH
+from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 from hugging_nano_gpt.export import hub
 from hugging_nano_gpt.modeling_nano_gpt import AUTO_MAP
 
@@ -45,6 +50,11 @@ from .tiny import MODEL_ARGS, make_batch, make_model
 
 CODE_FILES = ["configuration_nano_gpt.py", "generation_nano_gpt.py", "modeling_nano_gpt.py"]
 FILES = sorted([*CODE_FILES, "README.md", "config.json", "generation_config.json", "model.safetensors"])
+PROMPT = "ROMEO:"  # of tests/remote_worker.py too
+# Runs what happens without the package: tests/fresh_venv.sh names a Python that has torch and transformers only.
+FRESH_PYTHON = os.environ.get("FRESH_PYTHON")
+EXAMPLES_DIR = Path(__file__).parents[1] / "examples"
+
 PACKAGE_DIR = Path(hub.__file__).parents[1]
 CLASSES = [NanoGPTModel, NanoGPTLMHeadModel, NanoGPTForSequenceClassification]
 
@@ -69,12 +79,7 @@ def make_classifier():
 
 
 def make_tokenizer():
-    """One id a character; the first ids are those of letters."""
-    characters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,!"
-    backend = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters[:65])}, unk_token="a"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=backend)
+    return build_character_tokenizer(read_meta(META_PATH), block_size=128)
 
 
 @pytest.fixture(scope="module")
@@ -82,41 +87,42 @@ def remote(tmp_path_factory):
     """Runs tests/remote_worker.py once on folders saved here; returns what it found and what is right."""
     folder = tmp_path_factory.mktemp("remote")
     idx, _ = make_batch(2, MODEL_ARGS["block_size"])
-    models_ = {
+    saved = {
         "lm": NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH),
         "base": make_model().transformer,
         "classifier": make_classifier(),
         "untied": make_untied(),
     }
-    for name, model in models_.items():
+    for name, model in saved.items():
         model.save_pretrained(folder / name)
-    models_["lm"].save_pretrained(folder / "sharded", max_shard_size="200KB")
+    saved["lm"].save_pretrained(folder / "sharded", max_shard_size="200KB")
     assert len(list((folder / "sharded").glob("*.safetensors"))) > 1
     make_tokenizer().save_pretrained(folder / "lm")
     save_file({"idx": idx.contiguous()}, folder / "idx.safetensors")
 
+    worker = [Path(__file__).with_name("remote_worker.py"), folder, str(torch.get_num_threads())]
+    with start_python(folder, *worker) as process:
+        errors = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, errors
+    return SimpleNamespace(
+        folder=folder,
+        idx=idx,
+        models=saved,
+        outputs=load_file(folder / "outputs.safetensors"),
+        facts=json.loads((folder / "facts.json").read_text()),
+    )
+
+
+def start_python(folder, *arguments):
+    """Starts an isolated Python with caches of its own."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {
         "HF_HOME": str(folder / "home"),
         "HF_MODULES_CACHE": str(folder / "modules"),
         "HF_HUB_OFFLINE": "1",
     }
-    command = [
-        sys.executable,
-        "-I",
-        Path(__file__).with_name("remote_worker.py"),
-        folder,
-        str(torch.get_num_threads()),
-    ]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return SimpleNamespace(
-        folder=folder,
-        idx=idx,
-        models=models_,
-        outputs=load_file(folder / "outputs.safetensors"),
-        facts=json.loads((folder / "facts.json").read_text()),
-    )
+    command = [FRESH_PYTHON or sys.executable, "-I", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 @torch.no_grad()
@@ -138,7 +144,7 @@ def test_remote_code_generates_past_block_size(remote):
     expected = lm.generate(idx[:1, :4], max_new_tokens=lm.config.block_size + 8, do_sample=False)
     assert torch.equal(remote.outputs["generated"], expected)
     tokenizer = make_tokenizer()
-    ids = lm.generate(tokenizer("abc", return_tensors="pt").input_ids, max_new_tokens=8, do_sample=False)
+    ids = lm.generate(tokenizer(PROMPT, return_tensors="pt").input_ids, max_new_tokens=8, do_sample=False)
     assert remote.facts["pipeline"] == tokenizer.decode(ids[0])
 
 
@@ -176,6 +182,33 @@ def test_package_imported_after_remote_code_serves_it(remote):
     assert remote.facts["late_module"].startswith("transformers_modules.")
     assert remote.facts["files"]["late"] == sorted([*FILES, "ckpt.pt"])
     assert_equal_checkpoints(read_checkpoint(remote.folder / "late" / "ckpt.pt"), read_checkpoint(CKPT_PATH))
+
+
+@pytest.mark.skipif(not FRESH_PYTHON, reason="FRESH_PYTHON names no Python with transformers[serving]")
+def test_transformers_serve_completes_a_prompt(remote):
+    lm, tokenizer = remote.models["lm"], make_tokenizer()
+    n_new = lm.config.block_size + 8
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    options = ["--device", "cpu", "--host", "127.0.0.1", "--port", port]
+    body = json.dumps({"model": str(remote.folder / "lm"), "prompt": PROMPT, "max_tokens": n_new}).encode()
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", body, headers)
+    with start_python(remote.folder, EXAMPLES_DIR / "serve.py", remote.folder / "lm", *options) as process:
+        try:
+            answer = json.loads(ask_until_it_answers(request))
+        finally:
+            process.terminate()
+    ids = lm.generate(tokenizer(PROMPT, return_tensors="pt").input_ids, max_new_tokens=n_new, do_sample=False)
+    assert PROMPT + answer["choices"][0]["text"] == tokenizer.decode(ids[0])
+
+
+def ask_until_it_answers(request):
+    for _ in range(120):
+        with contextlib.suppress(ConnectionError, urllib.error.URLError):
+            return urllib.request.urlopen(request, timeout=60).read()
+        time.sleep(0.5)
+    pytest.fail("the server did not come up")
 
 
 def test_local_classes_win_over_remote_code_without_a_prompt(model, tmp_path, monkeypatch):

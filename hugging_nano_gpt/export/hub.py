@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..bpe import GPT2_VOCAB_SIZES
 from ..conversion import read_training_state
 from ..formats.atomic import open_atomically
 from ..formats.contents import NO_VAL_LOSS
@@ -51,8 +52,6 @@ _SETTINGS = """
 init_from dataset gradient_accumulation_steps batch_size block_size dropout learning_rate max_iters weight_decay beta1
 beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr dtype
 """.split()
-
-_GPT2_VOCAB_SIZES = (50257, 50304)
 
 # Below this a vocabulary is taken to be one of characters or bytes.
 _MANY_TOKENS = 1000
@@ -195,7 +194,7 @@ def _list_limits(model: PreTrainedModel, class_name: str) -> list[str]:
     if is_language_model:
         limits[0] += " `generate` goes on past that with the last of them, as nanoGPT does."
     vocabulary = "Only the tokenizer of the training data fits the token ids."
-    if config.vocab_size in _GPT2_VOCAB_SIZES:
+    if config.vocab_size in GPT2_VOCAB_SIZES:
         vocabulary += f" A vocabulary of {config.vocab_size:,} is the size that nanoGPT uses for GPT-2's."
     elif config.vocab_size < _MANY_TOKENS:
         vocabulary += (
