@@ -37,6 +37,7 @@ from hugging_nano_gpt import (
     NanoGPTLMHeadModel,
     NanoGPTModel,
     build_character_tokenizer,
+    conversion,
     read_checkpoint,
     read_meta,
     write_checkpoint,
@@ -53,6 +54,7 @@ FILES = sorted([*CODE_FILES, "README.md", "config.json", "generation_config.json
 PROMPT = "ROMEO:"  # of tests/remote_worker.py too
 # Runs what happens without the package: tests/fresh_venv.sh names a Python that has torch and transformers only.
 FRESH_PYTHON = os.environ.get("FRESH_PYTHON")
+SAVING_MD = Path(__file__).parents[1] / "docs" / "saving.md"
 EXAMPLES_DIR = Path(__file__).parents[1] / "examples"
 
 PACKAGE_DIR = Path(hub.__file__).parents[1]
@@ -248,13 +250,6 @@ def test_auto_map_names_every_class_and_keeps_what_others_put_there(model, tmp_p
     assert read_json(tmp_path / "config.json")["auto_map"] == {**AUTO_MAP, "AutoTokenizer": ["a.B", None]}
 
 
-def test_model_files_import_torch_and_transformers_only():
-    for name in CODE_FILES:
-        imports = re.findall(r"^\s*(?:from|import)\s+([\w.]+)", (PACKAGE_DIR / name).read_text(), flags=re.MULTILINE)
-        modules = {module.partition(".")[0] for module in imports if f"{module[1:]}.py" not in CODE_FILES}
-        assert modules <= {"torch", "transformers"} | sys.stdlib_module_names
-
-
 def test_padding_ids_stay_suppressed(tmp_path):
     model = make_model()
     model.generation_config.suppress_tokens = [63, 64]
@@ -295,11 +290,16 @@ def test_training_state_survives_the_folder_bit_for_bit(checkpoint, tmp_path, lo
     assert_equal_checkpoints(read_checkpoint(tmp_path / "back.pt"), read_checkpoint(tmp_path / "ckpt.pt"))
 
 
-def test_state_that_json_would_change_is_left_out_with_a_warning(checkpoint, tmp_path, capsys):
+def test_state_that_json_would_change_is_left_out_with_a_warning(checkpoint, tmp_path, monkeypatch):
+    warnings: list[str] = []
+    monkeypatch.setattr(conversion.logger, "warning", warnings.append)
     config = {"kept": 1, "tuple": (1, 2), "tensor": torch.zeros(1), "keys": {1: 2}}
     state = replace(checkpoint.training_state, config=config)
     write_checkpoint(replace(checkpoint, training_state=state), tmp_path / "ckpt.pt")
     model = NanoGPTLMHeadModel.from_nanogpt_ckpt(tmp_path / "ckpt.pt")
+    assert re.search(
+        r"ckpt.pt: config: save_pretrained will leave out 'tuple', 'tensor', 'keys': expected", warnings[0]
+    )
     assert_same(model.nanogpt_training_state.config, config)  # in this process everything is kept
     model.save_pretrained(tmp_path / "folder")
     again = NanoGPTLMHeadModel.from_pretrained(tmp_path / "folder")
@@ -398,6 +398,21 @@ def test_existing_card_is_never_overwritten(model, tmp_path):
     model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_bytes() == b"mine\r\n\xff"
     assert list_files(tmp_path) == FILES
+
+
+def test_saving_md_python_runs_as_written(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "ckpt.pt").write_bytes(CKPT_PATH.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    for block in re.findall(r"```python\n(.*?)```", SAVING_MD.read_text(), flags=re.DOTALL):
+        exec(block, {})
+    assert_equal_checkpoints(read_checkpoint("out-back/ckpt.pt"), read_checkpoint(CKPT_PATH))
+
+
+def test_state_can_be_left_out(model, tmp_path):
+    model.config.nanogpt_training_state = None
+    model.save_pretrained(tmp_path)
+    assert "learning_rate" not in (tmp_path / "README.md").read_text() + (tmp_path / "config.json").read_text()
 
 
 def test_failed_card_leaves_no_half_file(model, tmp_path):
