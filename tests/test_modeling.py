@@ -338,12 +338,19 @@ def test_attention_source_keeps_the_shape_that_vllm_reads():
     assert "hidden_states: torch.Tensor" in source
 
 
-@pytest.mark.parametrize("module", ["configuration_nano_gpt", "modeling_nano_gpt"])
-def test_remote_code_files_import_nothing_else_of_ours(module):
+@pytest.mark.parametrize(
+    ("module", "siblings"),
+    [
+        ("configuration_nano_gpt", []),
+        ("generation_nano_gpt", []),
+        ("modeling_nano_gpt", ["configuration_nano_gpt", "generation_nano_gpt"]),
+    ],
+)
+def test_remote_code_files_import_nothing_else_of_ours(module, siblings):
     tree = ast.parse(inspect.getsource(__import__(f"hugging_nano_gpt.{module}", fromlist=["_"])))
     imported = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     ours = [node.module for node in imported if isinstance(node, ast.ImportFrom) and node.level]
     plain = [alias.name for node in imported if isinstance(node, ast.Import) for alias in node.names]
     absolute = [node.module for node in imported if isinstance(node, ast.ImportFrom) and not node.level]
-    assert ours == ([] if module == "configuration_nano_gpt" else ["configuration_nano_gpt"])
+    assert ours == siblings
     assert not [name for name in plain + absolute if name.startswith("hugging_nano_gpt")]

@@ -9,7 +9,7 @@ from hugging_nano_gpt import NanoGPTLMHeadModel, generation_nano_gpt
 from hugging_nano_gpt.demo import CKPT_PATH
 
 from .test_modeling import pad_left
-from .tiny import FIXTURES_DIR, make_batch, make_model, make_pair
+from .tiny import FIXTURES_DIR, TORCH_VERSION, make_batch, make_model, make_pair
 
 BLOCK_SIZE = 32  # of the toy models
 CACHES = {
@@ -29,6 +29,7 @@ def cache(request):
     return CACHES[request.param]
 
 
+@pytest.mark.skipif(TORCH_VERSION < (2, 7), reason="torch 2.6 draws other numbers from the same seed")
 def test_samples_of_nanogpts_sample_py_are_reproduced(demo, cache):
     recorded = load_file(FIXTURES_DIR / "demo" / "samples.safetensors")  # seed 1337; block_size is 128
     prompt = torch.zeros((1, 1), dtype=torch.long)
