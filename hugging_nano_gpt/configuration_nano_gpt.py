@@ -34,6 +34,7 @@ class NanoGPTConfig(PreTrainedConfig):
         bos_token_id: First token of a document, if the vocabulary has one.
         eos_token_id: Token that ends a document, if the vocabulary has one.
         pad_token_id: Token that fills up batches, if the vocabulary has one.
+        nanogpt_training_state: The checkpoint's iter_num, best_val_loss and config, for to_nanogpt_ckpt.
 
     Raises:
         ValueError: If a value is impossible; the message lists every such value and why.
@@ -75,6 +76,7 @@ class NanoGPTConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+    nanogpt_training_state: dict | None = None
 
     def __post_init__(self, **kwargs):
         faults = self._find_faults()

@@ -6,10 +6,11 @@ nothing is initialised that the checkpoint then overwrites. The classmethods of 
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .bpe import GPT2_TOKENS, GPT2_VOCAB_SIZES
@@ -64,7 +65,7 @@ def load_model(model_class: type[Model], path: str | os.PathLike[str], **kwargs:
         None, config=config, state_dict=_select_tensors(model_class, checkpoint), **kwargs
     )
     model.name_or_path = model.config.name_or_path = os.fspath(path)
-    model.nanogpt_training_state = checkpoint.training_state
+    remember_training_state(model, checkpoint.training_state)
     if model.can_generate():
         _set_special_tokens(model, checkpoint)
     return model
@@ -97,6 +98,42 @@ def save_model(
     checkpoint = Checkpoint(model_args, _export_state_dict(model), training_state=state)
     if _is_main_process():
         write_checkpoint(checkpoint, path)
+
+
+def remember_training_state(model: PreTrainedModel, state: TrainingState) -> None:
+    """Lets a model, and the folders it is saved to, remember a training state, but for the optimizer's."""
+    model.nanogpt_training_state = replace(state, optimizer=None)
+    kept = {name: value for name, value in state.config.items() if _is_exact_in_json({name: value})}
+    lost = [name for name in state.config if name not in kept]
+    if lost:
+        logger.warning(
+            f"{model.name_or_path}: config: save_pretrained will leave out {list_some(lost)}: expected what JSON "
+            f"holds exactly, got other types; give config= to to_nanogpt_ckpt after from_pretrained"
+        )
+    model.config.nanogpt_training_state = {
+        "iter_num": state.iter_num,
+        "best_val_loss": state.best_val_loss,
+        "config": kept,
+    }
+
+
+def read_training_state(config: PreTrainedConfig) -> TrainingState:
+    """Returns the training state that the configuration of a saved model remembers, if any."""
+    kept = getattr(config, "nanogpt_training_state", None) or {}
+    state = TrainingState()
+    return TrainingState(
+        iter_num=kept.get("iter_num", state.iter_num),
+        best_val_loss=float(kept.get("best_val_loss", state.best_val_loss)),
+        config=dict(kept.get("config", state.config)),
+    )
+
+
+def _is_exact_in_json(value: Any) -> bool:
+    if type(value) is dict:
+        return all(type(key) is str and _is_exact_in_json(item) for key, item in value.items())
+    if type(value) is list:
+        return all(_is_exact_in_json(item) for item in value)
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def _is_main_process() -> bool:

@@ -8,10 +8,13 @@ torch, transformers and the two files that travel with it, and nothing else of t
 Shapes: B batch, T tokens, S keys (cached + T), C n_embd, H heads, D head size = C / H, V vocabulary.
 """
 
+import contextlib
+import functools
 import importlib
 import math
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -33,6 +37,14 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_nano_gpt import NanoGPTConfig
 from .generation_nano_gpt import NanoGPTGenerationMixin
+
+# Where a saved folder has the class for each Auto class; vLLM asks for AutoModel whatever was saved.
+AUTO_MAP = {
+    "AutoConfig": "configuration_nano_gpt.NanoGPTConfig",
+    "AutoModel": "modeling_nano_gpt.NanoGPTModel",
+    "AutoModelForCausalLM": "modeling_nano_gpt.NanoGPTLMHeadModel",
+    "AutoModelForSequenceClassification": "modeling_nano_gpt.NanoGPTForSequenceClassification",
+}
 
 
 def eager_attention_forward(
@@ -185,6 +197,34 @@ class NanoGPTPreTrainedModel(PreTrainedModel):
             ImportError: If the model runs as remote code where hugging-nano-gpt is not installed.
         """
         return _import_conversion().load_model(cls, ckpt_path, **kwargs)
+
+    @functools.cached_property
+    def nanogpt_training_state(self):
+        """A TrainingState: where the nanoGPT run stood that this model came from. None without hugging-nano-gpt."""
+        conversion = _import_from_package("conversion")
+        return None if conversion is None else conversion.read_training_state(self.config)
+
+    @functools.wraps(PreTrainedModel.save_pretrained)
+    def save_pretrained(self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args, **kwargs):
+        # Also in place of entries that point to the repository of the Hub that the model came from.
+        self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **AUTO_MAP}
+        hub = _import_from_package("export.hub")
+        with contextlib.nullcontext() if hub is None else hub.keep_card(self, save_directory):
+            super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if self.should_save_on_this_rank(is_main_process):
+            self._add_code_and_card(save_directory)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any):
+        self._add_code_and_card(working_dir)  # the upload is part of save_pretrained, so it does not wait for the end
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def _add_code_and_card(self, folder: str | os.PathLike[str]) -> None:
+        if not (Path(folder) / "config.json").is_file():  # an adapter, which loads onto another folder
+            return
+        custom_object_save(NanoGPTPreTrainedModel, folder)  # copies this file and those that it imports relatively
+        hub = _import_from_package("export.hub")
+        if hub is not None:
+            hub.write_card(self, folder)
 
 
 class NanoGPTModel(NanoGPTPreTrainedModel):
@@ -540,15 +580,22 @@ def _ignore_minus_one(labels: torch.Tensor | None) -> torch.Tensor | None:
     return None if labels is None else labels.masked_fill(labels == -1, -100)
 
 
+def _import_from_package(name: str):
+    """Imports a module of hugging-nano-gpt; returns None where the model runs as remote code without it."""
+    try:  # by name, because remote code may not import a package that its users need not have
+        return importlib.import_module(f"hugging_nano_gpt.{name}")
+    except ModuleNotFoundError:
+        return None
+
+
 def _import_conversion():
-    # By name, because remote code may not import a package that its users need not have.
-    try:
-        return importlib.import_module("hugging_nano_gpt.conversion")
-    except ModuleNotFoundError as error:
+    conversion = _import_from_package("conversion")
+    if conversion is None:
         raise ImportError(
             "nanoGPT checkpoints are read and written by the package hugging-nano-gpt, which is not installed here; "
             "run: pip install hugging-nano-gpt"
-        ) from error
+        )
+    return conversion
 
 
 __all__ = [

@@ -1,0 +1,1 @@
+"""What leaves for other programs: folders that work where this package is not installed."""

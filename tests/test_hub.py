@@ -1,0 +1,500 @@
+"""Saved folders: complete, truthful, and equal bit for bit where nobody has heard of this package."""
+
+import builtins
+import contextlib
+import json
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
+
+from hugging_nano_gpt import (
+    CheckpointError,
+    NanoGPTConfig,
+    NanoGPTForSequenceClassification,
+    NanoGPTLMHeadModel,
+    NanoGPTModel,
+    build_character_tokenizer,
+    conversion,
+    read_checkpoint,
+    read_meta,
+    write_checkpoint,
+)
+from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
+from hugging_nano_gpt.export import hub
+from hugging_nano_gpt.modeling_nano_gpt import AUTO_MAP
+
+from .conftest import assert_same, limit_file_size
+from .tiny import MODEL_ARGS, make_batch, make_model
+
+CODE_FILES = ["configuration_nano_gpt.py", "generation_nano_gpt.py", "modeling_nano_gpt.py"]
+FILES = sorted([*CODE_FILES, "README.md", "config.json", "generation_config.json", "model.safetensors"])
+PROMPT = "ROMEO:"  # of tests/remote_worker.py too
+# Runs what happens without the package: tests/fresh_venv.sh names a Python that has torch and transformers only.
+FRESH_PYTHON = os.environ.get("FRESH_PYTHON")
+SAVING_MD = Path(__file__).parents[1] / "docs" / "saving.md"
+EXAMPLES_DIR = Path(__file__).parents[1] / "examples"
+
+PACKAGE_DIR = Path(hub.__file__).parents[1]
+CLASSES = [NanoGPTModel, NanoGPTLMHeadModel, NanoGPTForSequenceClassification]
+
+
+@pytest.fixture
+def model(checkpoint):
+    """A toy model with a training state, of which nothing is a default."""
+    model = NanoGPTLMHeadModel.from_nanogpt_ckpt(checkpoint.path)
+    checkpoint.path.unlink()  # tests look at what else is in the folder
+    return model
+
+
+def make_untied():
+    model = NanoGPTLMHeadModel(NanoGPTConfig(**MODEL_ARGS, tie_word_embeddings=False)).eval()
+    assert model.lm_head.weight is not model.transformer.wte.weight
+    return model
+
+
+def make_classifier():
+    torch.manual_seed(3)
+    return NanoGPTForSequenceClassification(NanoGPTConfig(**MODEL_ARGS, num_labels=3)).eval()
+
+
+def make_tokenizer():
+    return build_character_tokenizer(read_meta(META_PATH), block_size=128)
+
+
+@pytest.fixture(scope="module")
+def remote(tmp_path_factory):
+    """Runs tests/remote_worker.py once on folders saved here; returns what it found and what is right."""
+    folder = tmp_path_factory.mktemp("remote")
+    idx, _ = make_batch(2, MODEL_ARGS["block_size"])
+    saved = {
+        "lm": NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH),
+        "base": make_model().transformer,
+        "classifier": make_classifier(),
+        "untied": make_untied(),
+    }
+    for name, model in saved.items():
+        model.save_pretrained(folder / name)
+    saved["lm"].save_pretrained(folder / "sharded", max_shard_size="200KB")
+    assert len(list((folder / "sharded").glob("*.safetensors"))) > 1
+    make_tokenizer().save_pretrained(folder / "lm")
+    save_file({"idx": idx.contiguous()}, folder / "idx.safetensors")
+
+    worker = [Path(__file__).with_name("remote_worker.py"), folder, str(torch.get_num_threads())]
+    with start_python(folder, *worker) as process:
+        errors = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, errors
+    return SimpleNamespace(
+        folder=folder,
+        idx=idx,
+        models=saved,
+        outputs=load_file(folder / "outputs.safetensors"),
+        facts=json.loads((folder / "facts.json").read_text()),
+    )
+
+
+def start_python(folder, *arguments):
+    """Starts an isolated Python with caches of its own."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {
+        "HF_HOME": str(folder / "home"),
+        "HF_MODULES_CACHE": str(folder / "modules"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [FRESH_PYTHON or sys.executable, "-I", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@torch.no_grad()
+def test_remote_code_gives_the_same_bits(remote):
+    assert remote.facts["module"].startswith("transformers_modules.")
+    lm, outputs, idx = remote.models["lm"], remote.outputs, remote.idx
+    assert torch.equal(outputs["lm"], lm(idx).logits)
+    assert torch.equal(outputs["sharded"], lm(idx).logits)
+    assert torch.equal(outputs["lm_hidden"], lm.transformer(idx).last_hidden_state)
+    assert torch.equal(outputs["from_lm"], lm.transformer(idx).last_hidden_state)
+    assert torch.equal(outputs["base"], remote.models["base"](idx).last_hidden_state)
+    assert torch.equal(outputs["classifier"], remote.models["classifier"](idx).logits)
+    assert torch.equal(outputs["untied"], remote.models["untied"](idx).logits)
+    assert not torch.equal(outputs["untied"], outputs["lm"])  # the comparison can fail
+
+
+def test_remote_code_generates_past_block_size(remote):
+    lm, idx = remote.models["lm"], remote.idx
+    expected = lm.generate(idx[:1, :4], max_new_tokens=lm.config.block_size + 8, do_sample=False)
+    assert torch.equal(remote.outputs["generated"], expected)
+    tokenizer = make_tokenizer()
+    ids = lm.generate(tokenizer(PROMPT, return_tensors="pt").input_ids, max_new_tokens=8, do_sample=False)
+    assert remote.facts["pipeline"] == tokenizer.decode(ids[0])
+
+
+def test_remote_code_without_the_package_says_so(remote):
+    assert "pip install hugging-nano-gpt" in remote.facts["import_error"]
+    assert remote.facts["training_state"] == "None"
+    assert remote.facts["config"]["nanogpt_training_state"]["iter_num"] == 5000
+
+
+@torch.no_grad()
+def test_remote_code_saved_again_works_again(remote):
+    without_card = [name for name in FILES if name != "README.md"]  # cards are written by the package alone
+    assert remote.facts["files"]["again"] == remote.facts["files"]["third"] == without_card
+    assert remote.facts["files"]["again-base"] == [name for name in without_card if name != "generation_config.json"]
+    assert torch.equal(remote.outputs["third"], remote.outputs["lm"])
+    assert torch.equal(remote.outputs["again_base"], remote.outputs["lm_hidden"])
+    for name in ("again", "again-base", "third", "trained"):
+        assert read_json(remote.folder / name / "config.json")["auto_map"] == AUTO_MAP
+    assert torch.equal(
+        NanoGPTLMHeadModel.from_pretrained(remote.folder / "third")(remote.idx).logits, remote.outputs["lm"]
+    )
+
+
+def test_remote_code_trained_and_saved_by_trainer_works_again(remote, tmp_path):
+    outputs = remote.outputs
+    assert torch.equal(outputs["trained"], outputs["trained_here"])
+    assert not torch.equal(outputs["trained"], outputs["lm"])
+    model = NanoGPTLMHeadModel.from_pretrained(remote.folder / "trained")
+    assert model.nanogpt_training_state == remote.models["lm"].nanogpt_training_state
+    model.to_nanogpt_ckpt(tmp_path / "ckpt.pt")
+    assert read_checkpoint(tmp_path / "ckpt.pt").training_state.iter_num == 5000
+
+
+def test_package_imported_after_remote_code_serves_it(remote):
+    assert remote.facts["late_module"].startswith("transformers_modules.")
+    assert remote.facts["files"]["late"] == sorted([*FILES, "ckpt.pt"])
+    assert_equal_checkpoints(read_checkpoint(remote.folder / "late" / "ckpt.pt"), read_checkpoint(CKPT_PATH))
+
+
+@pytest.mark.skipif(not FRESH_PYTHON, reason="FRESH_PYTHON names no Python with transformers[serving]")
+def test_transformers_serve_completes_a_prompt(remote):
+    lm, tokenizer = remote.models["lm"], make_tokenizer()
+    n_new = lm.config.block_size + 8
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    options = ["--device", "cpu", "--host", "127.0.0.1", "--port", port]
+    body = json.dumps({"model": str(remote.folder / "lm"), "prompt": PROMPT, "max_tokens": n_new}).encode()
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", body, headers)
+    with start_python(remote.folder, EXAMPLES_DIR / "serve.py", remote.folder / "lm", *options) as process:
+        try:
+            answer = json.loads(ask_until_it_answers(request))
+        finally:
+            process.terminate()
+    ids = lm.generate(tokenizer(PROMPT, return_tensors="pt").input_ids, max_new_tokens=n_new, do_sample=False)
+    assert PROMPT + answer["choices"][0]["text"] == tokenizer.decode(ids[0])
+
+
+def ask_until_it_answers(request):
+    for _ in range(120):
+        with contextlib.suppress(ConnectionError, urllib.error.URLError):
+            return urllib.request.urlopen(request, timeout=60).read()
+        time.sleep(0.5)
+    pytest.fail("the server did not come up")
+
+
+def test_local_classes_win_over_remote_code_without_a_prompt(model, tmp_path, monkeypatch):
+    def refuse(*_):
+        pytest.fail("asked the user")
+
+    monkeypatch.setattr(builtins, "input", refuse)
+    model.save_pretrained(tmp_path)
+    auto_classes = [AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification]
+    for settings in ({}, {"trust_remote_code": True}, {"trust_remote_code": False}):
+        assert type(AutoConfig.from_pretrained(tmp_path, **settings)) is NanoGPTConfig
+        for auto_class, model_class in zip(auto_classes, CLASSES, strict=True):
+            assert type(auto_class.from_pretrained(tmp_path, **settings)) is model_class
+            assert type(auto_class.from_config(model.config, **settings)) is model_class
+
+
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_folder_has_all_files_and_all_auto_classes(model_class, tmp_path):
+    model_class.from_nanogpt_ckpt(CKPT_PATH).save_pretrained(tmp_path)
+    has_generation = model_class is NanoGPTLMHeadModel
+    assert list_files(tmp_path) == [name for name in FILES if has_generation or name != "generation_config.json"]
+    assert all((tmp_path / name).read_bytes() == (PACKAGE_DIR / name).read_bytes() for name in CODE_FILES)
+    config = read_json(tmp_path / "config.json")
+    assert config["architectures"] == [model_class.__name__]
+    assert config["auto_map"] == AUTO_MAP
+
+
+def test_auto_map_names_every_class_and_keeps_what_others_put_there(model, tmp_path):
+    names = {name.partition(".")[2] for name in AUTO_MAP.values()}
+    assert names == {model_class.__name__ for model_class in [NanoGPTConfig, *CLASSES]}
+    assert {f"{name.partition('.')[0]}.py" for name in AUTO_MAP.values()} < set(CODE_FILES)
+    model.config.auto_map = {
+        "AutoModel": "someone/repo--modeling_nano_gpt.NanoGPTModel",
+        "AutoTokenizer": ["a.B", None],
+    }
+    model.save_pretrained(tmp_path)
+    assert read_json(tmp_path / "config.json")["auto_map"] == {**AUTO_MAP, "AutoTokenizer": ["a.B", None]}
+
+
+def test_padding_ids_stay_suppressed(tmp_path):
+    model = make_model()
+    model.generation_config.suppress_tokens = [63, 64]
+    model.save_pretrained(tmp_path)
+    assert NanoGPTLMHeadModel.from_pretrained(tmp_path).generation_config.suppress_tokens == [63, 64]
+    assert "2 ids of the vocabulary stand for nothing" in (tmp_path / "README.md").read_text()
+
+
+def test_adapter_folder_gets_no_code(model, tmp_path):
+    """As when PEFT is loaded, save_pretrained then writes no config.json."""
+    model._add_code_and_card(tmp_path)
+    assert list_files(tmp_path) == []
+
+
+def test_second_process_writes_nothing(model, tmp_path):
+    model.config.save_pretrained(tmp_path)  # as the first process does meanwhile
+    model.save_pretrained(tmp_path, is_main_process=False)
+    assert list_files(tmp_path) == ["config.json"]
+
+
+@pytest.mark.parametrize("loss", [1.5, 0.1, math.inf, -math.inf, math.nan, 1e9, torch.tensor(1 / 3).item()])
+def test_training_state_survives_the_folder_bit_for_bit(checkpoint, tmp_path, loss):
+    config = {
+        "a": 0,
+        "b": 0.1,
+        "c": -0.0,
+        "d": True,
+        "e": None,
+        "f": "\u20ac|\n",
+        "g": [1, [2.0]],
+        "h": {"x": math.inf},
+    }
+    state = replace(checkpoint.training_state, iter_num=2**40, best_val_loss=loss, config=config)
+    write_checkpoint(replace(checkpoint, training_state=state), tmp_path / "ckpt.pt")
+    NanoGPTLMHeadModel.from_nanogpt_ckpt(tmp_path / "ckpt.pt").save_pretrained(tmp_path / "first")
+    NanoGPTLMHeadModel.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "second")
+    model.to_nanogpt_ckpt(tmp_path / "back.pt")
+    assert_equal_checkpoints(read_checkpoint(tmp_path / "back.pt"), read_checkpoint(tmp_path / "ckpt.pt"))
+
+
+def test_state_that_json_would_change_is_left_out_with_a_warning(checkpoint, tmp_path, monkeypatch):
+    warnings: list[str] = []
+    monkeypatch.setattr(conversion.logger, "warning", warnings.append)
+    config = {"kept": 1, "tuple": (1, 2), "tensor": torch.zeros(1), "keys": {1: 2}}
+    state = replace(checkpoint.training_state, config=config)
+    write_checkpoint(replace(checkpoint, training_state=state), tmp_path / "ckpt.pt")
+    model = NanoGPTLMHeadModel.from_nanogpt_ckpt(tmp_path / "ckpt.pt")
+    assert re.search(
+        r"ckpt.pt: config: save_pretrained will leave out 'tuple', 'tensor', 'keys': expected", warnings[0]
+    )
+    assert_same(model.nanogpt_training_state.config, config)  # in this process everything is kept
+    model.save_pretrained(tmp_path / "folder")
+    again = NanoGPTLMHeadModel.from_pretrained(tmp_path / "folder")
+    assert again.nanogpt_training_state.config == {"kept": 1}
+
+
+def test_model_without_a_checkpoint_has_the_state_before_the_first_step(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    state = NanoGPTLMHeadModel.from_pretrained(tmp_path).nanogpt_training_state
+    assert (state.iter_num, state.best_val_loss, state.config) == (0, 1e9, {})
+    assert "## Training" not in (tmp_path / "README.md").read_text()
+
+
+def test_trainer_saves_a_complete_folder(model, tmp_path):
+    idx, _ = make_batch(8, 16)
+    rows = [{"input_ids": row, "labels": row} for row in idx]
+    args = TrainingArguments(
+        str(tmp_path / "out"), max_steps=2, save_steps=1, use_cpu=True, report_to=[], disable_tqdm=True
+    )
+    trainer = Trainer(model, args, train_dataset=rows)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    assert set(list_files(tmp_path / "final")) >= set(FILES)
+    assert set(list_files(tmp_path / "out" / "checkpoint-1")) >= set(FILES)
+    again = NanoGPTLMHeadModel.from_pretrained(tmp_path / "final")
+    assert torch.equal(again(idx).logits, model.eval()(idx).logits)
+    assert again.nanogpt_training_state == model.nanogpt_training_state
+
+
+# Model cards
+
+
+@pytest.mark.parametrize(
+    "make", [make_model, make_untied, make_classifier, lambda: make_model(bias=False).transformer]
+)
+def test_parameters_are_counted_as_they_are(make):
+    model = make()
+    without_positions, total = hub.count_parameters(model.config, type(model).__name__)
+    assert total == model.num_parameters()
+    positions = getattr(model, "transformer", model).wpe.weight
+    assert without_positions == total - positions.numel()  # model.py @ 3adf61e, get_num_params
+
+
+def test_card_tells_shape_training_and_limits(tmp_path):
+    model = NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH)
+    card = hub.make_card(model)
+    for row in ("layers | 3", "heads | 3", "block size | 128 tokens", "vocabulary | 65 tokens", "biases | no"):
+        assert f"| {row} |" in card
+    for text in ("338,688", "350,976", "5,000 iterations", "1.6176", "| `learning_rate` | 0.001 |", "to_nanogpt_ckpt"):
+        assert text in card
+    assert "trust_remote_code=True" in card
+    data = ModelCard(card).data
+    assert (data.library_name, data.pipeline_tag, data.tags) == ("transformers", "text-generation", ["nanogpt"])
+    assert data.license is None
+
+
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_python_in_the_card_runs(model_class, tmp_path, monkeypatch):
+    model_class.from_nanogpt_ckpt(CKPT_PATH).save_pretrained(tmp_path / "path" / "or" / "name")
+    monkeypatch.chdir(tmp_path)
+    card = (tmp_path / "path" / "or" / "name" / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        names: dict = {}
+        exec(block, names)
+        assert type(names["model"]) is model_class
+    assert Path("ckpt.pt").exists() == (model_class is NanoGPTLMHeadModel)
+
+
+def test_card_of_an_untied_model_does_not_promise_the_way_back():
+    card = hub.make_card(make_untied())
+    assert "model.to_nanogpt_ckpt" not in card
+    assert "cannot go back to nanoGPT" in card
+    assert "has its own weights" in card
+
+
+def test_card_of_gpt2_vocabulary_and_tanh_gelu_says_so():
+    config = NanoGPTConfig(**{**MODEL_ARGS, "vocab_size": 50304}, activation_function="gelu_new")
+    with torch.device("meta"):
+        card = hub.make_card(NanoGPTLMHeadModel(config))
+    assert "50,304 is the size that nanoGPT uses for GPT-2's" in card
+    assert "tanh formula" in card
+    assert "differ slightly" in card
+
+
+def test_settings_cannot_break_the_card(model):
+    model.config.nanogpt_training_state["config"]["dataset"] = "a|b\n---\n# c `d` [e](f) <g>" + "x" * 1000
+    row = next(line for line in hub.make_card(model).splitlines() if line.startswith("| `dataset`"))
+    assert row.startswith("| `dataset` | a b --- # c d e (f) g xxx")
+    assert len(row) < 130
+
+
+def test_existing_card_is_never_overwritten(model, tmp_path):
+    (tmp_path / "README.md").write_bytes(b"mine\r\n\xff")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == b"mine\r\n\xff"
+    assert list_files(tmp_path) == FILES
+
+
+def test_saving_md_python_runs_as_written(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "ckpt.pt").write_bytes(CKPT_PATH.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    for block in re.findall(r"```python\n(.*?)```", SAVING_MD.read_text(), flags=re.DOTALL):
+        exec(block, {})
+    assert_equal_checkpoints(read_checkpoint("out-back/ckpt.pt"), read_checkpoint(CKPT_PATH))
+
+
+def test_state_can_be_left_out(model, tmp_path):
+    model.config.nanogpt_training_state = None
+    model.save_pretrained(tmp_path)
+    assert "learning_rate" not in (tmp_path / "README.md").read_text() + (tmp_path / "config.json").read_text()
+
+
+def test_failed_card_leaves_no_half_file(model, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with limit_file_size(100), pytest.raises(CheckpointError, match=r"README.md: cannot be written"):
+        hub.write_card(model, tmp_path)
+    assert list_files(tmp_path) == ["config.json"]
+
+
+# Pushing
+
+
+@pytest.fixture
+def repository(monkeypatch):
+    """Stands in for the Hub: takes uploads as a dict of contents, and serves a card if there is one."""
+    repository = SimpleNamespace(card=None, files={})
+
+    def load_card(*_, **__):
+        if repository.card is None:
+            raise EntryNotFoundError("no README.md")
+        return ModelCard(repository.card)
+
+    def create_commit(self, repo_id, operations, **_):
+        repository.files = {o.path_in_repo: Path(o.path_or_fileobj).read_bytes() for o in operations}
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    monkeypatch.setattr(ModelCard, "load", load_card)
+    return repository
+
+
+def test_push_to_hub_uploads_the_whole_folder_and_our_card(model, repository):
+    model.push_to_hub("me/model", tags=["shakespeare"])
+    assert sorted(repository.files) == FILES
+    card = ModelCard(repository.files["README.md"].decode())
+    assert card.data.tags == ["nanogpt", "shakespeare"]
+    assert "# nanoGPT language model" in card.text
+    assert repository.files["modeling_nano_gpt.py"] == (PACKAGE_DIR / "modeling_nano_gpt.py").read_bytes()
+
+
+def test_save_and_push_uploads_what_is_new_also_into_a_used_folder(model, repository, tmp_path):
+    for _ in range(2):
+        model.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/model")
+        assert sorted(repository.files) == list_files(tmp_path) == FILES
+        assert "# nanoGPT language model" in repository.files["README.md"].decode()
+
+
+def test_push_keeps_the_card_on_the_hub(model, repository, tmp_path):
+    repository.card = "---\nlicense: mit\n---\n\nWritten on the Hub.\n"
+    model.push_to_hub("me/model")
+    assert "Written on the Hub." in repository.files["README.md"].decode()
+    (tmp_path / "README.md").write_text("mine")
+    model.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/model")
+    assert "Written on the Hub." in repository.files["README.md"].decode()
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_push_uploads_the_card_in_the_folder_to_a_new_repository(model, repository, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    model.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/model")
+    assert repository.files["README.md"] == (tmp_path / "README.md").read_bytes() == b"mine"
+
+
+def list_files(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def assert_equal_checkpoints(left, right):
+    assert list(left.state_dict) == list(right.state_dict)
+    assert all(torch.equal(left.state_dict[name], right.state_dict[name]) for name in left.state_dict)
+    assert left.model_args == right.model_args
+    for name in ("iter_num", "best_val_loss", "config"):
+        ours, theirs = getattr(left.training_state, name), getattr(right.training_state, name)
+        assert type(ours) is type(theirs)
+        assert repr(sort(ours)) == repr(sort(theirs))  # repr tells nan, -0.0 and True from 1
+
+
+def sort(value):
+    """Sorts the keys: JSON keeps them, config.json sorts them."""
+    return {key: sort(value[key]) for key in sorted(value)} if isinstance(value, dict) else value
