@@ -338,7 +338,7 @@ def test_trainer_saves_a_complete_folder(model, tmp_path):
 )
 def test_parameters_are_counted_as_they_are(make):
     model = make()
-    without_positions, total = hub.count_parameters(model.config, type(model).__name__)
+    without_positions, total = hub._count_parameters(model.config, type(model).__name__)
     assert total == model.num_parameters()
     positions = getattr(model, "transformer", model).wpe.weight
     assert without_positions == total - positions.numel()  # model.py @ 3adf61e, get_num_params

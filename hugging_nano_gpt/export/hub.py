@@ -19,7 +19,7 @@ from ..bpe import GPT2_VOCAB_SIZES
 from ..conversion import read_training_state
 from ..formats.atomic import open_atomically
 from ..formats.contents import NO_VAL_LOSS
-from ..formats.shapes import MODEL_ARGS, iterate_shapes
+from ..formats.shapes import MODEL_ARGS, count_parameters
 
 _FILE_NAME = "README.md"
 
@@ -120,21 +120,16 @@ def make_card(model: PreTrainedModel, tags: Sequence[str] = ()) -> str:
     return "\n\n".join([f"---\n{data}\n---", *sections]) + "\n"
 
 
-def count_parameters(config: PreTrainedConfig, class_name: str) -> tuple[int, int]:
-    """Returns the number of parameters as nanoGPT counts them, without the position embedding, and in total."""
-    sizes = {name: math.prod(shape) for name, shape in iterate_shapes({n: getattr(config, n) for n in MODEL_ARGS})}
-    head_size = sizes.pop("lm_head.weight")
-    total = sum(sizes.values())
-    if class_name == "NanoGPTLMHeadModel" and not config.tie_word_embeddings:
-        total += head_size
-    if class_name == "NanoGPTForSequenceClassification":
-        total += config.num_labels * config.n_embd
-    return total - sizes["transformer.wpe.weight"], total
+def _count_parameters(config: PreTrainedConfig, class_name: str) -> tuple[int, int]:
+    has_own_head = class_name == "NanoGPTLMHeadModel" and not config.tie_word_embeddings
+    without_positions, total = count_parameters({n: getattr(config, n) for n in MODEL_ARGS}, not has_own_head)
+    n_scores = config.num_labels * config.n_embd if class_name == "NanoGPTForSequenceClassification" else 0
+    return without_positions + n_scores, total + n_scores
 
 
 def _describe_shape(model: PreTrainedModel, class_name: str) -> dict[str, Any]:
     config = model.config
-    without_positions, total = count_parameters(config, class_name)
+    without_positions, total = _count_parameters(config, class_name)
     rows = {
         "layers": config.n_layer,
         "heads": config.n_head,

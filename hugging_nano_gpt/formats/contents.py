@@ -44,6 +44,8 @@ class Checkpoint:
             are real or the file does not say.
         format: Kind of file it was read from: "nanogpt", "mingpt", "build_nanogpt" or "llmc".
         path: File it was read from, or None.
+        era: Which nanoGPT wrote it, as far as the file tells: "since 2023-05-06". Empty for other formats.
+        has_optimizer: Whether the file holds an optimizer state, read or not.
         assumptions: What the file does not say and was assumed, a sentence each.
     """
 
@@ -55,4 +57,6 @@ class Checkpoint:
     n_tokens: int | None = None
     format: str = "nanogpt"
     path: Path | None = None
+    era: str = ""
+    has_optimizer: bool = False
     assumptions: tuple[str, ...] = ()

@@ -59,13 +59,15 @@ def read(file: TorchFile, *, with_optimizer: bool) -> Checkpoint:
             f"its optimizer state cannot be named with certainty: {fault}",
             "read the checkpoint with with_optimizer=False to use the model alone",
         )
-    activation_function, reason = _tell_activation(contents["model_args"], names, optimizer)
+    era, activation_function, reason = _tell_age(contents["model_args"], names, optimizer)
     return Checkpoint(
         model_args=model_args,
         state_dict=state_dict,
         training_state=_read_training_state(file, optimizer if with_optimizer else None),
         activation_function=activation_function,
         format=NAME,
+        era=era,
+        has_optimizer=contents.get("optimizer") is not None,
         assumptions=(*assumptions, reason),
     )
 
@@ -125,17 +127,19 @@ def _complete_model_args(
     return {**recorded, **missing}, assumptions
 
 
-def _tell_activation(
+def _tell_age(
     recorded: Mapping[str, Any], names: CleanNames, optimizer: OptimizerState | None
-) -> tuple[str, str]:
-    """Tells the GELU by the file's age: exact since f08abb45 (2023-06-14), the tanh formula before."""
+) -> tuple[str, str, str]:
+    """Returns the era, its GELU (exact since f08abb45, 2023-06-14; the tanh formula before), and what tells them."""
+    tanh = "tanh GELU, as nanoGPT computed when"
     if "bias" not in recorded:
-        return "gelu_new", "tanh GELU, as nanoGPT computed when model_args had no bias (before 2023-01-27)"
+        return "before 2023-01-27", "gelu_new", f"{tanh} model_args had no bias (before 2023-01-27)"
     if optimizer is not None and optimizer.grouping is group_by_module:
-        return "gelu_new", "tanh GELU, as nanoGPT computed when its optimizer grouped so (before 2023-05-06)"
+        return "before 2023-05-06", "gelu_new", f"{tanh} its optimizer grouped so (before 2023-05-06)"
     if optimizer is None and names.has_masks:
-        return "gelu_new", "tanh GELU, as nanoGPT computed when it stored attention masks (before 2023-01-30)"
-    return "gelu", "exact GELU, as nanoGPT computes since 2023-06-14: the file does not record it"
+        return "before 2023-01-30", "gelu_new", f"{tanh} it stored attention masks (before 2023-01-30)"
+    since = "2023-01-27" if optimizer is None else "2023-05-06"
+    return f"since {since}", "gelu", "exact GELU, as nanoGPT computes since 2023-06-14: the file does not record it"
 
 
 def _read_training_state(file: TorchFile, optimizer: OptimizerState | None) -> TrainingState:

@@ -3,6 +3,7 @@
 Model, readers and writers all use these names unchanged, so there is no name map to invert.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -51,3 +52,10 @@ def infer_model_args(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     model_args["n_layer"] = len({match[1] for name in tensors if (match := _LAYER.match(name))})
     model_args["bias"] = "transformer.ln_f.bias" in tensors
     return model_args
+
+
+def count_parameters(model_args: Mapping[str, Any], is_tied: bool) -> tuple[int, int]:
+    """Returns the number of parameters as nanoGPT counts them, without the position embedding, and in total."""
+    sizes = {name: math.prod(shape) for name, shape in iterate_shapes(model_args)}
+    total = sum(sizes.values()) - (sizes["lm_head.weight"] if is_tied else 0)
+    return total - sizes["transformer.wpe.weight"], total
