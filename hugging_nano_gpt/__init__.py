@@ -5,15 +5,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .checkpoint import Checkpoint, OptimizerState, TrainingState, read_checkpoint, write_checkpoint
 from .configuration_nano_gpt import NanoGPTConfig
-from .errors import CheckpointError, ConversionError, DataError, NanoGPTError, TokenizerError
+from .errors import CheckpointError, ConversionError, DataError, NanoGPTError, TokenizerError, VerifyError
 from .modeling_nano_gpt import (
     NanoGPTForSequenceClassification,
     NanoGPTLMHeadModel,
     NanoGPTModel,
     NanoGPTPreTrainedModel,
 )
+from .verify import Check, VerifyReport, verify_against_nanogpt, verify_loss, verify_models
 
 __all__ = [
+    "Check",
     "Checkpoint",
     "CheckpointError",
     "ConversionError",
@@ -27,7 +29,12 @@ __all__ = [
     "OptimizerState",
     "TokenizerError",
     "TrainingState",
+    "VerifyError",
+    "VerifyReport",
     "read_checkpoint",
+    "verify_against_nanogpt",
+    "verify_loss",
+    "verify_models",
     "write_checkpoint",
 ]
 

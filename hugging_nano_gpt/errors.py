@@ -23,3 +23,7 @@ class TokenizerError(NanoGPTError, ValueError):
 
 class DataError(NanoGPTError, ValueError):
     """A token file cannot be read, is not whole, or does not fit the model."""
+
+
+class VerifyError(NanoGPTError, RuntimeError):
+    """A comparison cannot be made: a model is out of reach, or the code to compare with does not run."""
