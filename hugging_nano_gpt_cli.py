@@ -45,7 +45,7 @@ def demo() -> None:
 
 
 class _Activation(StrEnum):
-    """NanoGPTConfig's activations, which only torch's importers may import."""
+    """NanoGPTConfig's activations; importing them from there would import torch."""
 
     GELU = "gelu"
     GELU_NEW = "gelu_new"
@@ -54,8 +54,8 @@ class _Activation(StrEnum):
 
 @app.command()
 def verify(
-    a: Annotated[str, typer.Argument(help="Checkpoint file, saved folder or hub id.", show_default=False)],
-    b: Annotated[str | None, typer.Argument(help="What to compare it with: the same kinds.")] = None,
+    a: Annotated[str, typer.Argument(metavar="A", help="Checkpoint file, saved folder or hub id.")],
+    b: Annotated[str | None, typer.Argument(metavar="[B]", help="What to compare it with.")] = None,
     nanogpt: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Compare with a checkout of nanoGPT: this runs its model.py.")
     ] = None,
@@ -78,7 +78,11 @@ def verify(
     if data is not None and gradients:
         raise typer.BadParameter("expected no --gradients with --data, which compares the loss alone")
     _quieten_transformers()
+    from transformers.utils import logging
+
     from hugging_nano_gpt.verify import verify_against_nanogpt, verify_loss, verify_models
+
+    logging.set_verbosity_error()  # what Transformers would warn of, the report or the error says
 
     settings = {"activation_function": activation and activation.value, "n_head": n_head}
     if data is not None:

@@ -3,9 +3,9 @@
 import hugging_nano_gpt
 
 PUBLIC_NAMES = """
-Checkpoint CheckpointError ConversionError DataError NanoGPTConfig NanoGPTError NanoGPTForSequenceClassification
-NanoGPTLMHeadModel NanoGPTModel NanoGPTPreTrainedModel OptimizerState TokenizerError TrainingState read_checkpoint
-write_checkpoint
+Check Checkpoint CheckpointError ConversionError DataError NanoGPTConfig NanoGPTError NanoGPTForSequenceClassification
+NanoGPTLMHeadModel NanoGPTModel NanoGPTPreTrainedModel OptimizerState TokenizerError TrainingState VerifyError
+VerifyReport read_checkpoint verify_against_nanogpt verify_loss verify_models write_checkpoint
 """.split()
 
 
@@ -19,6 +19,8 @@ def test_errors_are_caught_as_one_and_as_value_errors():
         error = getattr(hugging_nano_gpt, name)
         assert issubclass(error, hugging_nano_gpt.NanoGPTError)
         assert issubclass(error, ValueError)
+    assert issubclass(hugging_nano_gpt.VerifyError, hugging_nano_gpt.NanoGPTError)
+    assert issubclass(hugging_nano_gpt.VerifyError, RuntimeError)
 
 
 def test_public_objects_have_docstrings():

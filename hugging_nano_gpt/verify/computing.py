@@ -86,7 +86,7 @@ def main() -> None:
     known = inspect.signature(module.GPTConfig).parameters
     unknown_args = {name: value for name, value in request["model_args"].items() if name not in known}
     config = module.GPTConfig(**{name: value for name, value in request["model_args"].items() if name in known})
-    model = module.GPT(config).to(given["transformer.wte.weight"].dtype).eval()
+    model = module.GPT(config).eval()
 
     answer: dict[str, Any] = {"unknown_args": unknown_args, **_compare_names(given, model)}
     numbers = {}
@@ -115,6 +115,7 @@ def _compare_names(given: Mapping[str, torch.Tensor], model: torch.nn.Module) ->
     return {
         "missing": [name for name in theirs if name not in given],
         "unexpected": [name for name in given if name not in theirs],
+        "is_tied": theirs.get("lm_head.weight") is theirs.get("transformer.wte.weight"),
         "shapes": {
             name: [list(t.shape), list(theirs[name].shape)]
             for name, t in given.items()

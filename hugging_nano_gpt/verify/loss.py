@@ -25,7 +25,7 @@ _BATCH_SIZE = 12
 
 # Two means of the same numbers are further apart once in 370 times. Beside it, what rounding alone may make of a loss.
 _STANDARD_ERRORS = 3
-_ROUNDING = 1e-5
+_ROUNDING = 1e-6
 
 # Logits in memory at once: 2 ** 26 float32 are 256 MiB.
 _MOST_LOGITS = 2**26
