@@ -12,10 +12,9 @@ from .modeling_nano_gpt import (
     NanoGPTModel,
     NanoGPTPreTrainedModel,
 )
-from .verify import Check, VerifyReport, verify_against_nanogpt, verify_loss, verify_models
+from .verify import VerifyReport, verify_against_nanogpt, verify_loss, verify_models
 
 __all__ = [
-    "Check",
     "Checkpoint",
     "CheckpointError",
     "ConversionError",

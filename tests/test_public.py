@@ -3,7 +3,7 @@
 import hugging_nano_gpt
 
 PUBLIC_NAMES = """
-Check Checkpoint CheckpointError ConversionError DataError NanoGPTConfig NanoGPTError NanoGPTForSequenceClassification
+Checkpoint CheckpointError ConversionError DataError NanoGPTConfig NanoGPTError NanoGPTForSequenceClassification
 NanoGPTLMHeadModel NanoGPTModel NanoGPTPreTrainedModel OptimizerState TokenizerError TrainingState VerifyError
 VerifyReport read_checkpoint verify_against_nanogpt verify_loss verify_models write_checkpoint
 """.split()

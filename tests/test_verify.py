@@ -9,13 +9,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hugging_nano_gpt import CheckpointError, NanoGPTLMHeadModel, VerifyReport, verify_models
+from hugging_nano_gpt import CheckpointError, NanoGPTLMHeadModel, VerifyReport, verify_loss, verify_models
+from hugging_nano_gpt.demo import CKPT_PATH
 from hugging_nano_gpt.verify import sides
 from hugging_nano_gpt.verify.bits import describe_difference, have_same_bits, measure_difference
 
 from .conftest import save
 from .tiny import FIXTURES_DIR, MODEL_ARGS, make_model
+from .trace import TRACE_DIR
 
+DOCS = (Path(__file__).parent.parent / "docs" / "verify.md").read_text()
 WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
 C_FC = "transformer.h.1.mlp.c_fc.weight"
 
@@ -181,7 +184,7 @@ def test_swapped_and_transposed_tensors_are_named(ckpt_path, contents, tmp_path)
 def test_tanh_in_place_of_exact_gelu_is_named_while_the_tensors_are_equal(ckpt_path, tmp_path, activation_function):
     other = save_folder(ckpt_path, tmp_path / "saved", activation_function=activation_function)
     wrong = find_wrong(verify_models(ckpt_path, other, gradients=True))
-    assert wrong["activation"] == f"gelu and {activation_function}: the models compute different GELUs"
+    assert wrong["activation"] == f"gelu and {activation_function}: one is exact, the other the tanh formula"
     assert {"logits 2x1", "logits 2x17", "logits 2x32", "gradients"} < set(wrong)
     assert "tensors" not in wrong
     assert verify_models(ckpt_path, other, activation_function=activation_function).is_equal
@@ -270,7 +273,7 @@ def test_hub_out_of_reach_is_one_line(ckpt_path, monkeypatch):
 
     monkeypatch.setattr(sides.PreTrainedConfig, "get_config_dict", fail)
     with pytest.raises(
-        CheckpointError, match=r"^someone/model: cannot be loaded: .* connect to the hub\.; "
+        CheckpointError, match=r"^someone/model: cannot be loaded: .* connect to the hub; check "
     ) as caught:
         verify_models(ckpt_path, "someone/model")
     assert "\n" not in str(caught.value)
@@ -318,3 +321,19 @@ def test_folder_with_layers_missing_is_refused_not_filled_in(ckpt_path, folder):
     with pytest.raises(CheckpointError, match=r"not a whole model: .*missing_keys 'transformer\.h\.2") as caught:
         verify_models(ckpt_path, folder)
     assert "\n" not in str(caught.value)
+
+
+def test_report_in_the_docs_is_true(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    Path("out/ckpt.pt").write_bytes(CKPT_PATH.read_bytes())
+    save_folder(Path("out/ckpt.pt"), Path("saved"))
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", DOCS, flags=re.DOTALL | re.MULTILINE)
+    assert ("", f"{verify_models('out/ckpt.pt', 'saved', gradients=True)}\n") in blocks
+    (code,) = (text for language, text in blocks if language == "python")
+    exec(code, {})
+
+
+def test_loss_line_in_the_docs_is_true():
+    (check,) = verify_loss(TRACE_DIR / "ckpt_100.pt", TRACE_DIR).checks
+    assert f"{check.name}  {check.detail}\n" in DOCS

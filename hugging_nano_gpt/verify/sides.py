@@ -139,7 +139,7 @@ def _load_folder(source: str | Path, label: str) -> Side:
         first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CheckpointError(
             f"{source}: cannot be loaded: expected a folder that save_pretrained wrote, or a hub id that can be "
-            f"fetched, got: {first_line}; check the path, the files in it, or the network"
+            f"fetched, got: {first_line.rstrip('.')}; check the path, the files in it, or the network"
         ) from error
     faults = [f"{kind} {list_some(sorted(map(str, info[kind])))}" for kind in info if info[kind]]
     if faults:
