@@ -12,8 +12,10 @@ from transformers.utils import logging
 import hugging_nano_gpt_cli
 from hugging_nano_gpt import NanoGPTLMHeadModel, verify_loss, verify_models
 from hugging_nano_gpt.configuration_nano_gpt import ACTIVATION_FUNCTIONS
+from hugging_nano_gpt.demo import CKPT_PATH as DEMO_CKPT_PATH
 
 from .conftest import save
+from .scripts import NANOGPT_DIR, skip_without_nanogpt
 from .test_verify import HEAD, swap
 from .trace import TRACE_DIR
 
@@ -142,6 +144,15 @@ def test_nanogpt_option_runs_the_checkout(run, tmp_path):
     code, out, err = run(CKPT_PATH, "--nanogpt", tmp_path)
     assert (code, out) == (1, "")
     assert err == f"error: {tmp_path}: expected a checkout of nanoGPT, got no model.py in it; give its folder\n"
+
+
+@pytest.mark.nanogpt
+@skip_without_nanogpt
+def test_nanogpt_option_prints_equality_for_the_demo_checkpoint():
+    result = run_program("verify", DEMO_CKPT_PATH, "--nanogpt", NANOGPT_DIR, "--gradients")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.endswith("Equal: 12 of 12 checks passed.\n")
+    assert result.stdout.count("bitwise equal") == 7
 
 
 def test_n_head_is_passed_on(run, contents, tmp_path):

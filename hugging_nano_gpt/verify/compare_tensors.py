@@ -87,6 +87,8 @@ def _compare_dtypes(left: Tensors, right: Tensors, names: list[str]) -> Check:
 def _compare_converted(left: Tensors, right: Tensors, names: list[str]) -> str:
     """Says whether tensors of different dtypes are equal once they have the same."""
     pairs = [(left[name], right[name]) for name in names if left[name].shape == right[name].shape]
+    if not pairs:
+        return "their shapes differ too"
     if all(torch.equal(one.double(), other.double()) for one, other in pairs):
         return "as numbers they are equal"  # float64 holds every number of the narrower ones
     narrow = min(
