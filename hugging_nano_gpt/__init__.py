@@ -13,6 +13,7 @@ from .errors import (
     MissingDependencyError,
     NanoGPTError,
     TokenizerError,
+    VerifyError,
 )
 from .modeling_nano_gpt import (
     NanoGPTForSequenceClassification,
@@ -21,6 +22,7 @@ from .modeling_nano_gpt import (
     NanoGPTPreTrainedModel,
 )
 from .tokenization import CharacterTable, build_character_tokenizer, find_tokenizer, read_meta, write_meta
+from .verify import VerifyReport, verify_against_nanogpt, verify_loss, verify_models
 
 __all__ = [
     "CharacterTable",
@@ -38,12 +40,17 @@ __all__ = [
     "OptimizerState",
     "TokenizerError",
     "TrainingState",
+    "VerifyError",
+    "VerifyReport",
     "build_character_tokenizer",
     "build_gpt2_tokenizer",
     "build_tiktoken_tokenizer",
     "find_tokenizer",
     "read_checkpoint",
     "read_meta",
+    "verify_against_nanogpt",
+    "verify_loss",
+    "verify_models",
     "write_checkpoint",
     "write_meta",
 ]

@@ -48,7 +48,11 @@ _GPT2_END_OF_TEXT = GPT2_TOKENS - 1
 def load_model(model_class: type[Model], path: str | os.PathLike[str], **kwargs: Any) -> Model:
     """Makes a model of a class from a checkpoint file; see NanoGPTPreTrainedModel.from_nanogpt_ckpt."""
     reading = {name: kwargs.pop(name) for name in _READING_KWARGS if name in kwargs}
-    checkpoint = read_checkpoint(path, with_optimizer=False, **reading)
+    return make_model(model_class, path, read_checkpoint(path, with_optimizer=False, **reading), **kwargs)
+
+
+def make_model(model_class: type[Model], path: str | os.PathLike[str], checkpoint: Checkpoint, **kwargs: Any) -> Model:
+    """Makes a model of a class from a checkpoint in memory that was read from a path."""
     fixed = [name for name in MODEL_ARGS if name in kwargs and name not in _CONFIG_KWARGS]
     if fixed:
         raise ConversionError(

@@ -27,3 +27,7 @@ class DataError(NanoGPTError, ValueError):
 
 class MissingDependencyError(NanoGPTError, ImportError):
     """A package that only some functions need is not installed; the message names the command that installs it."""
+
+
+class VerifyError(NanoGPTError, RuntimeError):
+    """A comparison cannot be made: a model is out of reach, or the code to compare with does not run."""

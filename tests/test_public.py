@@ -5,8 +5,8 @@ import hugging_nano_gpt
 PUBLIC_NAMES = """
 CharacterTable Checkpoint CheckpointError ConversionError DataError MissingDependencyError NanoGPTConfig NanoGPTError
 NanoGPTForSequenceClassification NanoGPTLMHeadModel NanoGPTModel NanoGPTPreTrainedModel OptimizerState TokenizerError
-TrainingState build_character_tokenizer build_gpt2_tokenizer build_tiktoken_tokenizer find_tokenizer read_checkpoint
-read_meta write_checkpoint write_meta
+TrainingState VerifyError VerifyReport build_character_tokenizer build_gpt2_tokenizer build_tiktoken_tokenizer
+find_tokenizer read_checkpoint read_meta verify_against_nanogpt verify_loss verify_models write_checkpoint write_meta
 """.split()
 
 
@@ -20,6 +20,8 @@ def test_errors_are_caught_as_one_and_as_value_errors():
         error = getattr(hugging_nano_gpt, name)
         assert issubclass(error, hugging_nano_gpt.NanoGPTError)
         assert issubclass(error, ValueError)
+    assert issubclass(hugging_nano_gpt.VerifyError, hugging_nano_gpt.NanoGPTError)
+    assert issubclass(hugging_nano_gpt.VerifyError, RuntimeError)
 
 
 def test_missing_dependency_is_caught_as_an_import_error():

@@ -1,0 +1,13 @@
+"""Proving that two models are the same: by their tensors, bit for bit, and by what they compute.
+
+report.py holds what is found, sides.py loads the models, computing.py computes, compare_tensors.py and
+compare_numbers.py compare, nanogpt.py lets a user's own nanoGPT compute the other side, loss.py measures a
+checkpoint's best_val_loss again.
+"""
+
+from .loss import verify_loss
+from .models import verify_models
+from .nanogpt import verify_against_nanogpt
+from .report import Check, VerifyReport
+
+__all__ = ["Check", "VerifyReport", "verify_against_nanogpt", "verify_loss", "verify_models"]

@@ -1,0 +1,138 @@
+"""Computes the numbers that models are compared by, in this process or, run as a script, with a user's own nanoGPT.
+
+As a script it runs in a process of its own, with the user's code in it, and gets the weights from us in a safetensors
+file: their code unpickles nothing. It imports torch and safetensors and nothing of this package, so that what it
+computes with is theirs alone. The same function computes both sides, so they differ in the model only.
+
+Shapes: B batch, T tokens, V vocabulary.
+"""
+
+import importlib.util
+import inspect
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+# Tokens that each row is continued by, greedily.
+N_GREEDY = 32
+
+# nanoGPT's forward: idx and targets (B, T) int64, or no targets, to logits (B, T or 1, V) and the loss.
+Forward = Callable[[torch.Tensor, torch.Tensor | None], tuple[Any, Any]]
+Batches = Sequence[tuple[torch.Tensor, torch.Tensor]]
+
+
+def compute_numbers(
+    forward: Forward,
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    batches: Batches,
+    block_size: int,
+    with_gradients: bool,
+) -> dict[str, torch.Tensor]:
+    """Computes logits and loss of every batch, greedy tokens, and gradients.
+
+    Args:
+        forward: The model, in eval mode.
+        named_parameters: Its parameters.
+        batches: idx and targets of each batch, (B, T) int64 each; of the last one gradients are computed.
+        block_size: Tokens that the model reads at most.
+        with_gradients: Whether to compute the loss's gradient with respect to every parameter.
+
+    Returns:
+        "logits/BxT" (B, T, V) and "loss/BxT" () of each batch, "tokens" (B, N_GREEDY) int64, and "gradient/<name>"
+        in the shape of the parameter.
+    """
+    numbers = {}
+    with torch.no_grad():
+        for idx, targets in batches:
+            size = f"{idx.shape[0]}x{idx.shape[1]}"
+            logits, loss = forward(idx, targets)
+            # Copies: a view of a larger block could not be saved, nor kept without it.
+            numbers[f"logits/{size}"], numbers[f"loss/{size}"] = logits.clone(), loss.clone()
+        numbers["tokens"] = _continue_greedily(forward, batches[0][0][:, :1], block_size)
+    if with_gradients:
+        loss = forward(*batches[-1])[1]
+        loss.backward()
+        numbers |= {f"gradient/{name}": p.grad.clone() for name, p in named_parameters if p.grad is not None}
+    return numbers
+
+
+def _continue_greedily(forward: Forward, idx: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Appends the likeliest token N_GREEDY times, without a cache, and returns them; the context is cropped as
+    nanoGPT's generate crops it. Its generate(top_k=1) draws among equals, which argmax does not."""
+    for _ in range(N_GREEDY):
+        logits, _ = forward(idx[:, -block_size:], None)
+        idx = torch.cat([idx, logits[:, -1:].argmax(-1)], dim=1)
+    return idx[:, 1:].clone()
+
+
+def main() -> None:
+    """Reads a request, lets the model.py of a folder compute it, and writes the answer: three paths, as arguments."""
+    nanogpt_dir, request_path, answer_path = map(Path, sys.argv[1:])
+    with safe_open(request_path, framework="pt") as file:
+        request = json.loads(file.metadata()["request"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+    torch.set_num_threads(request["n_threads"])
+    given = {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
+    if request["is_tied"]:
+        given["lm_head.weight"] = given["transformer.wte.weight"]
+    module = _import_model(nanogpt_dir)
+    known = inspect.signature(module.GPTConfig).parameters
+    unknown_args = {name: value for name, value in request["model_args"].items() if name not in known}
+    config = module.GPTConfig(**{name: value for name, value in request["model_args"].items() if name in known})
+    model = module.GPT(config).eval()
+
+    answer: dict[str, Any] = {"unknown_args": unknown_args, **_compare_names(given, model)}
+    numbers = {}
+    if not any(answer[kind] for kind in ("missing", "unexpected", "shapes")):
+        model.load_state_dict(given, strict=False)  # not strict: masks are buffers in some versions, and not given
+        answer["changed"] = _find_changed(given, model)
+        batches = [(tensors[f"idx/{i}"], tensors[f"targets/{i}"]) for i in range(request["n_batches"])]
+        block_size, with_gradients = request["model_args"]["block_size"], request["with_gradients"]
+        numbers = compute_numbers(model, model.named_parameters(), batches, block_size, with_gradients)
+    save_file(numbers or {"none": torch.zeros(1)}, answer_path, {"answer": json.dumps(answer)})
+
+
+def _import_model(nanogpt_dir: Path) -> ModuleType:
+    sys.path.insert(0, str(nanogpt_dir))  # for what model.py may import from beside itself
+    spec = importlib.util.spec_from_file_location("model", nanogpt_dir / "model.py")
+    assert spec is not None  # it is for any path that ends in .py
+    assert spec.loader is not None
+    module = sys.modules["model"] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def _compare_names(given: Mapping[str, torch.Tensor], model: torch.nn.Module) -> dict[str, Any]:
+    """Says which parameters only one side has, and which have another shape."""
+    theirs = dict(model.named_parameters(remove_duplicate=False))  # tied ones under both names
+    return {
+        "missing": [name for name in theirs if name not in given],
+        "unexpected": [name for name in given if name not in theirs],
+        "is_tied": theirs.get("lm_head.weight") is theirs.get("transformer.wte.weight"),
+        "shapes": {
+            name: [list(t.shape), list(theirs[name].shape)]
+            for name, t in given.items()
+            if name in theirs and t.shape != theirs[name].shape
+        },
+    }
+
+
+def _find_changed(given: Mapping[str, torch.Tensor], model: torch.nn.Module) -> list[str]:
+    """Lists the parameters that do not hold the bits they were given, as two that their code ties cannot."""
+    theirs = dict(model.named_parameters(remove_duplicate=False))
+    return [name for name, t in given.items() if not torch.equal(_as_bytes(t), _as_bytes(theirs[name].detach()))]
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Verifying two models against each other, in this process."""
+
+import os
+
+from .compare_numbers import compare_numbers
+from .compare_tensors import compare_models
+from .report import VerifyReport
+from .sides import Side, load_side, make_batches
+
+
+def verify_models(
+    left: str | os.PathLike[str],
+    right: str | os.PathLike[str],
+    *,
+    gradients: bool = False,
+    activation_function: str | None = None,
+    n_head: int | None = None,
+) -> VerifyReport:
+    """Compares two models: settings, tensors, and what they compute from the same seeded batches.
+
+    Everything is asked to be equal bit for bit: both sides run the same code in one process, with the same number of
+    threads, on weights that are aligned alike. Dropout and the training state are not compared.
+
+    Args:
+        left: Checkpoint file of the nanoGPT family, folder that save_pretrained wrote, or hub id.
+        right: The same.
+        gradients: Whether to compare the gradients of the loss too (in eval mode, so without dropout).
+        activation_function: Activation of checkpoint files, in place of the one that their age tells.
+        n_head: Number of heads of checkpoint files that do not record it.
+
+    Raises:
+        CheckpointError: If one of them cannot be loaded.
+    """
+    sides = [load_side(source, activation_function, n_head) for source in (left, right)]
+    checks = compare_models(*sides)
+    configs = [side.model.config for side in sides]
+    notes = [note for name, side in zip(("left", "right"), sides, strict=True) for note in list_notes(name, side)]
+    if configs[0].dropout != configs[1].dropout:
+        notes.append(f"dropout {configs[0].dropout} and {configs[1].dropout}: it acts in training only")
+    if configs[0].vocab_size == configs[1].vocab_size:
+        batches = make_batches(configs[0].vocab_size, min(config.block_size for config in configs))
+        ours, theirs = (side.compute(batches, gradients) for side in sides)
+        checks += compare_numbers(ours, theirs)
+    else:
+        notes.append("logits, loss, gradients and tokens were not compared, because vocab_size differs")
+    return VerifyReport(sides[0].label, sides[1].label, tuple(checks), tuple(notes))
+
+
+def list_notes(name: str, side: Side) -> list[str]:
+    """Lists what was assumed about a side."""
+    return [f"{name}: {assumption}" for assumption in side.assumptions]

@@ -1,0 +1,165 @@
+"""Verifying a model against a user's own nanoGPT, which computes the other side in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..configuration_nano_gpt import ACTIVATION_FUNCTIONS
+from ..errors import VerifyError
+from ..formats.check import list_some
+from ..formats.shapes import MODEL_ARGS
+from . import computing
+from .compare_numbers import Numbers, compare_numbers, is_within
+from .computing import Batches
+from .models import list_notes
+from .report import Check, VerifyReport
+from .sides import Side, load_side, make_batches
+
+# Largest difference that counts as equal, as a part of the largest number: 100 roundings of float32. Measured with toy
+# models in the versions of nanoGPT: the same function with its sums in another order is at most 5 roundings away, the
+# wrong GELU at least 470.
+_TOLERANCE = 100 * torch.finfo(torch.float32).eps
+
+
+def verify_against_nanogpt(
+    path: str | os.PathLike[str],
+    nanogpt_dir: str | os.PathLike[str],
+    *,
+    gradients: bool = False,
+    activation_function: str | None = None,
+    n_head: int | None = None,
+) -> VerifyReport:
+    """Compares a model with what the model.py of a nanoGPT checkout computes from the same weights.
+
+    Their code runs in a process of its own, with as many threads as this one; it gets the weights from our reader and
+    never sees the checkpoint. Today's nanoGPT is equal bit for bit. An older one, or a changed one, may compute the
+    same function with sums in another order: differences of up to 1.2e-5 of the largest number count as equal, and the
+    report says how large they are. Both sides compute in float32, as nanoGPT does whatever the checkpoint's dtype.
+
+    Args:
+        path: Checkpoint file of the nanoGPT family, folder that save_pretrained wrote, or hub id.
+        nanogpt_dir: Folder with their model.py, of any age.
+        gradients: Whether to compare the gradients of the loss too.
+        activation_function: Activation of a checkpoint file, in place of the one that its age tells.
+        n_head: Number of heads of a checkpoint file that does not record it.
+
+    Raises:
+        CheckpointError: If the model cannot be loaded.
+        VerifyError: If there is no model.py, or it does not run; the message has the last line of its complaint.
+    """
+    folder = Path(nanogpt_dir).resolve()
+    if not (folder / "model.py").is_file():
+        raise VerifyError(f"{nanogpt_dir}: expected a checkout of nanoGPT, got no model.py in it; give its folder")
+    side = load_side(path, activation_function, n_head)
+    notes, config = list_notes("left", side), side.model.config
+    if side.model.dtype != torch.float32:
+        notes.append(f"left: {side.model.dtype} weights, computed in float32 on both sides")
+        side.model.float()
+    batches = make_batches(config.vocab_size, config.block_size)
+    answer, theirs = _run_theirs(side, folder, batches, gradients)
+    checks = _check_answer(answer, side)
+    if answer["unknown_args"]:
+        notes.append(f"right: its GPTConfig does not know {list_some(answer['unknown_args'])}")
+    if theirs:
+        ours = side.compute(batches, gradients)
+        checks.append(_compare_activation(side, batches, ours, theirs))
+        checks += compare_numbers(ours, theirs, _TOLERANCE)
+    else:
+        notes.append("logits, loss, gradients and tokens were not compared, because the parameters do not fit")
+    return VerifyReport(side.label, f"{folder / 'model.py'} with the same weights", tuple(checks), tuple(notes))
+
+
+def _run_theirs(
+    side: Side, folder: Path, batches: Batches, with_gradients: bool
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Returns what their process answers, and the numbers that it computed."""
+    tensors = {f"model/{name}": tensor for name, tensor in side.model.state_dict().items()}
+    if side.is_tied:
+        del tensors["model/lm_head.weight"]  # safetensors stores no tensor twice
+    for i, (idx, targets) in enumerate(batches):
+        tensors |= {f"idx/{i}": idx, f"targets/{i}": targets}
+    request = {
+        "model_args": {name: getattr(side.model.config, name) for name in MODEL_ARGS},
+        "is_tied": side.is_tied,
+        "n_batches": len(batches),
+        "n_threads": torch.get_num_threads(),
+        "with_gradients": with_gradients,
+    }
+    with tempfile.TemporaryDirectory(prefix="hugging-nano-gpt-") as exchange:
+        request_path, answer_path = Path(exchange, "request.safetensors"), Path(exchange, "answer.safetensors")
+        try:
+            save_file(tensors, request_path, {"request": json.dumps(request)})
+        except (OSError, SafetensorError) as error:
+            raise VerifyError(f"{exchange}: cannot be written: {error}; make room in the temporary folder") from error
+        _run_script(folder, request_path, answer_path)
+        try:
+            with safe_open(answer_path, framework="pt") as file:
+                answer = json.loads(file.metadata()["answer"])
+                numbers = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # not a dict
+        except (OSError, SafetensorError) as error:
+            raise VerifyError(
+                f"{folder / 'model.py'}: ended early: expected an answer, got none: {error}; see whether it exits"
+            ) from error
+    return answer, numbers if "tokens" in numbers else {}
+
+
+def _run_script(folder: Path, request_path: Path, answer_path: Path) -> None:
+    # -P keeps the modules beside the script from being found in place of theirs; their checkout gets no __pycache__.
+    command = [sys.executable, "-P", computing.__file__, *map(str, (folder, request_path, answer_path))]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(  # noqa: S603  # the user asked for their own code to be run
+        command, cwd=folder, env=environment, capture_output=True, text=True, errors="replace", check=False
+    )
+    if done.returncode == 0:
+        return
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    reason = lines[-1] if lines else f"exit code {done.returncode}"
+    if done.returncode < 0:
+        reason = f"signal {-done.returncode}, perhaps for want of memory"
+    raise VerifyError(
+        f"{folder / 'model.py'}: stopped while it computed: expected logits from its GPT(GPTConfig(...)), got "
+        f"{reason}; see that it runs by itself"
+    )
+
+
+def _check_answer(answer: dict[str, Any], side: Side) -> list[Check]:
+    """Compares the parameters of their model with ours."""
+    faults = [
+        f"only on the {where}: {list_some(answer[kind])}"
+        for kind, where in (("unexpected", "left"), ("missing", "right"))
+        if answer[kind]
+    ]
+    shapes = [f"{name}: shape {tuple(one)} and {tuple(other)}" for name, (one, other) in answer["shapes"].items()]
+    n_names = len(side.model.state_dict())
+    checks = [Check("parameters", not faults + shapes, "; ".join(faults + shapes) or f"the same {n_names} names")]
+    if "changed" not in answer:
+        return checks
+    ours, theirs = ("tied" if is_tied else "untied" for is_tied in (side.is_tied, answer["is_tied"]))
+    checks.append(Check("tying", ours == theirs, f"lm_head is {ours}" + f" and {theirs}" * (ours != theirs)))
+    changed = answer["changed"]
+    detail = f"their model does not hold the numbers of {list_some(changed)}" if changed else "bitwise taken over"
+    checks.append(Check("tensors", not changed, detail))
+    return checks
+
+
+def _compare_activation(side: Side, batches: Batches, ours: Numbers, theirs: Numbers) -> Check:
+    """Tells by the logits whether their GELU is ours, and if not, which it is."""
+    longest = next(reversed([name for name in ours if name.startswith("logits/")]))
+    current = side.model.config.activation_function
+    if is_within(ours[longest], theirs[longest], _TOLERANCE):
+        return Check("activation", True, f"{current}, as the logits show")
+    for name in ACTIVATION_FUNCTIONS:
+        with side.computing_with(name):
+            is_theirs = is_within(side.compute(batches[-1:], False)[longest], theirs[longest], _TOLERANCE)
+        if is_theirs:
+            detail = f"{current} and {name}: with {name} on the left too, the logits of both are equal"
+            return Check("activation", False, detail)
+    return Check("activation", False, f"{current} on the left; with no GELU are the logits those of their code")
