@@ -30,6 +30,7 @@ examples: $(READY)
 bench: $(READY)
 	$(VENV)/bin/python benchmarks/load.py
 	$(VENV)/bin/python benchmarks/train_step.py
+	$(VENV)/bin/python benchmarks/generate.py --rounds 3
 
 clean:
 	rm -rf $(VENV)
