@@ -20,6 +20,9 @@ app = typer.Typer(
 )
 
 
+_is_debugging = False
+
+
 def _print_version(is_wanted: bool) -> None:
     if is_wanted:
         print(version("hugging-nano-gpt"))
@@ -28,20 +31,13 @@ def _print_version(is_wanted: bool) -> None:
 
 @app.callback()
 def _set_up(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     _version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    pass
-
-
-@app.command()
-def demo() -> None:
-    """Take the bundled nanoGPT checkpoint through the whole round trip and prove every step equal."""
-    _quieten_transformers()
-    from hugging_nano_gpt.demo import run_demo
-
-    raise typer.Exit(0 if run_demo() else 1)
+    global _is_debugging
+    _is_debugging = debug
 
 
 class _Activation(StrEnum):
@@ -50,6 +46,87 @@ class _Activation(StrEnum):
     GELU = "gelu"
     GELU_NEW = "gelu_new"
     GELU_PYTORCH_TANH = "gelu_pytorch_tanh"
+
+
+class _Dtype(StrEnum):
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+_Source = Annotated[str, typer.Argument(metavar="SOURCE", help="Checkpoint file, saved folder or hub id.")]
+_Meta = Annotated[Path | None, typer.Option(metavar="FILE", help="The meta.pkl of the model's characters.")]
+_Tokenizer = Annotated[
+    str | None, typer.Option(metavar="NAME", help="A tiktoken encoding, or a folder or hub id of a tokenizer.")
+]
+_ActivationOption = Annotated[
+    _Activation | None, typer.Option(help="GELU of checkpoint files, in place of what their age tells.")
+]
+_Heads = Annotated[int | None, typer.Option(min=1, help="Heads, for files that do not record them.")]
+_DtypeOption = Annotated[_Dtype | None, typer.Option(help="Dtype of the weights, in place of the file's.")]
+_Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
+
+
+@app.command()
+def convert(
+    ckpt: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint: nanoGPT, minGPT, build-nanogpt, llm.c.")],
+    out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Folder to write.")],
+    meta: _Meta = None,
+    tokenizer: _Tokenizer = None,
+    dtype: _DtypeOption = None,
+    activation: _ActivationOption = None,
+    n_head: _Heads = None,
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file of weights, as 5GB.")] = "50GB",
+    force: _Force = False,
+) -> None:
+    """Convert a checkpoint to a folder that Transformers loads anywhere, ready for the Hub."""
+    _set_up_transformers()
+    from hugging_nano_gpt import convert_to_folder
+
+    kwargs = {} if dtype is None else {"dtype": dtype.value}
+    conversion = convert_to_folder(
+        ckpt,
+        out_dir,
+        meta_path=meta,
+        tokenizer=tokenizer,
+        activation_function=activation and activation.value,
+        n_head=n_head,
+        max_shard_size=max_shard_size,
+        overwrite=force,
+        **kwargs,
+    )
+    print(conversion)
+
+
+@app.command()
+def back(
+    source: Annotated[str, typer.Argument(metavar="DIR_OR_HUB_ID", help="Saved folder or hub id.")],
+    ckpt: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint file to write.")],
+    force: _Force = False,
+) -> None:
+    """Convert a folder back to a checkpoint that nanoGPT's train.py resumes and its sample.py reads."""
+    _set_up_transformers()
+    from hugging_nano_gpt import convert_to_checkpoint
+
+    model = convert_to_checkpoint(source, ckpt, overwrite=force)
+    iter_num = model.nanogpt_training_state.iter_num
+    print(f"Wrote {ckpt}: {model.num_parameters():,} parameters, iteration {iter_num:,}, a fresh optimizer state")
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="FILE_OR_DIR", help="Checkpoint file or saved folder.")],
+    activation: _ActivationOption = None,
+    n_head: _Heads = None,
+    as_json: _Json = False,
+) -> None:
+    """Tell what a checkpoint or a folder holds: its age, sizes, parameters, training state, and what was assumed."""
+    _set_up_transformers()
+    from hugging_nano_gpt import inspect_path
+
+    found = inspect_path(path, activation_function=activation and activation.value, n_head=n_head)
+    print(json.dumps(found.to_json(), indent=2) if as_json else found)
 
 
 @app.command()
@@ -63,12 +140,10 @@ def verify(
         Path | None, typer.Option(metavar="DIR", help="Compare its best_val_loss with the loss on DIR/val.bin.")
     ] = None,
     gradients: Annotated[bool, typer.Option("--gradients", help="Compare gradients too.")] = False,
-    activation: Annotated[
-        _Activation | None, typer.Option(help="GELU of checkpoint files, in place of what their age tells.")
-    ] = None,
-    n_head: Annotated[int | None, typer.Option(min=1, help="Heads, for files that do not record them.")] = None,
+    activation: _ActivationOption = None,
+    n_head: _Heads = None,
     eval_iters: Annotated[int | None, typer.Option(min=1, help="Batches for --data, in place of A's own.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: _Json = False,
 ) -> None:
     """Prove that two models are the same: tensors, logits, loss and greedy tokens. Exits with 1 if they are not."""
     if sum(other is not None for other in (b, nanogpt, data)) != 1:
@@ -77,12 +152,8 @@ def verify(
         raise typer.BadParameter("expected --eval-iters only with --data")
     if data is not None and gradients:
         raise typer.BadParameter("expected no --gradients with --data, which compares the loss alone")
-    _quieten_transformers()
-    from transformers.utils import logging
-
-    from hugging_nano_gpt.verify import verify_against_nanogpt, verify_loss, verify_models
-
-    logging.set_verbosity_error()  # what Transformers would warn of, the report or the error says
+    _set_up_transformers(is_quiet=True)  # what Transformers would warn of, the report or the error says
+    from hugging_nano_gpt import verify_against_nanogpt, verify_loss, verify_models
 
     settings = {"activation_function": activation and activation.value, "n_head": n_head}
     if data is not None:
@@ -95,25 +166,85 @@ def verify(
     raise typer.Exit(0 if report.is_equal else 1)
 
 
+@app.command()
+def generate(
+    source: _Source,
+    prompt: Annotated[
+        str | None, typer.Argument(help="Text to go on from; without it, standard input, or else a newline.")
+    ] = None,
+    num_samples: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 10,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each, past block_size too.")] = 500,
+    temperature: Annotated[float, typer.Option(min=1e-6, help="Divides the logits.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Likeliest tokens to choose among; 0 for all.")] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of the random numbers.")] = 1337,
+    stride: Annotated[int, typer.Option(min=1, help="Tokens dropped at once past block_size; 1 as nanoGPT.")] = 1,
+    meta: _Meta = None,
+    tokenizer: _Tokenizer = None,
+    dtype: _DtypeOption = None,
+    device: Annotated[str | None, typer.Option(help="Device of torch; a GPU where there is one.")] = None,
+    activation: _ActivationOption = None,
+    n_head: _Heads = None,
+) -> None:
+    """Draw text as nanoGPT's sample.py does: the same settings by default, the same text from the same seed."""
+    if prompt is None and not sys.stdin.isatty():
+        prompt = sys.stdin.read()
+    _set_up_transformers(is_quiet=True)
+    from hugging_nano_gpt import sample_text
+
+    given = {"dtype": dtype, "activation_function": activation, "n_head": n_head}
+    sample_text(
+        source,
+        prompt or "\n",
+        num_samples=num_samples,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+        stride=stride,
+        device=device,
+        meta_path=meta,
+        tokenizer=tokenizer,
+        **{name: getattr(value, "value", value) for name, value in given.items() if value is not None},
+    )
+
+
+@app.command()
+def demo() -> None:
+    """Take the bundled nanoGPT checkpoint through the whole round trip and prove every step equal."""
+    _set_up_transformers(has_progress=False)
+    from hugging_nano_gpt.demo import run_demo
+
+    raise typer.Exit(0 if run_demo() else 1)
+
+
 def _print_progress(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _quieten_transformers() -> None:
+def _set_up_transformers(has_progress: bool = True, is_quiet: bool = False) -> None:
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    if is_quiet:
+        logging.set_verbosity_error()
+        logging.get_logger("hugging_nano_gpt").setLevel("ERROR")
+    if not (has_progress and sys.stderr.isatty()):
+        logging.disable_progress_bar()
 
 
 def main() -> None:
-    """Runs the command line; errors of ours go to stderr in one line, without a traceback."""
+    """Runs the command line; an error goes to stderr in one line, without a traceback unless --debug is given."""
     try:
         app()
     except Exception as error:
-        package = sys.modules.get("hugging_nano_gpt")
-        if package is None or not isinstance(error, package.NanoGPTError):
+        if _is_debugging:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        package = sys.modules.get("hugging_nano_gpt")
+        is_ours = package is not None and isinstance(error, package.NanoGPTError)
+        text = " ".join(str(error).split())
+        print(
+            f"error: {text}" if is_ours else f"error: {type(error).__name__}: {text}; --debug shows where",
+            file=sys.stderr,
+        )
         sys.exit(1)
 
 

@@ -15,12 +15,15 @@ from .errors import (
     TokenizerError,
     VerifyError,
 )
+from .folder import Conversion, convert_to_checkpoint, convert_to_folder
+from .inspection import Inspection, inspect_path
 from .modeling_nano_gpt import (
     NanoGPTForSequenceClassification,
     NanoGPTLMHeadModel,
     NanoGPTModel,
     NanoGPTPreTrainedModel,
 )
+from .sampling import sample_text
 from .tokenization import CharacterTable, build_character_tokenizer, find_tokenizer, read_meta, write_meta
 from .verify import VerifyReport, verify_against_nanogpt, verify_loss, verify_models
 
@@ -28,8 +31,10 @@ __all__ = [
     "CharacterTable",
     "Checkpoint",
     "CheckpointError",
+    "Conversion",
     "ConversionError",
     "DataError",
+    "Inspection",
     "MissingDependencyError",
     "NanoGPTConfig",
     "NanoGPTError",
@@ -45,9 +50,13 @@ __all__ = [
     "build_character_tokenizer",
     "build_gpt2_tokenizer",
     "build_tiktoken_tokenizer",
+    "convert_to_checkpoint",
+    "convert_to_folder",
     "find_tokenizer",
+    "inspect_path",
     "read_checkpoint",
     "read_meta",
+    "sample_text",
     "verify_against_nanogpt",
     "verify_loss",
     "verify_models",

@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -28,10 +28,18 @@ _FEW_ROWS = 32
 _MANY_HALF_ROWS = 8
 
 
+Method = TypeVar("Method", bound=Callable)
+
+
+def document_as(original: Callable) -> Callable[[Method], Method]:
+    """Gives a method the documentation and signature of the one it overrides; to type checkers it stays itself."""
+    return cast("Callable[[Method], Method]", functools.wraps(original))
+
+
 class NanoGPTGenerationMixin(GenerationMixin):
     """GenerationMixin with nanoGPT's window, and one argument more: `generate(..., stride=n)`."""
 
-    @functools.wraps(GenerationMixin.generate)
+    @document_as(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any):
         # Without a cache the kernels stay nanoGPT's, bit for bit; and a compiled model has kernels of its own.
         is_cached = _get_setting("use_cache", self, args, kwargs) is not False
@@ -316,4 +324,4 @@ def _apply_linear(linear: nn.Linear, kernel: Callable, inputs: torch.Tensor) -> 
     return nn.functional.linear(inputs, weight, bias)
 
 
-__all__ = ["NanoGPTGenerationMixin"]
+__all__ = ["NanoGPTGenerationMixin", "document_as"]

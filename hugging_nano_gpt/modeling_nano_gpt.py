@@ -36,7 +36,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_nano_gpt import NanoGPTConfig
-from .generation_nano_gpt import NanoGPTGenerationMixin
+from .generation_nano_gpt import NanoGPTGenerationMixin, document_as
 
 # Where a saved folder has the class for each Auto class; vLLM asks for AutoModel whatever was saved.
 AUTO_MAP = {
@@ -204,7 +204,7 @@ class NanoGPTPreTrainedModel(PreTrainedModel):
         conversion = _import_from_package("conversion")
         return None if conversion is None else conversion.read_training_state(self.config)
 
-    @functools.wraps(PreTrainedModel.save_pretrained)
+    @document_as(PreTrainedModel.save_pretrained)
     def save_pretrained(self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args, **kwargs):
         # Also in place of entries that point to the repository of the Hub that the model came from.
         self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **AUTO_MAP}

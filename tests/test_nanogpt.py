@@ -4,6 +4,7 @@ The scripts run as they are, in a folder of links to the checkout with a small d
 """
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
@@ -207,3 +208,28 @@ def test_sample_py_reads_our_meta(workplace):
     write_meta(build_character_tokenizer(read_meta(META_PATH)), path)
     assert run_script(workplace, "sample.py", *flags) == theirs
     assert "Loading meta from" in theirs
+
+
+@pytest.mark.parametrize("options", [[], ["--temperature=1.1", "--top_k=7", "--seed=3"]])
+def test_command_generate_prints_what_sample_py_prints(workplace, options):
+    (workplace / "out").mkdir()
+    (workplace / "out" / "ckpt.pt").write_bytes(CKPT_PATH.read_bytes())
+    common = ["--num_samples=2", "--max_new_tokens=200", *options]
+    theirs = run_script(workplace, "sample.py", "--out_dir=out", "--device=cpu", "--dtype=float32", *common)
+    ours = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "hugging_nano_gpt_cli",
+            "generate",
+            "out/ckpt.pt",
+            *(o.replace("_", "-") for o in common),
+        ],
+        cwd=workplace,
+        capture_output=True,
+        text=True,
+        check=True,
+        stdin=subprocess.DEVNULL,
+    ).stdout
+    assert ours.count("---------------") == 2
+    assert theirs.endswith(ours)  # it says more before

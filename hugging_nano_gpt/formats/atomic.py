@@ -50,9 +50,14 @@ def open_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 def _choose_mode(target: Path) -> int:
     if target.exists():
         return target.stat().st_mode & 0o777
+    return 0o666 & ~read_umask()
+
+
+def read_umask() -> int:
+    """Returns the permissions that new files of this process do not get."""
     umask = os.umask(0)
     os.umask(umask)
-    return 0o666 & ~umask
+    return umask
 
 
 def _sync_folder(folder: Path) -> None:

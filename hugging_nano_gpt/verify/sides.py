@@ -1,7 +1,6 @@
 """Loading what is to be compared: a checkpoint file, a saved folder or a model of the hub becomes a model.
 
-Nothing of it is executed: files go through our own reader, folders and the hub through from_pretrained of our own
-class, safetensors only.
+Nothing of it is executed: files go through our own reader, folders and the hub through folder.py.
 """
 
 import contextlib
@@ -10,18 +9,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
-from safetensors import SafetensorError
-from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from ..checkpoint import read_checkpoint
-from ..configuration_nano_gpt import NanoGPTConfig
 from ..conversion import make_model
-from ..errors import CheckpointError
-from ..formats.check import list_some
+from ..folder import load_folder
 from ..formats.contents import Checkpoint
 from ..modeling_nano_gpt import NanoGPTLMHeadModel, NanoGPTMLP
 from .computing import Batches, compute_numbers
@@ -97,9 +92,10 @@ def load_side(
     """
     path = Path(source)
     if path.is_dir():
-        side = _load_folder(path, f"{path} (saved folder)")
+        side = Side(f"{path} (saved folder)", load_folder(path, attn_implementation="sdpa"))
     elif not path.exists() and _HUB_ID.fullmatch(os.fspath(source)) and path.suffix not in _FILE_SUFFIXES:
-        side = _load_folder(os.fspath(source), f"{source} (from the hub)")
+        model = load_folder(os.fspath(source), attn_implementation="sdpa")
+        side = Side(f"{source} (from the hub)", model)
     else:
         checkpoint = read_checkpoint(
             path, n_head=n_head, activation_function=activation_function, with_optimizer=False
@@ -124,47 +120,3 @@ def make_batches(vocab_size: int, block_size: int) -> Batches:
 
 def _count(checkpoint: Checkpoint) -> str:
     return f"{checkpoint.training_state.iter_num:,}"
-
-
-def _load_folder(source: str | Path, label: str) -> Side:
-    try:
-        fields, _ = PreTrainedConfig.get_config_dict(source)
-        _check_config(source, fields)
-        model, info = NanoGPTLMHeadModel.from_pretrained(
-            source, dtype="auto", attn_implementation="sdpa", use_safetensors=True, output_loading_info=True
-        )
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise CheckpointError(
-            f"{source}: cannot be loaded: expected a folder that save_pretrained wrote, or a hub id that can be "
-            f"fetched, got: {first_line.rstrip('.')}; check the path, the files in it, or the network"
-        ) from error
-    faults = [f"{kind} {list_some(sorted(map(str, info[kind])))}" for kind in info if info[kind]]
-    if faults:
-        raise CheckpointError(
-            f"{source}: not a whole model: expected every tensor once in its shape, got {'; '.join(faults)}; save it "
-            f"again with save_pretrained"
-        )
-    return Side(label, model)
-
-
-def _check_config(source: str | Path, fields: dict[str, Any]) -> None:
-    """Refuses what from_pretrained would load as something else than the numbers in the files."""
-    model_type = fields.get("model_type")
-    if not fields and (Path(source) / "ckpt.pt").is_file():
-        raise CheckpointError(
-            f"{source}: expected a checkpoint file or a folder with config.json, got a folder without; give the file "
-            f"in it, as {Path(source) / 'ckpt.pt'}"
-        )
-    if model_type != NanoGPTConfig.model_type:
-        raise CheckpointError(
-            f"{source}: not a nanoGPT model: expected model_type {NanoGPTConfig.model_type!r} in its config.json, got "
-            f"{model_type!r}; give a model that NanoGPTLMHeadModel.save_pretrained wrote"
-        )
-    if fields.get("quantization_config"):
-        raise CheckpointError(
-            f"{source}: quantised: expected the model's own numbers, got a quantization_config; verify the model that "
-            f"it was made from"
-        )

@@ -1,0 +1,120 @@
+"""Drawing text as nanoGPT's sample.py does (@ 3adf61e): the same settings, the same seed, the same text.
+
+A prompt is encoded, and every token is written as text as soon as it is drawn. Nothing stops at an end of text.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+from .configuration_nano_gpt import NanoGPTConfig
+from .errors import TokenizerError
+from .folder import load_folder, load_tokenizer
+from .formats.check import list_some
+from .modeling_nano_gpt import NanoGPTLMHeadModel
+
+# What sample.py prints after each sample.
+SEPARATOR = "---------------"
+
+
+def sample_text(
+    source: str | os.PathLike[str],
+    prompt: str = "\n",
+    *,
+    num_samples: int = 10,
+    max_new_tokens: int = 500,
+    temperature: float = 0.8,
+    top_k: int = 200,
+    seed: int = 1337,
+    stride: int = 1,
+    device: str | None = None,
+    meta_path: str | os.PathLike[str] | None = None,
+    tokenizer: str | None = None,
+    stream: TextIO | None = None,
+    **kwargs: Any,
+) -> None:
+    """Draws samples after a prompt and writes them to a stream, a line of dashes after each.
+
+    The defaults are sample.py's.
+
+    Args:
+        source: Checkpoint file of the nanoGPT family, folder that save_pretrained wrote, or Hub id.
+        prompt: Text to go on from.
+        num_samples: Number of samples.
+        max_new_tokens: Length of each in tokens, past block_size too.
+        temperature: Divides the logits; more than 0.
+        top_k: Number of likeliest tokens to choose among, 0 for all.
+        seed: Of the random numbers, used as sample.py uses it: random weights are drawn before the first sample.
+        stride: Tokens dropped at once past block_size; 1 is nanoGPT's way (docs/generation.md).
+        device: Device of torch; a GPU where there is one, by default.
+        meta_path: meta.pkl of the model's characters, in place of the tokenizer that belongs to the source.
+        tokenizer: Name, folder or Hub id of a tokenizer, in place of meta_path.
+        stream: Where to write; standard output by default.
+        **kwargs: What from_nanogpt_ckpt or from_pretrained takes, such as `dtype`, `n_head`, `activation_function`.
+
+    Raises:
+        CheckpointError: If there is no whole model.
+        TokenizerError: If there is no tokenizer, or the prompt has what it does not know.
+    """
+    is_file = not Path(source).is_dir() and (Path(source).exists() or Path(source).suffix in (".pt", ".bin", ".pth"))
+    model = NanoGPTLMHeadModel.from_nanogpt_ckpt(source, **kwargs) if is_file else load_folder(source, **kwargs)
+    text_tokenizer = load_tokenizer(model, source, meta_path=meta_path, tokenizer=tokenizer)
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.generation_config.eos_token_id = None
+    idx = torch.tensor([_encode(text_tokenizer, prompt)], device=model.device)
+    stream = sys.stdout if stream is None else stream
+    _seed_as_sample_py(model.config, seed)
+    for _ in range(num_samples):
+        model.generate(
+            idx,
+            max_new_tokens=max_new_tokens,
+            do_sample=True,
+            temperature=temperature,
+            top_k=top_k,
+            stride=stride,
+            streamer=_StreamWriter(text_tokenizer, stream),
+        )
+        print(SEPARATOR, file=stream)
+
+
+def _seed_as_sample_py(config: NanoGPTConfig, seed: int) -> None:
+    """Seeds, and draws the random weights that sample.py draws between seeding and sampling, to overwrite them."""
+    C, tokens, positions = config.n_embd, (config.vocab_size, config.n_embd), (config.block_size, config.n_embd)
+    layer = [(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)]  # c_attn, c_proj, c_fc, c_proj
+    torch.manual_seed(seed)
+    for shape in (tokens, positions):
+        nn.Embedding(*shape)
+    for n_out, n_in in layer * config.n_layer:
+        nn.Linear(n_in, n_out, bias=config.bias)
+    nn.Linear(C, config.vocab_size, bias=False)
+    # Then its own initialisation: every matrix, the tied one twice, and the residual projections once more.
+    for shape in (tokens, positions, *layer * config.n_layer, tokens, *(layer[1], layer[3]) * config.n_layer):
+        torch.empty(shape).normal_()
+
+
+class _StreamWriter(TextStreamer):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stream: TextIO):
+        super().__init__(tokenizer)
+        self._stream = stream
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._stream.write(f"{text}\n" if stream_end else text)
+        self._stream.flush()
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    try:
+        ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    except Exception as error:  # `tokenizers` raises nothing narrower, and does not say which character it was
+        unknown = sorted(set(prompt) - tokenizer.get_vocab().keys())
+        raise TokenizerError(
+            f"prompt: expected characters of the model's {len(tokenizer)}, got {list_some(unknown)}; leave them out"
+        ) from error
+    if not ids:
+        raise TokenizerError("prompt: expected at least one token, got none; give some text")
+    return ids

@@ -1,0 +1,216 @@
+"""The commands convert, back, inspect and generate as the installed program: output, errors, exit codes."""
+
+import importlib.util
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import hugging_nano_gpt_cli
+from hugging_nano_gpt import (
+    NanoGPTLMHeadModel,
+    TokenizerError,
+    build_tiktoken_tokenizer,
+    convert_to_folder,
+    inspect_path,
+    read_checkpoint,
+    read_meta,
+    sample_text,
+)
+from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
+
+from .conftest import assert_same
+from .reference import ReferenceGPT
+from .test_bpe import make_encoding
+from .tiny import TORCH_VERSION, make_model
+
+PROGRAM = Path(sys.executable).with_name("hugging-nano-gpt")
+DOCS_DIR = Path(__file__).parent.parent / "docs"
+
+
+def run(*arguments, text="", cwd=None):
+    environment = {**os.environ, "COLUMNS": "200", "TERM": "dumb", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [PROGRAM, *map(str, arguments)],
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=environment,
+        cwd=cwd,
+    )
+
+
+@pytest.mark.parametrize("command", ["convert", "back", "inspect", "verify", "generate", "demo"])
+def test_help_of_each_command_names_its_arguments(command):
+    result = run(command, "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert f"hugging-nano-gpt {command}" in result.stdout
+
+
+def test_convert_and_back_are_bitwise(tmp_path):
+    result = run("convert", CKPT_PATH, tmp_path / "folder", "--meta", META_PATH, "--max-shard-size", "1MB")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith(
+        f"Wrote {tmp_path / 'folder'}: 350,976 parameters, float32, and a tokenizer of 65 "
+    )
+    result = run("back", tmp_path / "folder", tmp_path / "out" / "ckpt.pt")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == (
+        f"Wrote {tmp_path / 'out' / 'ckpt.pt'}: 350,976 parameters, iteration 5,000, a fresh optimizer state\n"
+    )
+    before, after = (read_checkpoint(path, with_optimizer=False) for path in (CKPT_PATH, tmp_path / "out" / "ckpt.pt"))
+    assert_same(dict(after.state_dict), dict(before.state_dict))
+    assert after.training_state == before.training_state
+
+
+def test_convert_refuses_to_overwrite_without_force(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    result = run("convert", CKPT_PATH, tmp_path)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert re.fullmatch(rf"error: {tmp_path}: is not empty: .*--force.*\n", result.stderr)
+    result = run("convert", CKPT_PATH, tmp_path, "--force", "--dtype", "bfloat16", "--activation", "gelu_new")
+    assert result.returncode == 0
+    assert "no tokenizer found" in result.stdout
+    found = inspect_path(tmp_path)
+    assert (found.dtypes, found.activation_function) == (("bfloat16",), "gelu_new")
+
+
+def test_inspect_prints_for_people_and_as_json():
+    result = run("inspect", CKPT_PATH)
+    assert (result.returncode, result.stdout) == (0, f"{inspect_path(CKPT_PATH)}\n")
+    result = run("inspect", CKPT_PATH, "--json")
+    assert json.loads(result.stdout) == json.loads(json.dumps(inspect_path(CKPT_PATH).to_json()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "missing.pt"], "missing.pt: cannot be opened"),
+        (["back", "missing", "ckpt.pt"], "missing: cannot be loaded"),
+        (["generate", str(CKPT_PATH), "hello", "--meta", "missing.pkl"], "missing.pkl: cannot be opened"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_errors_take_one_line_and_no_traceback(arguments, message, tmp_path):
+    result = run(*arguments, cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"error: {message}")
+    assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    result = run("--debug", "inspect", "missing.pt", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+
+
+def test_error_that_is_not_ours_takes_one_line_too(monkeypatch, capsys):
+    monkeypatch.setattr(hugging_nano_gpt_cli, "_set_up_transformers", lambda **_: 1 / 0)
+    monkeypatch.setattr(sys, "argv", ["hugging-nano-gpt", "demo"])
+    with pytest.raises(SystemExit, match=r"^1$"):
+        hugging_nano_gpt_cli.main()
+    assert capsys.readouterr().err == "error: ZeroDivisionError: division by zero; --debug shows where\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["convert"], ["convert", "a", "b", "--dtype", "int8"], ["inspect", "a", "b"], ["generate", "a", "--top-k", "-1"]],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_with_2(arguments):
+    assert run(*arguments).returncode == 2
+
+
+def sample(*args, **kwargs):
+    stream = io.StringIO()
+    sample_text(*args, stream=stream, **kwargs)
+    return stream.getvalue()
+
+
+@pytest.mark.skipif(TORCH_VERSION < (2, 7), reason="torch 2.6 draws other numbers from the same seed")
+def test_generate_prints_what_sample_text_does(tmp_path):
+    convert_to_folder(CKPT_PATH, tmp_path / "folder", meta_path=META_PATH)
+    options = ("--num-samples", "2", "--max-new-tokens", "140", "--seed", "5", "--top-k", "0", "--temperature", "0.9")
+    expected = sample(
+        tmp_path / "folder", "ROMEO:", num_samples=2, max_new_tokens=140, seed=5, top_k=0, temperature=0.9
+    )
+    result = run("generate", tmp_path / "folder", "ROMEO:", *options)
+    assert (result.returncode, result.stderr, result.stdout) == (0, "", expected)
+    assert run("generate", CKPT_PATH, "--meta", META_PATH, *options, text="ROMEO:").stdout == expected
+    assert expected.count("ROMEO:") >= 2
+
+
+def seed_as_sample_py(seed):
+    """Makes a GPT of the demo's shape as nanoGPT does, in plain torch, after seeding."""
+    torch.manual_seed(seed)
+    model = ReferenceGPT(block_size=128, vocab_size=65, n_layer=3, n_head=3, n_embd=96, dropout=0.0, bias=False)
+    parameters = [parameter for parameter in model.parameters() if parameter.ndim == 2]
+    parameters += [model.lm_head.weight]  # tied, and visited twice
+    parameters += [p for name, p in model.named_parameters() if name.endswith("c_proj.weight")]
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.normal_(std=0.02)
+
+
+def test_sampled_text_is_what_the_model_draws(tmp_path):
+    model, table = NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH), read_meta(META_PATH)
+    seed_as_sample_py(1337)
+    expected = ""
+    for _ in range(3):
+        tokens = model.generate(
+            torch.tensor([table.encode("\n")]), max_new_tokens=150, do_sample=True, temperature=0.8, top_k=200
+        )
+        expected += table.decode(tokens[0].tolist()) + "\n---------------\n"
+    assert sample(CKPT_PATH, num_samples=3, max_new_tokens=150, meta_path=META_PATH) == expected
+
+
+def test_sampled_text_is_written_as_it_is_drawn():
+    class Stream(io.StringIO):
+        n_flushes = 0
+
+        def flush(self):
+            self.n_flushes += 1
+
+    stream = Stream()
+    sample_text(CKPT_PATH, num_samples=1, max_new_tokens=100, meta_path=META_PATH, stream=stream)
+    assert stream.n_flushes > 10
+
+
+def test_sampling_goes_on_behind_the_end_of_text(tmp_path):
+    tokenizer = build_tiktoken_tokenizer(make_encoding())
+    model = make_model(vocab_size=len(tokenizer), n_layer=1)
+    with torch.no_grad():  # only the end of text is ever drawn
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.fill_(1.0)
+        model.lm_head.weight[tokenizer.eos_token_id] = 9.0
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    assert sample(tmp_path, "a", num_samples=1, max_new_tokens=9).count("<|endoftext|>") == 9
+
+
+@pytest.mark.parametrize(("prompt", "message"), [("R\xd6MEO", "of the model's 65, got '\xd6'"), ("", "at least one")])
+def test_prompt_that_cannot_be_read_is_refused(prompt, message):
+    with pytest.raises(TokenizerError, match=message):
+        sample(CKPT_PATH, prompt, meta_path=META_PATH)
+
+
+def test_cli_md_is_what_the_program_says():
+    spec = importlib.util.spec_from_file_location("make_cli", DOCS_DIR / "make_cli.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = (DOCS_DIR / "cli.md").read_text()
+    assert page == module.make_page(), "run: python docs/make_cli.py"
+    help_pages = {command: run(command, "--help").stdout for command in re.findall(r"^## (\w+)", page, re.M)}
+    for command, section in re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", page, re.M | re.S):
+        for option in re.findall(r"`(--[\w-]+)", section):
+            assert option in help_pages[command]
