@@ -9,6 +9,9 @@ Each load runs in a fresh process, after the imports and a tiny warm-up load, wi
 take turns. Memory is the growth of the peak resident set during the load, in multiples of the weights' bytes (the
 tied matrix once). Each process then checks what it loaded: ours against the file bit for bit, usual by its logits.
 
+Then `hugging-nano-gpt convert` of the whole file, in turn with a copy of the weights' bytes to the same disk (both end
+with an fsync) and with the start of Python and the imports alone, which are part of what the command takes.
+
 Run: python benchmarks/load.py [--repeats 5] [--size tiny]; the file lies in TMPDIR. The last line is one JSON object:
 medians, ratios (also of the fastest loads, which other work disturbs least), targets, versions and threads.
 """
@@ -16,7 +19,10 @@ medians, ratios (also of the fastest loads, which other work disturbs least), ta
 import argparse
 import gc
 import os
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -71,10 +77,50 @@ def main() -> None:
         for _ in range(args.repeats):
             for way, measured in samples.items():
                 measured.append(run_in_child(ways[way]))
-    report(samples, weights_bytes, {"benchmark": "load", "size": args.size, "repeats": args.repeats})
+        commands = measure_commands(path, Path(folder), args.repeats)
+    report(samples, weights_bytes, commands, {"benchmark": "load", "size": args.size, "repeats": args.repeats})
 
 
-def report(samples: dict[str, list[dict[str, float]]], weights_bytes: int, settings: dict[str, Any]) -> None:
+def measure_commands(path: Path, folder: Path, repeats: int) -> dict[str, float]:
+    """Returns the median seconds of a conversion by the command line, of a copy of the weights, and of a start."""
+    program = [sys.executable, "-m", "hugging_nano_gpt_cli", "convert", str(path)]
+    times_s: dict[str, list[float]] = {"convert": [], "copy": [], "start": []}
+    start = [sys.executable, "-c", "import hugging_nano_gpt"]
+    for index in range(1 + repeats):  # the first round warms up
+        target = folder / f"converted-{index}"
+        times_s["convert"].append(time_call(partial(run_command, [*program, str(target)])))
+        times_s["copy"].append(time_call(partial(copy_to_disk, target / "model.safetensors", folder / "copy")))
+        times_s["start"].append(time_call(partial(run_command, start)))
+        shutil.rmtree(target)
+    return {name: statistics.median(measured[1:]) for name, measured in times_s.items()}
+
+
+def run_command(command: list[str]) -> None:
+    """Runs a command to its end, and raises if it fails."""
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def copy_to_disk(source: Path, target: Path) -> None:
+    """Copies a file so that it is on the disk at the end."""
+    shutil.copyfile(source, target)
+    with target.open("rb") as file:
+        os.fsync(file.fileno())
+    target.unlink()
+
+
+def time_call(function: Callable[[], Any]) -> float:
+    """Returns the seconds of a call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def report(
+    samples: dict[str, list[dict[str, float]]],
+    weights_bytes: int,
+    commands: dict[str, float],
+    settings: dict[str, Any],
+) -> None:
     """Prints the table, the targets and the JSON line."""
     times = {way: [sample["time_s"] for sample in measured] for way, measured in samples.items()}
     memory = {
@@ -94,11 +140,16 @@ def report(samples: dict[str, list[dict[str, float]]], weights_bytes: int, setti
         "time_ratio_of_fastest": round(min(times["usual"]) / min(times["ours"]), 3),
         **{f"{way}_memory_ratio": round(memory[way], 3) for way in samples},
         "weights_bytes": weights_bytes,
+        **{f"{name}_command_s": round(seconds, 4) for name, seconds in commands.items()},
+        "convert_to_copy": round(commands["convert"] / commands["copy"], 3),
+        "convert_without_start_to_copy": round((commands["convert"] - commands["start"]) / commands["copy"], 3),
     }
+    print_table(("command", "median s"), list(commands.items()))
     targets = [
         Target("time_ratio", time_ratio, 8, is_minimum=True),
         Target("ours_memory_ratio", memory["ours"], 1.3),
         Target("optimizer_memory_ratio", memory["ours"] - memory["ours_stripped"], 0.05),
+        Target("convert_to_copy", figures["convert_to_copy"], 3),
     ]
     print_result(figures, targets if settings["size"] == "124m" else [])
 

@@ -9,6 +9,7 @@ import itertools
 import math
 import random
 import re
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,7 +114,7 @@ def _get_encoding(name: str) -> "tiktoken.Encoding":
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:  # an unknown name, or any failure of the network
-        reason = " ".join(str(error).split())
+        reason = textwrap.shorten(str(error), 120)
         raise TokenizerError(
             f"encoding {name!r}: tiktoken cannot provide it: {type(error).__name__}: {reason}; give one of "
             f"{tiktoken.list_encoding_names()}, on a machine with network once, then keep the folder that "
