@@ -135,11 +135,12 @@ class NanoGPTGenerationMixin(GenerationMixin):
                     f"tokens after a prompt given as inputs_embeds, got {max_cache_length - n_padding + 1}; give "
                     f"input_ids, or lower max_new_tokens"
                 )
-            logger.warning_once(
-                f"{type(self).__name__}.generate: the text grows past block_size={block_size} tokens. From there on "
-                f"the last {block_size} tokens are read again for every new token, as nanoGPT does; "
-                f"generate(..., stride=n) drops n tokens at once, which is faster and not what nanoGPT computes"
-            )
+            if stride == 1:
+                logger.warning_once(
+                    f"{type(self).__name__}.generate: the text grows past block_size={block_size} tokens. From there "
+                    f"on the last {block_size} tokens are read again for every new token, as nanoGPT does; "
+                    f"generate(..., stride=n) drops n tokens at once, which is faster and not what nanoGPT computes"
+                )
             max_cache_length = block_size + n_padding
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

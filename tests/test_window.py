@@ -236,6 +236,7 @@ def test_going_past_block_size_is_said_once(monkeypatch):
     monkeypatch.setattr(generation_nano_gpt.logger, "warning_once", messages.append)
     model = make_model()
     model.generate(make_batch(1, 8)[0], max_new_tokens=25, do_sample=False)  # the last token is not read
+    model.generate(make_batch(1, 8)[0], max_new_tokens=26, do_sample=False, stride=2)
     assert messages == []
     model.generate(make_batch(1, 8)[0], max_new_tokens=26, do_sample=False)
     assert len(messages) == 1
