@@ -63,8 +63,8 @@ def verify_loss(
     and the report says so. It runs on the GPU if there is one, in the checkpoint's dtype.
 
     Args:
-        path: Checkpoint file of the nanoGPT family. A folder or a hub id is measured, but records nothing to compare
-            with, so that the report is not equal.
+        path: Checkpoint file of the nanoGPT family, folder that save_pretrained wrote, or hub id. Without a recorded
+            best_val_loss, the loss is measured and the report is not equal.
         data_dir: Folder with train.bin and val.bin, uint16 tokens as nanoGPT's prepare.py writes them.
         activation_function: Activation in place of the one that the file's age tells; the other is not tried then.
         n_head: Number of heads, for a file that does not record it.
@@ -77,7 +77,7 @@ def verify_loss(
     """
     side = load_side(path, activation_function, n_head)
     side.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    state = TrainingState() if side.checkpoint is None else side.checkpoint.training_state
+    state: TrainingState = side.model.nanogpt_training_state
     recorded_iters = _get_count(state, "eval_iters", _EVAL_ITERS)
     batch_size = _get_count(state, "batch_size", _BATCH_SIZE)
     iters = eval_iters or recorded_iters
