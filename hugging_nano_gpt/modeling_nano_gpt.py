@@ -79,7 +79,7 @@ class NanoGPTAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.c_proj.is_residual_projection = True  # type: ignore[assignment]  # read by _init_weights
-        # Never called, as the back ends drop weights themselves; it holds the rate where TRL's disable_dropout sets it.
+        # Never called, as the back ends drop weights themselves: TRL turns dropout off by setting p of nn.Dropout.
         self.attn_dropout = nn.Dropout(config.dropout)
         self.resid_dropout = nn.Dropout(config.dropout)
 

@@ -112,6 +112,13 @@ def test_trl_examples_make_good_their_claims(command, claim, written, tmp_path):
         assert read_checkpoint(tmp_path / written).training_state.iter_num == N_ITERATIONS
 
 
+def test_clients_md_names_commands_that_make_examples_runs():
+    commands = re.findall(r"`python (examples/[^`]+)`", (ROOT / "docs" / "clients.md").read_text())
+    makefile = (ROOT / "Makefile").read_text().splitlines()
+    assert len(commands) >= 5
+    assert not [command for command in commands if f"\t$(VENV)/bin/python {command}" not in makefile]
+
+
 def test_a_claim_that_does_not_hold_ends_in_an_error(monkeypatch, capsys):
     pytest.importorskip("trl")
     monkeypatch.syspath_prepend(EXAMPLES_DIR)
