@@ -26,6 +26,11 @@ examples: $(READY)
 	$(VENV)/bin/python examples/resume_in_trainer.py
 	$(VENV)/bin/python examples/back_to_nanogpt.py
 	PYTHON=$(VENV)/bin/python sh examples/finetune_fsdp.sh
+	$(VENV)/bin/python examples/sft.py
+	$(VENV)/bin/python examples/dpo.py
+	$(VENV)/bin/python examples/reward.py
+	$(VENV)/bin/python examples/grpo.py
+	$(VENV)/bin/python examples/grpo.py --trainer rloo
 
 bench: $(READY)
 	$(VENV)/bin/python benchmarks/load.py

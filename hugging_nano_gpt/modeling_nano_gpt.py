@@ -79,6 +79,8 @@ class NanoGPTAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.c_proj.is_residual_projection = True  # type: ignore[assignment]  # read by _init_weights
+        # Never called, as the back ends drop weights themselves: TRL turns dropout off by setting p of nn.Dropout.
+        self.attn_dropout = nn.Dropout(config.dropout)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -112,7 +114,7 @@ class NanoGPTAttention(nn.Module):
             key,
             value,
             attention_mask,
-            dropout=self.config.dropout if self.training else 0.0,
+            dropout=self.attn_dropout.p if self.training else 0.0,
             scaling=self.scaling,
             **kwargs,
         )

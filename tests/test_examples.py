@@ -33,7 +33,7 @@ needs_gloo = pytest.mark.skipif(
 
 def run_example(*command, cwd=ROOT):
     """Runs a command; returns the lines that it prints."""
-    environment = {**os.environ, "PYTHON": sys.executable}
+    environment = {**os.environ, "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(list(map(str, command)), cwd=cwd, env=environment, **pipes) as process:
         try:
@@ -90,6 +90,43 @@ def test_finetune_fsdp_writes_one_whole_checkpoint(tmp_path):
     *_, claim, place = run_example("sh", EXAMPLES_DIR / "finetune_fsdp.sh", tmp_path)
     assert re.fullmatch(r"Split in 2: iteration 5010, loss \d\.\d{4} to \d\.\d{4}\.", claim)
     assert place == f"Wrote {tmp_path}/ckpt.pt"
+
+
+@pytest.mark.parametrize(
+    ("command", "claim", "written"),
+    [
+        ("sft.py", r"SFT: held-out loss \d\.\d{3} to \d\.\d{3} in 60 updates\.", "ckpt.pt"),
+        ("dpo.py", r"DPO: held-out margin -?0\.000 to \d\.\d{3}, \d+% of pairs in order\.", "ckpt.pt"),
+        ("reward.py", r"Reward: \d+% to \d+% of held-out pairs in order\.", "model.safetensors"),
+        ("grpo.py", r"GRPO: mean reward \d+\.\d\d to \d+\.\d\d in 40 updates\.", "ckpt.pt"),
+        ("grpo.py --trainer rloo", r"RLOO: mean reward \d+\.\d\d to \d+\.\d\d in 40 updates\.", "ckpt.pt"),
+    ],
+)
+def test_trl_examples_make_good_their_claims(command, claim, written, tmp_path):
+    pytest.importorskip("trl")
+    script, *arguments = command.split()
+    *_, last = run_example(sys.executable, EXAMPLES_DIR / script, tmp_path, *arguments)
+    assert re.fullmatch(claim, last)
+    assert (tmp_path / written).is_file()
+    if written == "ckpt.pt":
+        assert read_checkpoint(tmp_path / written).training_state.iter_num == N_ITERATIONS
+
+
+def test_clients_md_names_commands_that_make_examples_runs():
+    commands = re.findall(r"`python (examples/[^`]+)`", (ROOT / "docs" / "clients.md").read_text())
+    makefile = (ROOT / "Makefile").read_text().splitlines()
+    assert len(commands) >= 5
+    assert not [command for command in commands if f"\t$(VENV)/bin/python {command}" not in makefile]
+
+
+def test_a_claim_that_does_not_hold_ends_in_an_error(monkeypatch, capsys):
+    pytest.importorskip("trl")
+    monkeypatch.syspath_prepend(EXAMPLES_DIR)
+    from trl_setup import conclude
+
+    with pytest.raises(SystemExit, match="True"):
+        conclude("Losses fall.", False)
+    assert capsys.readouterr().out == "DOES NOT HOLD: Losses fall.\n"
 
 
 def test_guide_runs_as_written(data_dir, tmp_path, monkeypatch):

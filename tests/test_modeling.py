@@ -99,6 +99,19 @@ def test_eager_attention_equals_sdpa():
     torch.testing.assert_close(model(ids).logits, expected, **TOLERANCE)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_dropout_modules_set_to_zero_turn_all_dropout_off(implementation):
+    """TRL's disable_dropout, on by default for DPO and reward models, does this; a model that trained with dropout."""
+    model = make_model(dropout=0.5).train()
+    model.set_attn_implementation(implementation)
+    ids, _ = make_batch(2, 16)
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    assert torch.equal(model(ids).logits, model.eval()(ids, use_cache=False).logits)
+
+
 @pytest.mark.skipif(TORCH_VERSION < (2, 7), reason="the compiler of torch 2.6 fails on Transformers' code")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's and transformers' own, when they compile it
 def test_flex_attention_equals_sdpa():
