@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from hugging_nano_gpt import read_checkpoint
 from hugging_nano_gpt.demo import CKPT_PATH
 from hugging_nano_gpt.training import TokenDataset, training_arguments_from_nanogpt
 
+from .processes import needs_gloo
 from .scripts import NANOGPT_DIR, skip_without_nanogpt
 
 ROOT = Path(__file__).parents[1]
@@ -24,11 +24,6 @@ N_ITERATIONS = 5000  # of the demo checkpoint
 
 # Each takes about ten seconds; a busy machine has taken 45.
 TIMEOUT_S = 240
-
-needs_gloo = pytest.mark.skipif(
-    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
-    reason="torch was built without torch.distributed or gloo",
-)
 
 
 def run_example(*command, cwd=ROOT):
