@@ -16,6 +16,7 @@ from hugging_nano_gpt.training import TokenDataset, training_arguments_from_nano
 
 from .processes import needs_gloo
 from .scripts import NANOGPT_DIR, skip_without_nanogpt
+from .test_tensor_parallel import IS_RECENT
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES_DIR = ROOT / "examples"
@@ -85,6 +86,34 @@ def test_finetune_fsdp_writes_one_whole_checkpoint(tmp_path):
     *_, claim, place = run_example("sh", EXAMPLES_DIR / "finetune_fsdp.sh", tmp_path)
     assert re.fullmatch(r"Split in 2: iteration 5010, loss \d\.\d{4} to \d\.\d{4}\.", claim)
     assert place == f"Wrote {tmp_path}/ckpt.pt"
+
+
+def test_lora_ends_as_a_checkpoint_of_nanogpts(tmp_path):
+    pytest.importorskip("peft")
+    *_, place, claim = run_example(sys.executable, EXAMPLES_DIR / "lora.py", tmp_path)
+    assert place == f"Wrote {tmp_path / 'ckpt.pt'}"
+    assert re.fullmatch(r"Loss \d\.\d{4} to \d\.\d{4}; merged and back .*, logits differ by \de-0\d\.", claim)
+    assert read_checkpoint(tmp_path / "ckpt.pt").training_state.iter_num == N_ITERATIONS
+
+
+def test_quantize_costs_little(tmp_path):
+    pytest.importorskip("torchao")
+    *_, claim = run_example(sys.executable, EXAMPLES_DIR / "quantize.py", tmp_path)
+    assert re.fullmatch(r"Perplexity 3\.\d{3} to 3\.\d{3}, 1\.41 MB to 0\.\d\d MB\.", claim)
+
+
+def test_evaluate_agrees_with_our_own_numbers(tmp_path):
+    pytest.importorskip("lm_eval")
+    *_, claim = run_example(sys.executable, EXAMPLES_DIR / "evaluate.py", tmp_path)
+    assert re.fullmatch(r"16 loglikelihoods within \de-0\d of our own, and 3 tasks run\.", claim)
+
+
+@needs_gloo
+@pytest.mark.skipif(os.name != "posix", reason="the example is a shell script")
+@pytest.mark.skipif(not IS_RECENT, reason="older Transformers do not split a vocabulary of 65")
+def test_tensor_parallel_splits_the_model_in_two():
+    *_, claim = run_example("sh", EXAMPLES_DIR / "tensor_parallel.sh")
+    assert re.fullmatch(r"Split in 2, 50% each: logits within \de-0\d of the largest, the same 200 tokens\.", claim)
 
 
 def test_guide_runs_as_written(data_dir, tmp_path, monkeypatch):
