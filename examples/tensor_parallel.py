@@ -25,7 +25,6 @@ with torch.no_grad():
 difference = ((logits - expected).abs().max() / expected.abs().max()).item()  # sums in another order
 assert difference < 1e-5
 if dist.get_rank() == 0:
-    print(
-        f"Split in {dist.get_world_size()}, {share:.0%} each: logits within {difference:.0e} of the largest, the same 200 tokens."
-    )
+    shares = f"Split in {dist.get_world_size()}, {share:.0%} each"
+    print(f"{shares}: logits within {difference:.0e} of the largest, the same 200 tokens.")
 dist.destroy_process_group()

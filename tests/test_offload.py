@@ -10,6 +10,9 @@ from .tiny import make_batch, make_model
 
 accelerate = pytest.importorskip("accelerate")
 
+# Older Transformers take the meta device of offloaded tensors for where the model runs.
+pytestmark = pytest.mark.filterwarnings("ignore:You are calling .generate\\(\\) with the `input_ids`:UserWarning")
+
 
 def load_automatically(folder):
     return NanoGPTLMHeadModel.from_pretrained(folder / "model", device_map="auto")
