@@ -1,4 +1,4 @@
-"""docs/clients.md: its Python runs as written, its commands name existing files, its versions are the known-good ones."""
+"""docs/clients.md: its Python runs as written, it names existing files, and its versions are the known-good ones."""
 
 import re
 import shutil
