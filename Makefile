@@ -2,14 +2,20 @@
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
+# For the clients that make test does without: with torchao installed, each program writes to stderr; lm-eval is large.
+CLIENTS_VENV := .venv-clients
+CLIENTS_READY := $(CLIENTS_VENV)/.ready
 
-.PHONY: demo test check fix examples bench clean
+.PHONY: demo test clients check fix examples bench clean
 
 demo: $(READY)
 	$(VENV)/bin/hugging-nano-gpt demo
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest
+
+clients: $(CLIENTS_READY)
+	$(CLIENTS_VENV)/bin/python -m pytest tests/test_quantization.py tests/test_lm_eval.py tests/test_peft.py
 
 check: $(READY)
 	$(VENV)/bin/ruff format --check .
@@ -22,7 +28,7 @@ fix: $(READY)
 
 # Idle threads that spin make small models very slow where other programs run too.
 examples: export OMP_WAIT_POLICY = passive
-examples: $(READY)
+examples: $(READY) $(CLIENTS_READY)
 	$(VENV)/bin/python examples/resume_in_trainer.py
 	$(VENV)/bin/python examples/back_to_nanogpt.py
 	PYTHON=$(VENV)/bin/python sh examples/finetune_fsdp.sh
@@ -31,6 +37,10 @@ examples: $(READY)
 	$(VENV)/bin/python examples/reward.py
 	$(VENV)/bin/python examples/grpo.py
 	$(VENV)/bin/python examples/grpo.py --trainer rloo
+	$(VENV)/bin/python examples/lora.py
+	PYTHON=$(VENV)/bin/python sh examples/tensor_parallel.sh
+	$(CLIENTS_VENV)/bin/python examples/quantize.py
+	$(CLIENTS_VENV)/bin/python examples/evaluate.py
 
 bench: $(READY)
 	$(VENV)/bin/python benchmarks/load.py
@@ -38,10 +48,15 @@ bench: $(READY)
 	$(VENV)/bin/python benchmarks/generate.py --rounds 3
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(CLIENTS_VENV)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set it with PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(CLIENTS_READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(CLIENTS_VENV)
+	$(CLIENTS_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,quantize,eval]'
 	@touch $@

@@ -49,7 +49,10 @@ class NanoGPTConfig(PreTrainedConfig):
         "num_hidden_layers": "n_layer",
     }
     # c_attn packs query, key and value, so its output is gathered whole before it is split (as Phi-3's qkv_proj is).
+    # lm_head is split by rows of the vocabulary, and so has to be what it is tied to: with a whole wte, its own plan
+    # would take the whole matrix for one process's share. Transformers adds this only where wte is "embed_tokens".
     base_model_tp_plan = {
+        "wte": "embedding_rowwise",
         "h.*.attn.c_attn": "colwise_rep",
         "h.*.attn.c_proj": "rowwise_rep",
         "h.*.mlp.c_fc": "colwise",

@@ -85,6 +85,7 @@ def save_model(
     config: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a model to a checkpoint file; see NanoGPTLMHeadModel.to_nanogpt_ckpt."""
+    _refuse_changed_layers(model, path)
     state: TrainingState = getattr(model, "nanogpt_training_state", TrainingState())
     model_args = {name: getattr(model.config, name) for name in MODEL_ARGS}
     settings = state.config if config is None else dict(config)
@@ -178,8 +179,33 @@ def _set_special_tokens(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         settings.suppress_tokens = list(range(n_tokens, vocab_size))
 
 
+def _refuse_changed_layers(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
+    """Refuses layers that clients put in place of nanoGPT's, with the way out: their names alone would not tell it."""
+    # PEFT wraps what it adapts: base_layer in its own layers, original_module around layers that it trains whole.
+    inner = ("base_layer", "original_module")
+    adapted = [parent for parent, _, name in (n.rpartition(".") for n, _ in model.named_modules()) if name in inner]
+    if adapted:
+        raise ConversionError(
+            f"{os.fspath(path)}: expected nanoGPT's own layers, got PEFT's at {list_some(adapted)}; merge the adapter "
+            f"first: peft_model.merge_and_unload().to_nanogpt_ckpt(...); nothing was written"
+        )
+    # torchao puts a tensor class of its own in the layers; bitsandbytes a subclass of Parameter, and says it here.
+    plain = (torch.Tensor, torch.nn.Parameter)
+    odd = [n for n, p in model.named_parameters() if type(p) not in plain and not hasattr(p, "full_tensor")]
+    if odd or getattr(model, "is_quantized", False):
+        at = f" at {list_some(odd)}" if odd else ""
+        raise ConversionError(
+            f"{os.fspath(path)}: expected floating-point layers, got quantised ones{at}; "
+            f"their rounding cannot be undone: write the model that was quantised; nothing was written"
+        )
+
+
 def _export_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Returns the model's tensors on the CPU, sharded ones whole; tied tensors stay one tensor."""
+    """Returns the model's tensors on the CPU, sharded ones whole; tied tensors stay one tensor unless offloaded."""
+    if any(parameter.is_meta for parameter in model.parameters()):  # offloaded by accelerate, to the CPU or the disk
+        from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+        return get_state_dict_offloaded_model(model)
     moved: dict[int, torch.Tensor] = {}
     state_dict = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -3,12 +3,6 @@
 Each makes 20 updates of the recorded run from nanoGPT's checkpoint with its moments, and is held against one process.
 """
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -16,6 +10,7 @@ from hugging_nano_gpt import read_checkpoint
 from hugging_nano_gpt.training import make_optimizer, read_optimizer
 
 from .conftest import assert_same
+from .processes import needs_gloo, run_two_processes
 from .scripts import link_scripts, resume_trace, skip_without_nanogpt
 from .tiny import TORCH_VERSION
 from .trace import (
@@ -29,18 +24,10 @@ from .trace import (
     train_by_hand,
 )
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
-    reason="torch was built without torch.distributed or gloo",
-)
+pytestmark = needs_gloo
 
 N_UPDATES = 20
 CKPT = "ckpt-0.pt"
-REPOSITORY_DIR = Path(__file__).parents[1]
-
-# Three processes import torch and transformers; a busy machine has taken 12 s.
-TIMEOUT_S = 120
-
 
 needs_newer_torch = pytest.mark.skipif(TORCH_VERSION < (2, 7), reason="FSDP2 of torch 2.6 does not run on a CPU")
 
@@ -49,7 +36,7 @@ needs_newer_torch = pytest.mark.skipif(TORCH_VERSION < (2, 7), reason="FSDP2 of 
 def folder(request, tmp_path_factory):
     """Where two processes left a checkpoint, and in held.pt what they held."""
     folder = tmp_path_factory.mktemp(request.param)
-    run_two_processes(request.param, folder)
+    run_two_processes("distributed_worker", request.param, folder)
     return folder
 
 
@@ -57,21 +44,6 @@ def folder(request, tmp_path_factory):
 def expected():
     """Parameters and moments after the same updates in one process."""
     return train_alone()
-
-
-def run_two_processes(strategy, folder):
-    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": loopback, "OMP_NUM_THREADS": "1"}
-    launch = "-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node=2".split()
-    command = [sys.executable, *launch, "-m", "tests.distributed_worker", strategy, str(folder)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, cwd=REPOSITORY_DIR, env=environment, **pipes) as process:
-        try:
-            output, _ = process.communicate(timeout=TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # torchrun then ends its processes; killed, it would leave them behind
-            output, _ = process.communicate()
-    assert process.returncode == 0, output
 
 
 def train_alone(state=START.training_state.optimizer, rows=slice(None), n_updates=N_UPDATES):

@@ -122,6 +122,20 @@ def test_our_checkpoint_loads_as_nanogpt_loads_its_own(nanogpt, tmp_path):
     assert torch.equal(theirs(idx, targets)[0], model(idx).logits)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's own business
+def test_nanogpt_computes_a_merged_adapter(nanogpt, tmp_path):
+    peft = pytest.importorskip("peft")
+    model, _ = make_pair()
+    lora = peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)  # random, not zero
+    merged = peft.get_peft_model(model, lora).eval().merge_and_unload()
+    merged.to_nanogpt_ckpt(tmp_path / "ckpt.pt")
+    checkpoint = torch.load(tmp_path / "ckpt.pt", map_location="cpu")
+    theirs = nanogpt.GPT(nanogpt.GPTConfig(**checkpoint["model_args"])).eval()
+    theirs.load_state_dict(checkpoint["model"])
+    idx, targets = make_batch(2, 32)
+    assert torch.equal(theirs(idx, targets)[0], merged(idx).logits)
+
+
 @pytest.mark.parametrize("with_optimizer", [True, False])
 def test_train_py_resumes_from_our_checkpoint(workplace, with_optimizer):
     original = read_checkpoint(CKPT_PATH)

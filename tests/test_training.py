@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from hugging_nano_gpt import ConversionError, NanoGPTLMHeadModel, read_checkpoint
 from hugging_nano_gpt.demo import CKPT_PATH
@@ -25,7 +25,7 @@ from hugging_nano_gpt.training import (
     training_arguments_from_nanogpt,
 )
 
-from .tiny import make_model
+from .tiny import TORCH_VERSION, make_model
 from .trace import (
     CONFIG,
     END,
@@ -315,6 +315,10 @@ CHECKPOINTING = (
 )
 
 
+needs_compiler = pytest.mark.skipif(TORCH_VERSION < (2, 7), reason="the compiler of torch 2.6 fails")
+ignore_compiler = [pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # torch's own, when it compiles
+
+
 class Windows(torch.utils.data.Dataset):
     """The first windows of the trace as plain examples, as users of Trainer have them."""
 
@@ -376,6 +380,10 @@ def test_plain_trainer_shifts_labels_when_it_smooths_them(tmp_path):
         {"label_smoothing_factor": 0.1},
         {"gradient_accumulation_steps": 3},
         {"optim": "adamw_torch"},
+        {"neftune_noise_alpha": 5.0},
+        {"train_sampling_strategy": "group_by_length"},
+        # The graphs without the code of the default back end, which takes half a minute to make.
+        pytest.param({"torch_compile_backend": "aot_eager"}, marks=[needs_compiler, *ignore_compiler]),
     ],
     ids=lambda settings: next(iter(settings)),
 )
@@ -387,3 +395,37 @@ def test_plain_trainer_trains_with_its_usual_switches(tmp_path, settings):
     assert len(losses) == 6
     assert all(math.isfinite(loss) for loss in losses)
     assert not torch.equal(model.lm_head.weight, START.state_dict["lm_head.weight"])
+
+
+def test_neftune_adds_noise_in_training_alone(tmp_path):
+    model = load_start()
+    trainer = make_plain_trainer(tmp_path, model, neftune_noise_alpha=5.0, logging_steps=1, max_grad_norm=0.0)
+    ids = next(iter(trainer.get_train_dataloader()))["input_ids"]
+    with torch.no_grad():
+        expected = model(ids, labels=ids).loss.item()
+    trainer.train()
+    assert 1e-3 < abs(trainer.state.log_history[0]["loss"] - expected) < 1
+    assert not model.transformer.wte._forward_hooks
+
+
+def test_plain_trainer_resumed_in_the_middle_of_an_epoch_ends_at_the_same_bits(tmp_path):
+    """8 windows in batches of 2 are 4 updates an epoch: the checkpoint is one and a half epochs in."""
+    settings = {"max_steps": 10, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 6}
+    ends = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-6")):
+        model = load_start()
+        make_plain_trainer(tmp_path, model, **settings).train(resume_from_checkpoint=checkpoint)
+        ends.append(model.state_dict())
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_flattened_documents_have_the_loss_of_separate_ones():
+    """DataCollatorWithFlattening packs documents into one row, and marks them by positions that begin again."""
+    model = load_start()
+    documents = [Windows(3)[index]["input_ids"][:length].tolist() for index, length in enumerate((32, 7, 20))]
+    batch = DataCollatorWithFlattening()([{"input_ids": document} for document in documents])
+    assert batch["position_ids"].shape == (1, 59)
+    with torch.no_grad():
+        packed = model(**batch, use_cache=False).loss
+        separate = [model(torch.tensor([d]), labels=torch.tensor([d])).loss * (len(d) - 1) for d in documents]
+    torch.testing.assert_close(packed, sum(separate) / (59 - 3), rtol=0, atol=1e-6)

@@ -1,0 +1,87 @@
+"""lm-evaluation-harness: what its command line finds in a saved folder, and what it cannot do without special tokens.
+
+examples/evaluate.py, which tests/test_examples.py runs, holds every loglikelihood against our own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hugging_nano_gpt import NanoGPTLMHeadModel, build_character_tokenizer, read_meta
+from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
+
+pytest.importorskip("lm_eval")
+
+# What lm-eval and its many packages warn of when they are imported is their own business.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+ROOT = Path(__file__).parents[1]
+TEXTS = [json.loads(line)["text"] for line in (ROOT / "examples/evaluate/lines.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH)
+
+
+def make_tokenizer(model, **special_tokens):
+    tokenizer = build_character_tokenizer(read_meta(META_PATH), block_size=model.config.block_size)
+    for name, token in special_tokens.items():
+        setattr(tokenizer, name, token)
+    return tokenizer
+
+
+def make_harness(model, special_tokens, **settings):
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=model, tokenizer=make_tokenizer(model, **special_tokens), batch_size=2, **settings)
+
+
+def request(kind, *cases):
+    from lm_eval.api.instance import Instance
+
+    return [Instance(request_type=kind, doc={}, arguments=case, idx=index) for index, case in enumerate(cases)]
+
+
+def test_command_line_evaluates_a_saved_folder(model, tmp_path):
+    model.save_pretrained(tmp_path / "demo")
+    make_tokenizer(model, eos_token="$", pad_token="$").save_pretrained(tmp_path / "demo")
+    arguments = f"pretrained={tmp_path / 'demo'},prefix_token_id=0,trust_remote_code=True"
+    command = f"-m lm_eval run --model hf --device cpu --model_args {arguments} --tasks demo_text"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    paths = ["--include_path", "examples/evaluate", "--output_path", str(tmp_path / "results.json")]
+    command = [sys.executable, *command.split(), *paths]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("results*.json")
+    found = json.loads(path.read_text())["results"]["demo_text"]["bits_per_byte,none"]
+    assert found == pytest.approx(1.890, abs=5e-4)  # what examples/evaluate.py prints, and computes itself
+
+
+def test_padding_changes_no_number(model):
+    harness = make_harness(model, {"eos_token": "$", "pad_token": "$"}, prefix_token_id=0)
+    pairs = [(text[:length], text[length : length + 9]) for text in TEXTS for length in (5, 20, 40)]
+    together = harness.loglikelihood(request("loglikelihood", *pairs), disable_tqdm=True)
+    alone = [harness.loglikelihood(request("loglikelihood", pair), disable_tqdm=True)[0] for pair in pairs]
+    assert [value for value, _ in together] == pytest.approx([value for value, _ in alone], abs=1e-4)
+    assert [greedy for _, greedy in together] == [greedy for _, greedy in alone]
+
+
+def test_tokenizer_without_special_tokens_is_not_enough(model):
+    """Why docs/tokenizers.md names an end and a padding: lm-eval fails in words that do not tell it."""
+    harness = make_harness(model, {})
+    with pytest.raises(TypeError, match="None"):
+        harness.loglikelihood(request("loglikelihood", ("", "KING")), disable_tqdm=True)
+    with pytest.raises(TypeError, match="None"):
+        harness.generate_until(request("generate_until", ("KING", {"until": [";"]})), disable_tqdm=True)
+
+
+@pytest.mark.parametrize(("end", "expected"), [("$", " RICHARD III:\nThe"), ("\n", " RICHARD III:")])
+def test_newline_as_end_cuts_what_is_generated(model, end, expected):
+    harness = make_harness(model, {"eos_token": end, "pad_token": end}, prefix_token_id=0)
+    settings = {"until": ["\n\n"], "max_gen_toks": 17, "do_sample": False}
+    assert harness.generate_until(request("generate_until", ("KING", settings)), disable_tqdm=True) == [expected]
