@@ -16,6 +16,7 @@ test: $(READY)
 
 clients: $(CLIENTS_READY)
 	$(CLIENTS_VENV)/bin/python -m pytest tests/test_quantization.py tests/test_lm_eval.py tests/test_peft.py
+	$(CLIENTS_VENV)/bin/python -m pytest tests/test_examples.py -k "quantize or evaluate"
 
 check: $(READY)
 	$(VENV)/bin/ruff format --check .
