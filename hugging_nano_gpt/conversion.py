@@ -27,7 +27,7 @@ logger = logging.get_logger(__name__)
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 # What a user may set in place of the checkpoint's: nothing here changes the shape of a tensor.
-_READING_KWARGS = ("activation_function", "n_head", "tie_word_embeddings")
+READING_KWARGS = ("activation_function", "n_head", "tie_word_embeddings")
 _CONFIG_KWARGS = (
     "bos_token_id",
     "dropout",
@@ -47,7 +47,7 @@ _GPT2_END_OF_TEXT = GPT2_TOKENS - 1
 
 def load_model(model_class: type[Model], path: str | os.PathLike[str], **kwargs: Any) -> Model:
     """Makes a model of a class from a checkpoint file; see NanoGPTPreTrainedModel.from_nanogpt_ckpt."""
-    reading = {name: kwargs.pop(name) for name in _READING_KWARGS if name in kwargs}
+    reading = {name: kwargs.pop(name) for name in READING_KWARGS if name in kwargs}
     return make_model(model_class, path, read_checkpoint(path, with_optimizer=False, **reading), **kwargs)
 
 
@@ -99,7 +99,7 @@ def save_model(
             f"{os.fspath(path)}: the model computes {model.config.activation_function!r}, today's nanoGPT exact "
             f"GELU, so nanoGPT's numbers will differ slightly; its checkpoints have no place to record the activation"
         )
-    checkpoint = Checkpoint(model_args, _export_state_dict(model), training_state=state)
+    checkpoint = Checkpoint(model_args, export_state_dict(model), training_state=state)
     if _is_main_process():
         write_checkpoint(checkpoint, path)
 
@@ -178,7 +178,7 @@ def _set_special_tokens(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         settings.suppress_tokens = list(range(n_tokens, vocab_size))
 
 
-def _export_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def export_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Returns the model's tensors on the CPU, sharded ones whole; tied tensors stay one tensor."""
     moved: dict[int, torch.Tensor] = {}
     state_dict = {}
