@@ -142,8 +142,10 @@ def import_gpt2(
     tensors = _transpose({name: tensor.clone() for name, tensor in export_state_dict(gpt2).items()})
     _check_tensors(where, config, tensors)
     config.bias = _settle_bias(where, tensors, bias, was_without=not getattr(gpt2.config, "nanogpt_bias", True))
-    model = NanoGPTLMHeadModel.from_pretrained(None, config=config, state_dict=_select(tensors, config), **kwargs)
-    assert isinstance(model, NanoGPTLMHeadModel)  # with output_loading_info=True it would be a tuple
+    state_dict = _select(tensors, _list_args(config), is_tied=config.tie_word_embeddings)
+    model: NanoGPTLMHeadModel = NanoGPTLMHeadModel.from_pretrained(
+        None, config=config, state_dict=state_dict, **kwargs
+    )
     model.name_or_path = model.config.name_or_path = where
     model.generation_config = _copy_settings(gpt2)
     return model
@@ -161,11 +163,8 @@ def _make_gpt2(model: NanoGPTLMHeadModel, folder: Path) -> GPT2LMHeadModel:
         nanogpt_bias=config.bias,  # for the way back, as nanogpt_training_state is
         nanogpt_training_state=config.nanogpt_training_state,
     )
-    with_biases = NanoGPTConfig(**{**config.to_dict(), "bias": True})
-    gpt2 = GPT2LMHeadModel.from_pretrained(
-        None, config=gpt2_config, state_dict=_transpose(_select(tensors, with_biases))
-    )
-    assert isinstance(gpt2, GPT2LMHeadModel)
+    selected = _select(tensors, {**_list_args(config), "bias": True}, config.tie_word_embeddings)
+    gpt2: GPT2LMHeadModel = GPT2LMHeadModel.from_pretrained(None, config=gpt2_config, state_dict=_transpose(selected))
     gpt2.generation_config = _copy_settings(model)
     return gpt2
 
@@ -185,13 +184,15 @@ def _transpose(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: t.t().contiguous() if name.endswith(_TRANSPOSED) else t for name, t in tensors.items()}
 
 
-def _select(tensors: Mapping[str, torch.Tensor], config: NanoGPTConfig) -> dict[str, torch.Tensor]:
-    """Returns the tensors that a model of a configuration has: biases it lacks as zeros, a tied lm_head left out."""
+def _select(
+    tensors: Mapping[str, torch.Tensor], model_args: Mapping[str, Any], is_tied: bool
+) -> dict[str, torch.Tensor]:
+    """Returns the tensors that a model of these model_args saves: with zeros for biases that are not there."""
     dtype = tensors["transformer.wte.weight"].dtype
     return {
         name: tensors[name] if name in tensors else torch.zeros(shape, dtype=dtype)
-        for name, shape in iterate_shapes(_list_args(config))
-        if name != "lm_head.weight" or not config.tie_word_embeddings
+        for name, shape in iterate_shapes(model_args)
+        if name != "lm_head.weight" or not is_tied
     }
 
 
