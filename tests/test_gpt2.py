@@ -295,6 +295,8 @@ def test_three_dropouts_become_the_one_that_is_given():
     ):
         import_gpt2(gpt2)
     assert import_gpt2(gpt2, dropout=0.3).config.dropout == 0.3
+    with pytest.raises(ConversionError, match=r"dropout: expected a probability in \[0, 1\), got 2"):
+        import_gpt2(gpt2, dropout=2)
 
 
 def test_quantised_gpt2_is_refused(tmp_path):
@@ -315,6 +317,10 @@ def test_other_models_are_refused(tmp_path):
         import_gpt2(model)
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         import_gpt2(tmp_path / "missing")
+    shutil.copytree(tmp_path / "nanogpt", tmp_path / "odd")
+    (tmp_path / "odd" / "config.json").write_text('{"model_type": "gpt2", "n_embd": "wide"}')
+    with pytest.raises(CheckpointError, match=r"cannot be loaded: .*'n_embd'"):
+        import_gpt2(tmp_path / "odd")
     gpt2 = make_gpt2()
     state_dict = {name: tensor for name, tensor in gpt2.state_dict().items() if "h.1.mlp.c_fc" not in name}
     gpt2.save_pretrained(tmp_path / "gpt2", state_dict=state_dict)

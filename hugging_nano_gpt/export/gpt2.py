@@ -138,7 +138,7 @@ def import_gpt2(
             f"{type(source).__name__}: not GPT-2's language model: expected a folder, a hub id or a GPT2LMHeadModel, "
             f"got a {type(source).__name__}; give one of those"
         )
-    config = _make_config(gpt2.config, dropout)
+    config = _make_config(where, gpt2.config, dropout)
     tensors = _transpose({name: tensor.clone() for name, tensor in export_state_dict(gpt2).items()})
     _check_tensors(where, config, tensors)
     config.bias = _settle_bias(where, tensors, bias, was_without=not getattr(gpt2.config, "nanogpt_bias", True))
@@ -169,14 +169,20 @@ def _make_gpt2(model: NanoGPTLMHeadModel, folder: Path) -> GPT2LMHeadModel:
     return gpt2
 
 
-def _make_config(gpt2: PreTrainedConfig, dropout: float | None) -> NanoGPTConfig:
-    return NanoGPTConfig(
+def _make_config(where: str, gpt2: PreTrainedConfig, dropout: float | None) -> NanoGPTConfig:
+    settings = dict(
         **{name: getattr(gpt2, name) for name in _SHARED_FIELDS},
         block_size=gpt2.n_positions,
         bias=True,
         dropout=gpt2.resid_pdrop if dropout is None else dropout,
         nanogpt_training_state=getattr(gpt2, "nanogpt_training_state", None),
     )
+    try:
+        return NanoGPTConfig(**settings)
+    except ValueError as error:
+        raise ConversionError(
+            f"{where}: cannot be a nanoGPT model: {error}; give dropout= a possible value"
+        ) from error
 
 
 def _transpose(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
