@@ -54,6 +54,12 @@ class _Dtype(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class _Format(StrEnum):
+    """export_model's formats; importing them from there would import torch."""
+
+    GPT2 = "gpt2"
+
+
 _Source = Annotated[str, typer.Argument(metavar="SOURCE", help="Checkpoint file, saved folder or hub id.")]
 _Meta = Annotated[Path | None, typer.Option(metavar="FILE", help="The meta.pkl of the model's characters.")]
 _Tokenizer = Annotated[
@@ -112,6 +118,35 @@ def back(
     model = convert_to_checkpoint(source, ckpt, overwrite=force)
     iter_num = model.nanogpt_training_state.iter_num
     print(f"Wrote {ckpt}: {model.num_parameters():,} parameters, iteration {iter_num:,}, a fresh optimizer state")
+
+
+@app.command()
+def export(
+    source: _Source,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    to: Annotated[_Format, typer.Option("--to", help="Whose layout: gpt2 is stock GPT2LMHeadModel's.")],
+    meta: _Meta = None,
+    tokenizer: _Tokenizer = None,
+    dtype: _DtypeOption = None,
+    activation: _ActivationOption = None,
+    n_head: _Heads = None,
+    force: _Force = False,
+) -> None:
+    """Export a model, with its tokenizer, to the layout of another program, which then needs none of this package."""
+    _set_up_transformers()
+    from hugging_nano_gpt import export_model
+
+    given = {"dtype": dtype, "activation_function": activation, "n_head": n_head}
+    conversion = export_model(
+        source,
+        out,
+        to=to.value,
+        meta_path=meta,
+        tokenizer=tokenizer,
+        overwrite=force,
+        **{name: getattr(value, "value", value) for name, value in given.items() if value is not None},
+    )
+    print(conversion)
 
 
 @app.command()

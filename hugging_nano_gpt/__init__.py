@@ -15,6 +15,8 @@ from .errors import (
     TokenizerError,
     VerifyError,
 )
+from .export.exporting import export_model
+from .export.gpt2 import export_gpt2, import_gpt2
 from .folder import Conversion, convert_to_checkpoint, convert_to_folder
 from .inspection import Inspection, inspect_path
 from .modeling_nano_gpt import (
@@ -52,7 +54,10 @@ __all__ = [
     "build_tiktoken_tokenizer",
     "convert_to_checkpoint",
     "convert_to_folder",
+    "export_gpt2",
+    "export_model",
     "find_tokenizer",
+    "import_gpt2",
     "inspect_path",
     "read_checkpoint",
     "read_meta",

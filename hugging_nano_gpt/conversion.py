@@ -27,7 +27,7 @@ logger = logging.get_logger(__name__)
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 # What a user may set in place of the checkpoint's: nothing here changes the shape of a tensor.
-_READING_KWARGS = ("activation_function", "n_head", "tie_word_embeddings")
+READING_KWARGS = ("activation_function", "n_head", "tie_word_embeddings")
 _CONFIG_KWARGS = (
     "bos_token_id",
     "dropout",
@@ -47,7 +47,7 @@ _GPT2_END_OF_TEXT = GPT2_TOKENS - 1
 
 def load_model(model_class: type[Model], path: str | os.PathLike[str], **kwargs: Any) -> Model:
     """Makes a model of a class from a checkpoint file; see NanoGPTPreTrainedModel.from_nanogpt_ckpt."""
-    reading = {name: kwargs.pop(name) for name in _READING_KWARGS if name in kwargs}
+    reading = {name: kwargs.pop(name) for name in READING_KWARGS if name in kwargs}
     return make_model(model_class, path, read_checkpoint(path, with_optimizer=False, **reading), **kwargs)
 
 
@@ -85,7 +85,7 @@ def save_model(
     config: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a model to a checkpoint file; see NanoGPTLMHeadModel.to_nanogpt_ckpt."""
-    _refuse_changed_layers(model, path)
+    refuse_changed_layers(model, path)
     state: TrainingState = getattr(model, "nanogpt_training_state", TrainingState())
     model_args = {name: getattr(model.config, name) for name in MODEL_ARGS}
     settings = state.config if config is None else dict(config)
@@ -100,7 +100,7 @@ def save_model(
             f"{os.fspath(path)}: the model computes {model.config.activation_function!r}, today's nanoGPT exact "
             f"GELU, so nanoGPT's numbers will differ slightly; its checkpoints have no place to record the activation"
         )
-    checkpoint = Checkpoint(model_args, _export_state_dict(model), training_state=state)
+    checkpoint = Checkpoint(model_args, export_state_dict(model), training_state=state)
     if _is_main_process():
         write_checkpoint(checkpoint, path)
 
@@ -179,7 +179,7 @@ def _set_special_tokens(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         settings.suppress_tokens = list(range(n_tokens, vocab_size))
 
 
-def _refuse_changed_layers(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
+def refuse_changed_layers(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
     """Refuses layers that clients put in place of nanoGPT's, with the way out: their names alone would not tell it."""
     # PEFT wraps what it adapts: base_layer in its own layers, original_module around layers that it trains whole.
     inner = ("base_layer", "original_module")
@@ -200,7 +200,7 @@ def _refuse_changed_layers(model: PreTrainedModel, path: str | os.PathLike[str])
         )
 
 
-def _export_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def export_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Returns the model's tensors on the CPU, sharded ones whole; tied tensors stay one tensor unless offloaded."""
     if any(parameter.is_meta for parameter in model.parameters()):  # offloaded by accelerate, to the CPU or the disk
         from accelerate.utils.modeling import get_state_dict_offloaded_model

@@ -6,35 +6,41 @@ A folder is built beside its place and moved there when it is complete, so a fai
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .bpe import build_gpt2_tokenizer, build_tiktoken_tokenizer
-from .checkpoint import read_checkpoint
-from .configuration_nano_gpt import NanoGPTConfig
-from .conversion import make_model
-from .errors import CheckpointError, ConversionError, MissingDependencyError, TokenizerError
+from .checkpoint import Checkpoint, read_checkpoint
+from .conversion import READING_KWARGS, make_model
+from .errors import CheckpointError, ConversionError, MissingDependencyError, NanoGPTError, TokenizerError
 from .formats.atomic import read_umask
 from .formats.check import list_some
 from .modeling_nano_gpt import NanoGPTLMHeadModel
 from .tokenization import build_character_tokenizer, find_tokenizer, read_meta
 
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+# By these a checkpoint that is not there is told from a Hub id.
+_FILE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
+
 
 @dataclass(frozen=True)
 class Conversion:
-    """What convert_to_folder wrote.
+    """What convert_to_folder or export_model wrote.
 
     Args:
-        folder: Where.
+        folder: Where; for an export to a single file, that file.
         model: The model.
         tokenizer: Its tokenizer, or None if none was found.
-        notes: What was assumed about the checkpoint, and why there is no tokenizer, a sentence each.
+        notes: What was assumed about the checkpoint, why there is no tokenizer, and what an export does not keep, a
+            sentence each.
     """
 
     folder: Path
@@ -82,19 +88,14 @@ def convert_to_folder(
         TokenizerError: If the tokenizer asked for cannot be had, or does not fit the model.
     """
     folder = Path(folder)
-    _check_place(folder, overwrite)
+    check_place(folder, overwrite)
     checkpoint = read_checkpoint(
         ckpt_path, n_head=n_head, activation_function=activation_function, with_optimizer=False
     )
     model = make_model(NanoGPTLMHeadModel, ckpt_path, checkpoint, **kwargs)
-    found, notes = None, [f"assumed: {assumption}" for assumption in checkpoint.assumptions]
-    try:
-        found = load_tokenizer(model, ckpt_path, meta_path=meta_path, tokenizer=tokenizer)
-    except (TokenizerError, MissingDependencyError) as error:
-        if meta_path is not None or tokenizer is not None:
-            raise
-        notes.append(str(error))
-    with _open_folder(folder) as temporary:
+    found, notes = find_tokenizer_or_reason(model, ckpt_path, meta_path=meta_path, tokenizer=tokenizer)
+    notes = [*list_assumptions(checkpoint), *notes]
+    with open_folder(folder) as temporary:
         model.save_pretrained(temporary, max_shard_size=max_shard_size)
         if found is not None:
             found.save_pretrained(temporary)
@@ -129,6 +130,32 @@ def convert_to_checkpoint(
     return model
 
 
+def load_source(source: str | os.PathLike[str], **kwargs: Any) -> tuple[NanoGPTLMHeadModel, list[str]]:
+    """Loads a language model from what a user names: a checkpoint file, a saved folder or a model of the Hub.
+
+    Args:
+        source: Path or Hub id. A name that is no path is a Hub id, unless it ends as checkpoint files do.
+        **kwargs: What from_nanogpt_ckpt takes, for a file, or from_pretrained, for the others.
+
+    Returns:
+        The model, and what was assumed about it, a sentence each.
+
+    Raises:
+        CheckpointError: If there is no whole model, or a folder is asked to be read in another way than it records.
+    """
+    path = Path(source)
+    reading = {name: value for name in READING_KWARGS if (value := kwargs.pop(name, None)) is not None}
+    if not path.is_dir() and (path.exists() or path.suffix in _FILE_SUFFIXES):
+        checkpoint = read_checkpoint(path, with_optimizer=False, **reading)
+        return make_model(NanoGPTLMHeadModel, path, checkpoint, **kwargs), list_assumptions(checkpoint)
+    if reading:
+        raise CheckpointError(
+            f"{source}: {list_some(reading)} cannot be set: expected none for a folder, which records its own, got "
+            f"{list(reading.values())}; leave it out"
+        )
+    return load_folder(source, **kwargs), []
+
+
 def load_folder(source: str | os.PathLike[str], **kwargs: Any) -> NanoGPTLMHeadModel:
     """Loads a saved folder or a model of the Hub: a whole language model in safetensors, and nothing is executed.
 
@@ -139,15 +166,39 @@ def load_folder(source: str | os.PathLike[str], **kwargs: Any) -> NanoGPTLMHeadM
     Raises:
         CheckpointError: If there is no whole nanoGPT model there, or the Hub cannot be reached.
     """
+    return load_whole_model(NanoGPTLMHeadModel, source, **kwargs)
+
+
+def load_whole_model(
+    model_class: type[Model],
+    source: str | os.PathLike[str],
+    *,
+    check: Callable[[PreTrainedConfig], None] | None = None,
+    **kwargs: Any,
+) -> Model:
+    """Loads a model of a class from a folder or the Hub: every tensor of it, from safetensors.
+
+    Args:
+        model_class: Class of the model.
+        source: Folder or Hub id.
+        check: Raises what it has against the configuration, before any tensor is fetched.
+        **kwargs: What from_pretrained takes; the dtype is that of the files by default.
+
+    Raises:
+        CheckpointError: If there is no whole model of this class there, or the Hub cannot be reached.
+    """
     try:
         fields, _ = PreTrainedConfig.get_config_dict(source)
-        _check_config(source, fields)
-        model, info = NanoGPTLMHeadModel.from_pretrained(
+        _check_model_type(model_class, source, fields)
+        if check is not None:
+            check(model_class.config_class.from_dict(fields))
+        _check_numbers(source, fields)
+        model, info = model_class.from_pretrained(
             source, **{"dtype": "auto", **kwargs}, use_safetensors=True, output_loading_info=True
         )
-    except CheckpointError:
+    except NanoGPTError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, StrictDataclassError) as error:
         first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CheckpointError(
             f"{source}: cannot be loaded: expected a folder that save_pretrained wrote, or a hub id that can be "
@@ -187,12 +238,38 @@ def load_tokenizer(
         return find_tokenizer(source, config, vocab_size, block_size=block_size)
     else:
         where, found = os.fspath(source), _load_saved(os.fspath(source))
-    if len(found) > vocab_size:
+    check_tokenizer(where, found, vocab_size)
+    return found
+
+
+def find_tokenizer_or_reason(
+    model: NanoGPTLMHeadModel,
+    source: str | os.PathLike[str],
+    *,
+    meta_path: str | os.PathLike[str] | None,
+    tokenizer: str | None,
+) -> tuple[PreTrainedTokenizerBase | None, list[str]]:
+    """Loads the tokenizer as load_tokenizer does; where none was asked for and there is none, returns the reason."""
+    try:
+        return load_tokenizer(model, source, meta_path=meta_path, tokenizer=tokenizer), []
+    except (TokenizerError, MissingDependencyError) as error:
+        if meta_path is not None or tokenizer is not None:
+            raise
+        return None, [str(error)]
+
+
+def check_tokenizer(where: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Raises TokenizerError where a tokenizer has more tokens than the model has rows."""
+    if len(tokenizer) > vocab_size:
         raise TokenizerError(
-            f"{where}: expected at most {vocab_size} tokens, as the model has rows, got {len(found)}; give the "
+            f"{where}: expected at most {vocab_size} tokens, as the model has rows, got {len(tokenizer)}; give the "
             f"tokenizer that the model was trained with"
         )
-    return found
+
+
+def list_assumptions(checkpoint: Checkpoint) -> list[str]:
+    """Lists what was assumed about a checkpoint, for people to read."""
+    return [f"assumed: {assumption}" for assumption in checkpoint.assumptions]
 
 
 def _load_named(name: str, block_size: int) -> PreTrainedTokenizerBase:
@@ -211,27 +288,34 @@ def _load_saved(name: str) -> PreTrainedTokenizerBase:
         raise TokenizerError(f"{name}: has no tokenizer that can be loaded: {reason}; give one by name") from error
 
 
-def _check_config(source: str | os.PathLike[str], fields: dict[str, Any]) -> None:
-    """Refuses what from_pretrained would load as something else than the numbers in the files."""
-    model_type = fields.get("model_type")
+def _check_model_type(
+    model_class: type[PreTrainedModel], source: str | os.PathLike[str], fields: dict[str, Any]
+) -> None:
+    """Refuses what from_pretrained would load as another model than the one in the files."""
+    expected, model_type = model_class.config_class.model_type, fields.get("model_type")
     if not fields and (Path(source) / "ckpt.pt").is_file():
         raise CheckpointError(
             f"{source}: expected a checkpoint file or a folder with config.json, got a folder without; give the file "
             f"in it, as {Path(source) / 'ckpt.pt'}"
         )
-    if model_type != NanoGPTConfig.model_type:
+    if model_type != expected:
+        kind = "nanoGPT" if model_class is NanoGPTLMHeadModel else "GPT-2"
         raise CheckpointError(
-            f"{source}: not a nanoGPT model: expected model_type {NanoGPTConfig.model_type!r} in its config.json, got "
-            f"{model_type!r}; give a model that NanoGPTLMHeadModel.save_pretrained wrote"
+            f"{source}: not a {kind} model: expected model_type {expected!r} in its config.json, got {model_type!r}; "
+            f"give a model that {model_class.__name__}.save_pretrained wrote"
         )
+
+
+def _check_numbers(source: str | os.PathLike[str], fields: dict[str, Any]) -> None:
+    """Refuses what from_pretrained would load as other numbers than a model's own."""
     if fields.get("quantization_config"):
         raise CheckpointError(
-            f"{source}: quantised: expected the model's own numbers, got a quantization_config; verify the model that "
+            f"{source}: quantised: expected the model's own numbers, got a quantization_config; give the model that "
             f"it was made from"
         )
 
 
-def _check_place(folder: Path, overwrite: bool) -> None:
+def check_place(folder: Path, overwrite: bool) -> None:
     if folder.is_dir() and not overwrite and (files := sorted(path.name for path in folder.iterdir())):
         raise ConversionError(
             f"{folder}: is not empty: expected a new or an empty folder, got {list_some(files)} in it; give another, "
@@ -242,7 +326,7 @@ def _check_place(folder: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _open_folder(folder: Path) -> Iterator[Path]:
+def open_folder(folder: Path) -> Iterator[Path]:
     """Gives a folder beside the place of another, and moves what is in it there when the block ends."""
     try:
         folder.absolute().parent.mkdir(parents=True, exist_ok=True)

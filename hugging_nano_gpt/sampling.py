@@ -5,7 +5,6 @@ A prompt is encoded, and every token is written as text as soon as it is drawn. 
 
 import os
 import sys
-from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -14,9 +13,8 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from .configuration_nano_gpt import NanoGPTConfig
 from .errors import TokenizerError
-from .folder import load_folder, load_tokenizer
+from .folder import load_source, load_tokenizer
 from .formats.check import list_some
-from .modeling_nano_gpt import NanoGPTLMHeadModel
 
 # What sample.py prints after each sample.
 SEPARATOR = "---------------"
@@ -61,8 +59,7 @@ def sample_text(
         CheckpointError: If there is no whole model.
         TokenizerError: If there is no tokenizer, or the prompt has what it does not know.
     """
-    is_file = not Path(source).is_dir() and (Path(source).exists() or Path(source).suffix in (".pt", ".bin", ".pth"))
-    model = NanoGPTLMHeadModel.from_nanogpt_ckpt(source, **kwargs) if is_file else load_folder(source, **kwargs)
+    model, _ = load_source(source, **kwargs)
     text_tokenizer = load_tokenizer(model, source, meta_path=meta_path, tokenizer=tokenizer)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model.generation_config.eos_token_id = None

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GPT2LMHeadModel
 
 import hugging_nano_gpt_cli
 from hugging_nano_gpt import (
@@ -48,7 +49,7 @@ def run(*arguments, text="", cwd=None):
     )
 
 
-@pytest.mark.parametrize("command", ["convert", "back", "inspect", "verify", "generate", "demo"])
+@pytest.mark.parametrize("command", ["convert", "back", "export", "inspect", "verify", "generate", "demo"])
 def test_help_of_each_command_names_its_arguments(command):
     result = run(command, "--help")
     assert (result.returncode, result.stderr) == (0, "")
@@ -83,6 +84,27 @@ def test_convert_refuses_to_overwrite_without_force(tmp_path):
     assert (found.dtypes, found.activation_function) == (("bfloat16",), "gelu_new")
 
 
+def test_export_to_gpt2_writes_what_stock_gpt2_loads(tmp_path):
+    folder = tmp_path / "gpt2"
+    result = run("export", CKPT_PATH, folder, "--to", "gpt2", "--meta", META_PATH, "--dtype", "bfloat16")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.splitlines() == [
+        f"Wrote {folder}: 350,976 parameters, bfloat16, and a tokenizer of 65 tokens",
+        "  assumed: exact GELU, as nanoGPT computes since 2023-06-14: the file does not record it",
+        "  biases are zeros, as GPT-2 always has them: for inference only, because they would train",
+    ]
+    stock = GPT2LMHeadModel.from_pretrained(folder)
+    model = NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH, dtype="bfloat16")
+    idx = torch.arange(65)[None]
+    # float: bfloat16 rounds more than the order of the sums differs
+    torch.testing.assert_close(stock.float()(idx).logits, model.float()(idx).logits, rtol=0, atol=1e-5)
+    result = run("export", CKPT_PATH, folder, "--to", "gpt2")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert re.fullmatch(rf"error: {folder}: is not empty: .*--force.*\n", result.stderr)
+    assert run("export", CKPT_PATH, folder, "--to", "gpt2", "--force").returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["gpt2"]
+
+
 def test_inspect_prints_for_people_and_as_json():
     result = run("inspect", CKPT_PATH)
     assert (result.returncode, result.stdout) == (0, f"{inspect_path(CKPT_PATH)}\n")
@@ -95,6 +117,7 @@ def test_inspect_prints_for_people_and_as_json():
     [
         (["inspect", "missing.pt"], "missing.pt: cannot be opened"),
         (["back", "missing", "ckpt.pt"], "missing: cannot be loaded"),
+        (["export", "missing.pt", "out", "--to", "gpt2"], "missing.pt: cannot be opened"),
         (["generate", str(CKPT_PATH), "hello", "--meta", "missing.pkl"], "missing.pkl: cannot be opened"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -123,7 +146,14 @@ def test_error_that_is_not_ours_takes_one_line_too(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["convert"], ["convert", "a", "b", "--dtype", "int8"], ["inspect", "a", "b"], ["generate", "a", "--top-k", "-1"]],
+    [
+        ["convert"],
+        ["convert", "a", "b", "--dtype", "int8"],
+        ["export", "a", "b"],
+        ["export", "a", "b", "--to", "gpt3"],
+        ["inspect", "a", "b"],
+        ["generate", "a", "--top-k", "-1"],
+    ],
     ids=" ".join,
 )
 def test_wrong_usage_exits_with_2(arguments):

@@ -1,0 +1,52 @@
+"""Exports by name: loads what a user names, finds its tokenizer, and calls the exporter of the format.
+
+A new format is a function in a file of its own and a row of the table here. The command `export` calls this.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConversionError
+from ..folder import Conversion, find_tokenizer_or_reason, load_source
+from .gpt2 import export_gpt2
+
+# Each is called as f(model, out, tokenizer=, overwrite=), writes all or nothing, and returns what it does not keep.
+_EXPORTERS: dict[str, Callable[..., tuple[str, ...]]] = {"gpt2": export_gpt2}
+
+
+def export_model(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    to: str,
+    meta_path: str | os.PathLike[str] | None = None,
+    tokenizer: str | None = None,
+    overwrite: bool = False,
+    **kwargs: Any,
+) -> Conversion:
+    """Exports a model, with its tokenizer if it has one, to the layout of another program.
+
+    Args:
+        source: Checkpoint file of the nanoGPT family, folder that save_pretrained wrote, or Hub id. It is only read.
+        out: Folder or file to write, as the format has it.
+        to: "gpt2", a folder for stock GPT2LMHeadModel.
+        meta_path: meta.pkl of the model's characters, in place of the tokenizer that belongs to the source.
+        tokenizer: Name, folder or Hub id of a tokenizer, in place of meta_path.
+        overwrite: Whether what is there may be replaced.
+        **kwargs: What from_nanogpt_ckpt or from_pretrained takes, such as `dtype`, `n_head`, `activation_function`.
+
+    Raises:
+        ConversionError: If the format cannot express the model, or something is there and overwrite is not given.
+        CheckpointError: If there is no whole model.
+        TokenizerError: If the tokenizer asked for cannot be had, or does not fit the model.
+    """
+    if to not in _EXPORTERS:
+        raise ConversionError(f"{out}: expected a format of {list(_EXPORTERS)}, got {to!r}; give one of them")
+    if Path(source).exists() and Path(source).resolve() == Path(out).resolve():
+        raise ConversionError(f"{out}: is the source: expected another place, got the model itself; give another path")
+    model, notes = load_source(source, **kwargs)
+    found, reasons = find_tokenizer_or_reason(model, source, meta_path=meta_path, tokenizer=tokenizer)
+    lost = _EXPORTERS[to](model, out, tokenizer=found, overwrite=overwrite)
+    return Conversion(Path(out), model, found, (*notes, *reasons, *lost))
