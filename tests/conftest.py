@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from hugging_nano_gpt import Checkpoint, ConversionError, read_checkpoint, write_checkpoint
+from hugging_nano_gpt import Checkpoint, ConversionError, NanoGPTLMHeadModel, read_checkpoint, write_checkpoint
 
 from .tiny import MODEL_ARGS
 
@@ -29,6 +29,14 @@ def contents(shared_contents) -> dict[str, Any]:
 @pytest.fixture
 def checkpoint(contents, tmp_path) -> Checkpoint:
     return read_checkpoint(save(contents, tmp_path))
+
+
+@pytest.fixture
+def model(checkpoint):
+    """A toy model with a training state, of which nothing is a default."""
+    model = NanoGPTLMHeadModel.from_nanogpt_ckpt(checkpoint.path)
+    checkpoint.path.unlink()  # tests look at what else is in the folder
+    return model
 
 
 def make_contents(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
