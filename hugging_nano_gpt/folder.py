@@ -28,7 +28,7 @@ from .tokenization import build_character_tokenizer, find_tokenizer, read_meta
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 # By these a checkpoint that is not there is told from a Hub id.
-_FILE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
+FILE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def load_source(source: str | os.PathLike[str], **kwargs: Any) -> tuple[NanoGPTL
     """
     path = Path(source)
     reading = {name: value for name in READING_KWARGS if (value := kwargs.pop(name, None)) is not None}
-    if not path.is_dir() and (path.exists() or path.suffix in _FILE_SUFFIXES):
+    if not path.is_dir() and (path.exists() or path.suffix in FILE_SUFFIXES):
         checkpoint = read_checkpoint(path, with_optimizer=False, **reading)
         return make_model(NanoGPTLMHeadModel, path, checkpoint, **kwargs), list_assumptions(checkpoint)
     if reading:
@@ -282,7 +282,7 @@ def _load_named(name: str, block_size: int) -> PreTrainedTokenizerBase:
 
 def _load_saved(name: str) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # or it may ask on the terminal
     except Exception as error:  # whatever a tokenizer's files make Transformers raise
         reason = " ".join(str(error).split())
         raise TokenizerError(f"{name}: has no tokenizer that can be loaded: {reason}; give one by name") from error
@@ -316,6 +316,7 @@ def _check_numbers(source: str | os.PathLike[str], fields: dict[str, Any]) -> No
 
 
 def check_place(folder: Path, overwrite: bool) -> None:
+    """Raises ConversionError where a folder is to be written and there is a file, or files and no overwrite."""
     if folder.is_dir() and not overwrite and (files := sorted(path.name for path in folder.iterdir())):
         raise ConversionError(
             f"{folder}: is not empty: expected a new or an empty folder, got {list_some(files)} in it; give another, "

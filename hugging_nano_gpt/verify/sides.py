@@ -16,14 +16,13 @@ from transformers.activations import ACT2FN
 
 from ..checkpoint import read_checkpoint
 from ..conversion import make_model
-from ..folder import load_folder
+from ..folder import FILE_SUFFIXES, load_folder
 from ..formats.contents import Checkpoint
 from ..modeling_nano_gpt import NanoGPTLMHeadModel, NanoGPTMLP
 from .computing import Batches, compute_numbers
 
 # As on the hub; a path of that shape is told from one by its suffix.
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_FILE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
 
 # Rows of each batch, and its seed.
 _N_ROWS = 2
@@ -93,7 +92,7 @@ def load_side(
     path = Path(source)
     if path.is_dir():
         side = Side(f"{path} (saved folder)", load_folder(path, attn_implementation="sdpa"))
-    elif not path.exists() and _HUB_ID.fullmatch(os.fspath(source)) and path.suffix not in _FILE_SUFFIXES:
+    elif not path.exists() and _HUB_ID.fullmatch(os.fspath(source)) and path.suffix not in FILE_SUFFIXES:
         model = load_folder(os.fspath(source), attn_implementation="sdpa")
         side = Side(f"{source} (from the hub)", model)
     else:
