@@ -6,7 +6,11 @@ READY := $(VENV)/.ready
 CLIENTS_VENV := .venv-clients
 CLIENTS_READY := $(CLIENTS_VENV)/.ready
 
-.PHONY: demo test clients check fix examples bench clean
+# With a real llama.cpp, which is compiled here, and a browser's driver: minutes.
+EXPORTS_VENV := .venv-exports
+EXPORTS_READY := $(EXPORTS_VENV)/.ready
+
+.PHONY: demo test clients exports check fix examples bench clean
 
 demo: $(READY)
 	$(VENV)/bin/hugging-nano-gpt demo
@@ -17,6 +21,9 @@ test: $(READY)
 clients: $(CLIENTS_READY)
 	$(CLIENTS_VENV)/bin/python -m pytest tests/test_quantization.py tests/test_lm_eval.py tests/test_peft.py
 	$(CLIENTS_VENV)/bin/python -m pytest tests/test_examples.py -k "quantize or evaluate"
+
+exports: $(EXPORTS_READY)
+	$(EXPORTS_VENV)/bin/python -m pytest tests/test_gguf.py tests/test_llama_cpp.py tests/test_onnx.py tests/test_playground.py
 
 check: $(READY)
 	$(VENV)/bin/ruff format --check .
@@ -49,7 +56,7 @@ bench: $(READY)
 	$(VENV)/bin/python benchmarks/generate.py --rounds 3
 
 clean:
-	rm -rf $(VENV) $(CLIENTS_VENV)
+	rm -rf $(VENV) $(CLIENTS_VENV) $(EXPORTS_VENV)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set it with PYTHON=...")'
@@ -60,4 +67,9 @@ $(READY): pyproject.toml constraints.txt
 $(CLIENTS_READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(CLIENTS_VENV)
 	$(CLIENTS_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,quantize,eval]'
+	@touch $@
+
+$(EXPORTS_READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(EXPORTS_VENV)
+	$(EXPORTS_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,playground]' llama-cpp-python selenium
 	@touch $@
