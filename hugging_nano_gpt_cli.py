@@ -9,7 +9,7 @@ import sys
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -76,7 +76,9 @@ _Json = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
 
 @app.command()
 def convert(
-    ckpt: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint: nanoGPT, minGPT, build-nanogpt, llm.c.")],
+    source: Annotated[
+        str, typer.Argument(help="Checkpoint of nanoGPT, minGPT, build-nanogpt or llm.c; or a folder or hub id.")
+    ],
     out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Folder to write.")],
     meta: _Meta = None,
     tokenizer: _Tokenizer = None,
@@ -86,28 +88,25 @@ def convert(
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file of weights, as 5GB.")] = "50GB",
     force: _Force = False,
 ) -> None:
-    """Convert a checkpoint to a folder that Transformers loads anywhere, ready for the Hub."""
+    """Convert a checkpoint to a folder that Transformers loads anywhere, ready for the Hub. GPT-2 is taken in too."""
     _set_up_transformers()
     from hugging_nano_gpt import convert_to_folder
 
-    kwargs = {} if dtype is None else {"dtype": dtype.value}
     conversion = convert_to_folder(
-        ckpt,
+        source,
         out_dir,
         meta_path=meta,
         tokenizer=tokenizer,
-        activation_function=activation and activation.value,
-        n_head=n_head,
         max_shard_size=max_shard_size,
         overwrite=force,
-        **kwargs,
+        **_select_given(dtype=dtype, activation_function=activation, n_head=n_head),
     )
     print(conversion)
 
 
 @app.command()
 def back(
-    source: Annotated[str, typer.Argument(metavar="DIR_OR_HUB_ID", help="Saved folder or hub id.")],
+    source: Annotated[str, typer.Argument(metavar="DIR_OR_HUB_ID", help="Saved folder or hub id; GPT-2's too.")],
     ckpt: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint file to write.")],
     force: _Force = False,
 ) -> None:
@@ -136,7 +135,6 @@ def export(
     _set_up_transformers()
     from hugging_nano_gpt import export_model
 
-    given = {"dtype": dtype, "activation_function": activation, "n_head": n_head}
     conversion = export_model(
         source,
         out,
@@ -144,7 +142,7 @@ def export(
         meta_path=meta,
         tokenizer=tokenizer,
         overwrite=force,
-        **{name: getattr(value, "value", value) for name, value in given.items() if value is not None},
+        **_select_given(dtype=dtype, activation_function=activation, n_head=n_head),
     )
     print(conversion)
 
@@ -226,7 +224,6 @@ def generate(
     _set_up_transformers(is_quiet=True)
     from hugging_nano_gpt import sample_text
 
-    given = {"dtype": dtype, "activation_function": activation, "n_head": n_head}
     sample_text(
         source,
         prompt or "\n",
@@ -239,7 +236,7 @@ def generate(
         device=device,
         meta_path=meta,
         tokenizer=tokenizer,
-        **{name: getattr(value, "value", value) for name, value in given.items() if value is not None},
+        **_select_given(dtype=dtype, activation_function=activation, n_head=n_head),
     )
 
 
@@ -250,6 +247,11 @@ def demo() -> None:
     from hugging_nano_gpt.demo import run_demo
 
     raise typer.Exit(0 if run_demo() else 1)
+
+
+def _select_given(**settings: Any) -> dict[str, Any]:
+    """Leaves out what was not given, and takes the words out of enumerations."""
+    return {name: getattr(value, "value", value) for name, value in settings.items() if value is not None}
 
 
 def _print_progress(line: str) -> None:

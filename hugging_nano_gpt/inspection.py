@@ -175,8 +175,8 @@ def _read_config(folder: Path) -> NanoGPTConfig:
     kind = contents.get("model_type") if isinstance(contents, dict) else None
     if kind != NanoGPTConfig.model_type:
         raise CheckpointError(
-            f"{path}: expected a model_type of {NanoGPTConfig.model_type!r}, got {kind!r}; give a folder of this "
-            f"package's models"
+            f"{path}: expected a model_type of {NanoGPTConfig.model_type!r}, got {kind!r}; give a folder that "
+            f"`hugging-nano-gpt convert` wrote"
         )
     try:
         return NanoGPTConfig(**{name: value for name, value in contents.items() if name != "model_type"})

@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from .configuration_nano_gpt import NanoGPTConfig
 from .errors import TokenizerError
-from .folder import load_source, load_tokenizer
+from .folder import load_source
 from .formats.check import list_some
+from .loading import load_tokenizer
 
 # What sample.py prints after each sample.
 SEPARATOR = "---------------"

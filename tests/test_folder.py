@@ -112,6 +112,18 @@ def test_folder_with_files_is_refused_and_with_overwrite_keeps_what_is_the_users
         convert_to_folder(CKPT_PATH, folder / "notes.txt", overwrite=True)
 
 
+def test_folder_is_written_anew_in_another_place_but_not_in_its_own(tmp_path):
+    convert_to_folder(CKPT_PATH, tmp_path / "folder")
+    conversion = convert_to_folder(tmp_path / "folder", tmp_path / "other", meta_path=META_PATH)
+    assert len(conversion.tokenizer) == 65
+    tensors = [load_file(tmp_path / name / "model.safetensors") for name in ("folder", "other")]
+    assert_same(*tensors)
+    before = list_files(tmp_path / "folder")
+    with pytest.raises(ConversionError, match="is the source: expected another place"):
+        convert_to_folder(tmp_path / "folder", tmp_path / "folder", overwrite=True)
+    assert list_files(tmp_path / "folder") == before
+
+
 def test_failed_conversion_leaves_nothing_behind(tmp_path):
     with pytest.raises(CheckpointError, match="cannot be opened"):
         convert_to_folder(tmp_path / "missing.pt", tmp_path / "folder")

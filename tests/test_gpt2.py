@@ -20,10 +20,14 @@ from hugging_nano_gpt import (
     TokenizerError,
     build_character_tokenizer,
     build_tiktoken_tokenizer,
+    convert_to_checkpoint,
+    convert_to_folder,
     export_gpt2,
     export_model,
     import_gpt2,
+    read_checkpoint,
     read_meta,
+    verify_models,
 )
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 from hugging_nano_gpt.export import gpt2 as module
@@ -199,6 +203,22 @@ def test_imported_gpt2_goes_to_nanogpt(tmp_path):
     model = NanoGPTLMHeadModel.from_nanogpt_ckpt(tmp_path / "ckpt.pt")
     assert model.config.dropout == 0.0
     assert_close_logits(model, gpt2)
+
+
+def test_commands_take_gpt2_as_they_take_nanogpt(tmp_path):
+    export_model(CKPT_PATH, tmp_path / "gpt2", to="gpt2", meta_path=META_PATH)
+    conversion = convert_to_folder(tmp_path / "gpt2", tmp_path / "folder", dtype="bfloat16")
+    assert (conversion.model.dtype, conversion.model.config.bias) == (torch.bfloat16, False)
+    assert conversion.tokenizer.decode(conversion.tokenizer("To be").input_ids) == "To be"
+    convert_to_checkpoint(tmp_path / "gpt2", tmp_path / "ckpt.pt")
+    before, after = (read_checkpoint(path, with_optimizer=False) for path in (CKPT_PATH, tmp_path / "ckpt.pt"))
+    assert_same(dict(after.state_dict), dict(before.state_dict))
+    assert after.training_state == before.training_state
+    assert verify_models(CKPT_PATH, tmp_path / "gpt2").is_equal
+    make_gpt2(n_inner=7).save_pretrained(tmp_path / "odd")
+    with pytest.raises(ConversionError, match="n_inner: expected None or 128, got 7"):
+        convert_to_checkpoint(tmp_path / "odd", tmp_path / "odd.pt")
+    assert not (tmp_path / "odd.pt").exists()
 
 
 def test_import_takes_what_from_pretrained_takes():

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConversionError
-from ..folder import Conversion, find_tokenizer_or_reason, load_source
+from ..folder import Conversion, check_other_place, load_source
+from ..loading import find_tokenizer_or_reason
 from .gpt2 import export_gpt2
 
 # Each is called as f(model, out, tokenizer=, overwrite=), writes all or nothing, and returns what it does not keep.
@@ -44,8 +45,7 @@ def export_model(
     """
     if to not in _EXPORTERS:
         raise ConversionError(f"{out}: expected a format of {list(_EXPORTERS)}, got {to!r}; give one of them")
-    if Path(source).exists() and Path(source).resolve() == Path(out).resolve():
-        raise ConversionError(f"{out}: is the source: expected another place, got the model itself; give another path")
+    check_other_place(source, out)
     model, notes = load_source(source, **kwargs)
     found, reasons = find_tokenizer_or_reason(model, source, meta_path=meta_path, tokenizer=tokenizer)
     lost = _EXPORTERS[to](model, out, tokenizer=found, overwrite=overwrite)

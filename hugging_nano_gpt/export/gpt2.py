@@ -26,9 +26,10 @@ from transformers.utils import logging
 from ..configuration_nano_gpt import ACTIVATION_FUNCTIONS, NanoGPTConfig
 from ..conversion import export_state_dict
 from ..errors import ConversionError
-from ..folder import check_place, check_tokenizer, load_whole_model, open_folder
+from ..formats.atomic import check_place, open_folder
 from ..formats.check import find_dense_faults, find_model_faults, find_number_faults, is_tied, list_some
 from ..formats.shapes import MODEL_ARGS, iterate_shapes
+from ..loading import check_tokenizer, load_whole_model
 from ..modeling_nano_gpt import NanoGPTLMHeadModel
 
 logger = logging.get_logger(__name__)

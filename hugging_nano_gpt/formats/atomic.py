@@ -1,4 +1,4 @@
-"""Writing a file so that it is either wholly there or not there at all.
+"""Writing a file, or a folder of files, so that it is either wholly there or not there at all.
 
 The new bytes go to a temporary name beside the target, are flushed to the disk, and are then renamed over it. It costs
 an fsync a file; it buys that a crash, a full disk or a kill at any moment leaves the file that was there before.
@@ -6,12 +6,16 @@ an fsync a file; it buys that a crash, a full disk or a kill at any moment leave
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from ..errors import CheckpointError
+from safetensors import SafetensorError
+
+from ..errors import CheckpointError, ConversionError
+from .check import list_some
 
 
 @contextlib.contextmanager
@@ -79,4 +83,62 @@ def explain_failed_write(path: str | os.PathLike[str], reason: object) -> Checkp
     return CheckpointError(
         f"{os.fspath(path)}: cannot be written: {reason}; what was there before is untouched, choose a place that is "
         f"writable and has room"
+    )
+
+
+def check_place(folder: Path, overwrite: bool) -> None:
+    """Raises ConversionError where a folder is to be written and there is a file, or files and no overwrite."""
+    if folder.is_dir() and not overwrite and (files := sorted(path.name for path in folder.iterdir())):
+        raise ConversionError(
+            f"{folder}: is not empty: expected a new or an empty folder, got {list_some(files)} in it; give another, "
+            f"or overwrite it (--force, overwrite=True)"
+        )
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ConversionError(f"{folder}: expected a folder, got a file; give another path")
+
+
+@contextlib.contextmanager
+def open_folder(folder: Path) -> Iterator[Path]:
+    """Gives a folder beside the place of another, and moves what is in it there when the block ends.
+
+    Raises:
+        ConversionError: If it cannot be written.
+    """
+    try:
+        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.absolute().parent))
+    except OSError as error:
+        raise _explain_folder(folder, error.strerror) from error
+    try:
+        temporary.chmod(0o777 & ~read_umask())
+        yield temporary
+        for path in temporary.iterdir():
+            path.chmod(0o666 & ~read_umask())  # safetensors makes files that only their owner reads
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if folder.is_dir() and any(folder.iterdir()):
+            _move_files(temporary, folder)
+        else:
+            temporary.replace(folder)
+    except OSError as error:
+        raise _explain_folder(folder, error.strerror or error) from error
+    except (SafetensorError, RuntimeError) as error:  # how the writers of tensors report a full disk
+        raise _explain_folder(folder, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move_files(temporary: Path, folder: Path) -> None:
+    new = {path.name for path in temporary.iterdir()}
+    stale = [path for path in folder.glob("model*.safetensors*") if path.name not in new]  # of a model in more pieces
+    for name in sorted(new, key=lambda name: (name == "config.json", name)):  # without it, a folder is no model
+        if name != "README.md" or not (folder / name).exists():  # the card there is the user's
+            (temporary / name).replace(folder / name)
+    for path in stale:
+        path.unlink()
+
+
+def _explain_folder(folder: Path, reason: object) -> ConversionError:
+    return ConversionError(
+        f"{folder}: cannot be written: {reason}; nothing was changed, choose a place that is writable and has room"
     )

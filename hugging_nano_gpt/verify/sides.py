@@ -1,6 +1,6 @@
 """Loading what is to be compared: a checkpoint file, a saved folder or a model of the hub becomes a model.
 
-Nothing of it is executed: files go through our own reader, folders and the hub through folder.py.
+Nothing of it is executed: files go through our own reader, folders and the hub through loading.py.
 """
 
 import contextlib
