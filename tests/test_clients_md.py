@@ -32,7 +32,20 @@ def test_clients_md_names_existing_files():
     assert not [file for file in files if not (ROOT / file).is_file()]
 
 
-@pytest.mark.parametrize("name", ["peft", "torchao", "bitsandbytes", "lm-eval", "accelerate", "transformers", "trl"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "accelerate",
+        "bitsandbytes",
+        "lm-eval",
+        "nnsight",
+        "peft",
+        "torchao",
+        "transformer-lens",
+        "transformers",
+        "trl",
+    ],
+)
 def test_clients_md_gives_the_versions_of_the_known_good_set(name):
     (version,) = re.findall(rf"^{name}==(.*)$", CONSTRAINTS, flags=re.MULTILINE)
     assert f"| {version} |" in DOC or f"| {name} {version} |" in DOC
