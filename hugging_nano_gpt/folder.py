@@ -119,12 +119,7 @@ def convert_to_checkpoint(
         ConversionError: If the model computes what nanoGPT cannot, or a file is there already.
         CheckpointError: If there is no whole model, or the file cannot be written.
     """
-    where = os.fspath(ckpt_path)
-    if os.path.lexists(ckpt_path) and not overwrite:
-        raise ConversionError(
-            f"{where}: is there already: expected a new path, got a file; give another, or overwrite it (--force, "
-            f"overwrite=True)"
-        )
+    check_file(Path(ckpt_path), overwrite)
     model = load_folder(source)
     model.to_nanogpt_ckpt(ckpt_path)
     return model
@@ -312,6 +307,15 @@ def _check_numbers(source: str | os.PathLike[str], fields: dict[str, Any]) -> No
         raise CheckpointError(
             f"{source}: quantised: expected the model's own numbers, got a quantization_config; give the model that "
             f"it was made from"
+        )
+
+
+def check_file(path: Path, overwrite: bool) -> None:
+    """Raises ConversionError where a file is to be written and there is something, and no overwrite."""
+    if os.path.lexists(path) and not overwrite:
+        raise ConversionError(
+            f"{path}: is there already: expected a new path, got a file; give another, or overwrite it (--force, "
+            f"overwrite=True)"
         )
 
 
