@@ -44,6 +44,9 @@ _ALWAYS_F32 = "position_embd.weight"
 # The weights that share a scale in q8_0; rows that are no multiple of it stay float16, as in llama.cpp's converter.
 _Q8_0_BLOCK = 32
 
+# llama.cpp gives a context room for so many tokens at a time, and looks for positions beyond the model's last.
+_CONTEXT_STEP = 256
+
 # Tokens that the model writes to compare two GELUs on.
 _N_PROBED = 64
 
@@ -92,7 +95,7 @@ def export_gguf(
     tensors = export_state_dict(model)
     check_tensors(where, model.config, tensors)
     typed = _choose_types(where, model.config, tensors, file_type)
-    lost = [*_list_roundings(model, file_type), *_compare_gelus(model, tensors)]
+    lost = [*_list_limits(model, file_type), *_compare_gelus(model, tensors)]
     lost += add_vocabulary(writer, tokenizer, model.config.vocab_size, model.generation_config.suppress_tokens or [])
     with open_atomically(path) as file:
         _write(writer, file, typed)
@@ -167,7 +170,7 @@ def _write(
         writer.write_tensor_data(gguf.quantize(tensor.float().numpy(), kind))
 
 
-def _list_roundings(model: NanoGPTLMHeadModel, file_type: str) -> Iterator[str]:
+def _list_limits(model: NanoGPTLMHeadModel, file_type: str) -> Iterator[str]:
     if file_type == "q8_0":
         yield "weights are rounded to 8 bits, with a scale for every 32; LayerNorms, biases and positions are not"
         if model.config.n_embd % _Q8_0_BLOCK:
@@ -179,6 +182,12 @@ def _list_roundings(model: NanoGPTLMHeadModel, file_type: str) -> Iterator[str]:
         yield "weights are rounded to float16; LayerNorms, biases and positions are not"
     elif model.dtype == torch.float64:
         yield "weights are rounded to float32"
+    block_size = model.config.block_size
+    if block_size % _CONTEXT_STEP:
+        yield (
+            f"llama.cpp rounds its context up to a multiple of {_CONTEXT_STEP} tokens, but aborts after {block_size} "
+            f"of this model: ask for no more, prompt and all"
+        )
 
 
 @torch.no_grad()
@@ -186,33 +195,38 @@ def _compare_gelus(model: NanoGPTLMHeadModel, tensors: Mapping[str, torch.Tensor
     """Tells what the tanh GELU in place of the exact one changes, on text that the model itself writes."""
     if model.config.activation_function != "gelu":
         return
-    exact, tanh = (_copy(model.config, tensors, activation) for activation in ("gelu", "gelu_new"))
-    start = model.generation_config.bos_token_id or 0
+    exact, tanh = _make_pair(model.config, tensors)
+    settings = model.generation_config
     length = min(_N_PROBED, model.config.block_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         idx = exact.generate(
-            torch.tensor([[start]]),
+            torch.tensor([[settings.bos_token_id or 0]]),
             max_length=length,
             do_sample=True,
             top_k=0,
             eos_token_id=None,
-            suppress_tokens=model.generation_config.suppress_tokens,
+            suppress_tokens=settings.suppress_tokens,
         )
     logits = [each(idx).logits[0] for each in (exact, tanh)]  # (T, V) each
     difference = (logits[0] - logits[1]).abs().max().item()
-    losses = [cross_entropy(each[:-1], idx[0, 1:]).exp().item() for each in logits]
+    perplexities = [cross_entropy(each[:-1], idx[0, 1:]).exp().item() for each in logits]
     yield (
-        f"exact GELU becomes the tanh one, which is all that llama.cpp computes for gpt2: on {length} tokens that "
-        f"this model writes, logits differ by up to {difference:.1e}, and the perplexity is {losses[1]:.6g} in place "
-        f"of {losses[0]:.6g}"
+        f"exact GELU becomes the tanh one, all that llama.cpp computes for gpt2: on {length} tokens that this model "
+        f"writes, logits differ by up to {difference:.1e}, and the perplexity is {perplexities[1]:.6g} in place of "
+        f"{perplexities[0]:.6g}"
     )
 
 
-def _copy(config: NanoGPTConfig, tensors: Mapping[str, torch.Tensor], activation: str) -> NanoGPTLMHeadModel:
-    """Makes a float32 model of the same tensors, which it shares where they are float32."""
-    settings = {**config.to_dict(), "activation_function": activation}
-    with torch.device("meta"):
-        model = NanoGPTLMHeadModel(NanoGPTConfig(**settings))
-    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
-    return model.eval()
+def _make_pair(config: NanoGPTConfig, tensors: Mapping[str, torch.Tensor]) -> list[NanoGPTLMHeadModel]:
+    """Makes a float32 model of each GELU, in eval mode. They share the tensors, with their source too if it can be."""
+    floats = {name: tensor.float() for name, tensor in tensors.items()}
+    if config.tie_word_embeddings:
+        floats["lm_head.weight"] = floats["transformer.wte.weight"]
+    models = []
+    for activation in ("gelu", "gelu_new"):
+        with torch.device("meta"):
+            model = NanoGPTLMHeadModel(NanoGPTConfig(**{**config.to_dict(), "activation_function": activation}))
+        model.load_state_dict(floats, assign=True)
+        models.append(model.eval())
+    return models

@@ -25,8 +25,8 @@ _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # gguf.TokenType's
 # What "gpt2" takes for the end of text where none is named.
 _GPT2_EOS = 11
 
-# How GPT-2 cuts text before it merges: as tiktoken writes it (with possessives, and \z for $ in tokenizer.json), as
-# tiktoken wrote it before 0.8, and as Transformers does.
+# How GPT-2 cuts text before it merges: as tiktoken writes it (bpe.py puts \z for its $), as older releases of tiktoken
+# do, and as Transformers does.
 _GPT2_PATTERNS = (
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++\z|\s+(?!\S)|\s",
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
@@ -81,7 +81,7 @@ def _read_parts(where: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = {} if backend is None else json.loads(backend.to_str())
     faults = _find_faults(parts) if parts else ["no tokenizer.json"]
-    if not faults and tokenizer("a").input_ids != tokenizer("a", add_special_tokens=False).input_ids:
+    if not faults and tokenizer("").input_ids:
         faults = ["tokens added to every text"]
     if faults:
         raise TokenizerError(
@@ -105,8 +105,10 @@ def _find_faults(parts: dict[str, Any]) -> list[str]:
             faults.append(f"a cut of text by {cut!r}")
         if model.get("ignore_merges"):
             faults.append("tokens that no merges lead to")
-    elif cut is not None or any(len(token) != 1 for token in model["vocab"].keys() - _list_added(parts)):
-        faults.append("tokens of several characters without merges")
+    elif cut is not None:
+        faults.append(f"no merges, but a cut of text by {cut!r}")
+    elif odd := [each for each in model["vocab"].keys() - _list_added(parts) if len(each) != 1]:
+        faults.append(f"no merges, but tokens of several characters as {list_some(sorted(odd))}")
     return faults
 
 
