@@ -184,6 +184,6 @@ def _find_oddities(tokenizer: PreTrainedTokenizerBase, tokens: list[str], *, is_
     if not traps:
         return []
     return [
-        f"of characters that are not the model's, those that begin with the byte {list_some([*map(hex, traps)])} make "
-        f"llama.cpp hang: give it only the model's"
+        f"characters that are not the model's, but begin in UTF-8 with a byte that leads into its longer tokens "
+        f"({list_some([*map(hex, traps)])}), make llama.cpp hang: leave them out of prompts"
     ]
