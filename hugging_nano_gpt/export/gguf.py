@@ -18,14 +18,13 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from ..configuration_nano_gpt import NanoGPTConfig
-from ..conversion import export_state_dict
 from ..errors import ConversionError, MissingDependencyError
 from ..folder import check_file, check_tokenizer
 from ..formats.atomic import open_atomically
 from ..formats.check import list_some
 from ..modeling_nano_gpt import NanoGPTLMHeadModel
 from .gguf_vocabulary import add_vocabulary
-from .tensors import check_tensors, list_args, select_tensors
+from .tensors import list_args, select_tensors, take_tensors
 
 if TYPE_CHECKING:
     import gguf
@@ -92,11 +91,11 @@ def export_gguf(
     if tokenizer is not None:
         check_tokenizer(tokenizer.name_or_path or "tokenizer", tokenizer, model.config.vocab_size)
     writer = _make_writer(where, model.config, file_type)
-    tensors = export_state_dict(model)
-    check_tensors(where, model.config, tensors)
+    tensors = take_tensors(where, model)
     typed = _choose_types(where, model.config, tensors, file_type)
-    lost = [*_list_limits(model, file_type), *_compare_gelus(model, tensors)]
-    lost += add_vocabulary(writer, tokenizer, model.config.vocab_size, model.generation_config.suppress_tokens or [])
+    suppressed = model.generation_config.suppress_tokens or []
+    lost = add_vocabulary(writer, tokenizer, model.config.vocab_size, suppressed)
+    lost += [*_list_limits(model, file_type), *_compare_gelus(model, tensors)]
     with open_atomically(path) as file:
         _write(writer, file, typed)
     return tuple(lost)

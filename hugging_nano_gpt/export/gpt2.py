@@ -29,7 +29,7 @@ from ..errors import ConversionError
 from ..folder import check_place, check_tokenizer, load_whole_model, open_folder
 from ..formats.check import list_some
 from ..modeling_nano_gpt import NanoGPTLMHeadModel
-from .tensors import check_tensors, list_args, select_tensors
+from .tensors import check_tensors, list_args, select_tensors, take_tensors
 
 logger = logging.get_logger(__name__)
 
@@ -152,8 +152,7 @@ def import_gpt2(
 
 
 def _make_gpt2(model: NanoGPTLMHeadModel, folder: Path) -> GPT2LMHeadModel:
-    tensors, config = export_state_dict(model), model.config
-    check_tensors(os.fspath(folder), config, tensors)
+    tensors, config = take_tensors(os.fspath(folder), model), model.config
     gpt2_config = GPT2Config(
         **{name: getattr(config, name) for name in _SHARED_FIELDS},
         **dict.fromkeys(_DROPOUTS, config.dropout),

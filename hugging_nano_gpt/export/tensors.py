@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from ..configuration_nano_gpt import NanoGPTConfig
+from ..conversion import export_state_dict, refuse_changed_layers
 from ..errors import ConversionError
 from ..formats.check import find_dense_faults, find_model_faults, find_number_faults, is_tied
 from ..formats.shapes import MODEL_ARGS, iterate_shapes
@@ -14,6 +16,14 @@ from ..formats.shapes import MODEL_ARGS, iterate_shapes
 def list_args(config: NanoGPTConfig) -> dict[str, Any]:
     """Returns nanoGPT's model_args of a configuration."""
     return {name: getattr(config, name) for name in MODEL_ARGS}
+
+
+def take_tensors(where: str, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Returns the tensors of a nanoGPT model on the CPU; raises ConversionError where it is not whole and plain."""
+    refuse_changed_layers(model, where)
+    tensors = export_state_dict(model)
+    check_tensors(where, model.config, tensors)
+    return tensors
 
 
 def check_tensors(where: str, config: NanoGPTConfig, tensors: Mapping[str, torch.Tensor]) -> None:
