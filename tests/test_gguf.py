@@ -261,6 +261,13 @@ def test_difference_of_the_gelus_is_measured_on_the_model(dtype, tmp_path):
         assert read_gelu_note(export_gguf(tanh_model, tmp_path / f"{activation}.gguf")) == []
 
 
+@pytest.mark.parametrize("model_args", [{"block_size": 1}, {"block_size": 2}, {"vocab_size": 1}])
+def test_gelus_are_compared_on_the_smallest_models(model_args, tmp_path):
+    lost = export_gguf(make_kind(activation_function="gelu", **model_args), tmp_path / "m.gguf")
+    assert read_gelu_note(lost)[0] == model_args.get("block_size", 32)
+    assert np.isfinite(read_gelu_note(lost)).all()
+
+
 def test_context_that_llama_cpp_rounds_up_is_told(tmp_path):
     lost = export_gguf(make_kind(block_size=24), tmp_path / "a.gguf")
     assert any("aborts after 24 of this model" in sentence for sentence in lost)

@@ -198,18 +198,19 @@ def _compare_gelus(model: NanoGPTLMHeadModel, tensors: Mapping[str, torch.Tensor
     settings = model.generation_config
     length = min(_N_PROBED, model.config.block_size)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        idx = exact.generate(
+        torch.default_generator.manual_seed(0)  # and not the GPUs
+        tokens = exact.generate(
             torch.tensor([[settings.bos_token_id or 0]]),
-            max_length=length,
+            max_new_tokens=length,
             do_sample=True,
             top_k=0,
             eos_token_id=None,
             suppress_tokens=settings.suppress_tokens,
         )
+    idx, targets = tokens[:, :-1], tokens[0, 1:]  # (1, T), (T,)
     logits = [each(idx).logits[0] for each in (exact, tanh)]  # (T, V) each
     difference = (logits[0] - logits[1]).abs().max().item()
-    perplexities = [cross_entropy(each[:-1], idx[0, 1:]).exp().item() for each in logits]
+    perplexities = [cross_entropy(each, targets).exp().item() for each in logits]
     yield (
         f"exact GELU becomes the tanh one, all that llama.cpp computes for gpt2: on {length} tokens that this model "
         f"writes, logits differ by up to {difference:.1e}, and the perplexity is {perplexities[1]:.6g} in place of "
