@@ -58,6 +58,15 @@ class _Format(StrEnum):
     """export_model's formats; importing them from there would import torch."""
 
     GPT2 = "gpt2"
+    GGUF = "gguf"
+
+
+class _FileType(StrEnum):
+    """export_gguf's types."""
+
+    F32 = "f32"
+    F16 = "f16"
+    Q8_0 = "q8_0"
 
 
 _Source = Annotated[str, typer.Argument(metavar="SOURCE", help="Checkpoint file, saved folder or hub id.")]
@@ -122,13 +131,18 @@ def back(
 @app.command()
 def export(
     source: _Source,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
-    to: Annotated[_Format, typer.Option("--to", help="Whose layout: gpt2 is stock GPT2LMHeadModel's.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder or file to write.")],
+    to: Annotated[
+        _Format, typer.Option("--to", help="Whose layout: gpt2 is stock GPT2LMHeadModel's, gguf llama.cpp's.")
+    ],
     meta: _Meta = None,
     tokenizer: _Tokenizer = None,
     dtype: _DtypeOption = None,
     activation: _ActivationOption = None,
     n_head: _Heads = None,
+    file_type: Annotated[
+        _FileType | None, typer.Option(help="Type of the weights in a gguf file; f32 if none.")
+    ] = None,
     force: _Force = False,
 ) -> None:
     """Export a model, with its tokenizer, to the layout of another program, which then needs none of this package."""
@@ -142,7 +156,7 @@ def export(
         meta_path=meta,
         tokenizer=tokenizer,
         overwrite=force,
-        **_select_given(dtype=dtype, activation_function=activation, n_head=n_head),
+        **_select_given(dtype=dtype, activation_function=activation, n_head=n_head, file_type=file_type),
     )
     print(conversion)
 

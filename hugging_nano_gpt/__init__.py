@@ -16,6 +16,7 @@ from .errors import (
     VerifyError,
 )
 from .export.exporting import export_model
+from .export.gguf import export_gguf
 from .export.gpt2 import export_gpt2, import_gpt2
 from .folder import Conversion, convert_to_checkpoint, convert_to_folder
 from .inspection import Inspection, inspect_path
@@ -54,6 +55,7 @@ __all__ = [
     "build_tiktoken_tokenizer",
     "convert_to_checkpoint",
     "convert_to_folder",
+    "export_gguf",
     "export_gpt2",
     "export_model",
     "find_tokenizer",

@@ -187,7 +187,7 @@ def refuse_changed_layers(model: PreTrainedModel, path: str | os.PathLike[str]) 
     if adapted:
         raise ConversionError(
             f"{os.fspath(path)}: expected nanoGPT's own layers, got PEFT's at {list_some(adapted)}; merge the adapter "
-            f"first: peft_model.merge_and_unload().to_nanogpt_ckpt(...); nothing was written"
+            f"first, and write what peft_model.merge_and_unload() returns; nothing was written"
         )
     # torchao puts a tensor class of its own in the layers; bitsandbytes a subclass of Parameter, and says it here.
     plain = (torch.Tensor, torch.nn.Parameter)

@@ -14,7 +14,7 @@ from .checkpoint import Checkpoint, read_checkpoint
 from .conversion import READING_KWARGS, make_model
 from .errors import CheckpointError, ConversionError
 from .export.gpt2 import import_gpt2
-from .formats.atomic import check_place, open_folder
+from .formats.atomic import check_file, check_place, open_folder
 from .formats.check import list_some
 from .loading import find_tokenizer_or_reason, load_whole_model, read_model_type
 from .modeling_nano_gpt import NanoGPTLMHeadModel
@@ -105,12 +105,7 @@ def convert_to_checkpoint(
         ConversionError: If the model computes what nanoGPT cannot, or a file is there already.
         CheckpointError: If there is no whole model, or the file cannot be written.
     """
-    where = os.fspath(ckpt_path)
-    if os.path.lexists(ckpt_path) and not overwrite:
-        raise ConversionError(
-            f"{where}: is there already: expected a new path, got a file; give another, or overwrite it (--force, "
-            f"overwrite=True)"
-        )
+    check_file(Path(ckpt_path), overwrite)
     model = load_folder(source)
     model.to_nanogpt_ckpt(ckpt_path)
     return model

@@ -11,10 +11,11 @@ from typing import Any
 from ..errors import ConversionError
 from ..folder import Conversion, check_other_place, load_source
 from ..loading import find_tokenizer_or_reason
+from .gguf import export_gguf
 from .gpt2 import export_gpt2
 
 # Each is called as f(model, out, tokenizer=, overwrite=), writes all or nothing, and returns what it does not keep.
-_EXPORTERS: dict[str, Callable[..., tuple[str, ...]]] = {"gpt2": export_gpt2}
+_EXPORTERS: dict[str, Callable[..., tuple[str, ...]]] = {"gpt2": export_gpt2, "gguf": export_gguf}
 
 
 def export_model(
@@ -24,6 +25,7 @@ def export_model(
     to: str,
     meta_path: str | os.PathLike[str] | None = None,
     tokenizer: str | None = None,
+    file_type: str | None = None,
     overwrite: bool = False,
     **kwargs: Any,
 ) -> Conversion:
@@ -32,9 +34,10 @@ def export_model(
     Args:
         source: Checkpoint file of the nanoGPT family, folder that save_pretrained wrote, or Hub id. It is only read.
         out: Folder or file to write, as the format has it.
-        to: "gpt2", a folder for stock GPT2LMHeadModel.
+        to: "gpt2", a folder for stock GPT2LMHeadModel; or "gguf", a file for llama.cpp.
         meta_path: meta.pkl of the model's characters, in place of the tokenizer that belongs to the source.
         tokenizer: Name, folder or Hub id of a tokenizer, in place of meta_path.
+        file_type: For "gguf" alone: "f32" (the default), "f16" or "q8_0".
         overwrite: Whether what is there may be replaced.
         **kwargs: What from_nanogpt_ckpt or from_pretrained takes, such as `dtype`, `n_head`, `activation_function`.
 
@@ -45,8 +48,13 @@ def export_model(
     """
     if to not in _EXPORTERS:
         raise ConversionError(f"{out}: expected a format of {list(_EXPORTERS)}, got {to!r}; give one of them")
+    if file_type is not None and to != "gguf":
+        raise ConversionError(
+            f"{out}: expected a file type for 'gguf' alone, got {file_type!r} for {to!r}; leave it out"
+        )
     check_other_place(source, out)
     model, notes = load_source(source, **kwargs)
     found, reasons = find_tokenizer_or_reason(model, source, meta_path=meta_path, tokenizer=tokenizer)
-    lost = _EXPORTERS[to](model, out, tokenizer=found, overwrite=overwrite)
+    options = {} if file_type is None else {"file_type": file_type}
+    lost = _EXPORTERS[to](model, out, tokenizer=found, overwrite=overwrite, **options)
     return Conversion(Path(out), model, found, (*notes, *reasons, *lost))

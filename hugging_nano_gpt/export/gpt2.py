@@ -27,10 +27,10 @@ from ..configuration_nano_gpt import ACTIVATION_FUNCTIONS, NanoGPTConfig
 from ..conversion import export_state_dict
 from ..errors import ConversionError
 from ..formats.atomic import check_place, open_folder
-from ..formats.check import find_dense_faults, find_model_faults, find_number_faults, is_tied, list_some
-from ..formats.shapes import MODEL_ARGS, iterate_shapes
+from ..formats.check import list_some
 from ..loading import check_tokenizer, load_whole_model
 from ..modeling_nano_gpt import NanoGPTLMHeadModel
+from .tensors import check_tensors, list_args, select_tensors, take_tensors
 
 logger = logging.get_logger(__name__)
 
@@ -141,9 +141,9 @@ def import_gpt2(
         )
     config = _make_config(where, gpt2.config, dropout)
     tensors = _transpose({name: tensor.clone() for name, tensor in export_state_dict(gpt2).items()})
-    _check_tensors(where, config, tensors)
+    check_tensors(where, config, tensors)
     config.bias = _settle_bias(where, tensors, bias, was_without=not getattr(gpt2.config, "nanogpt_bias", True))
-    state_dict = _select(tensors, _list_args(config), is_tied=config.tie_word_embeddings)
+    state_dict = select_tensors(tensors, list_args(config), is_tied=config.tie_word_embeddings)
     model: NanoGPTLMHeadModel = NanoGPTLMHeadModel.from_pretrained(
         None, config=config, state_dict=state_dict, **kwargs
     )
@@ -153,8 +153,7 @@ def import_gpt2(
 
 
 def _make_gpt2(model: NanoGPTLMHeadModel, folder: Path) -> GPT2LMHeadModel:
-    tensors, config = export_state_dict(model), model.config
-    _check_tensors(os.fspath(folder), config, tensors)
+    tensors, config = take_tensors(os.fspath(folder), model), model.config
     gpt2_config = GPT2Config(
         **{name: getattr(config, name) for name in _SHARED_FIELDS},
         **dict.fromkeys(_DROPOUTS, config.dropout),
@@ -164,7 +163,7 @@ def _make_gpt2(model: NanoGPTLMHeadModel, folder: Path) -> GPT2LMHeadModel:
         nanogpt_bias=config.bias,  # for the way back, as nanogpt_training_state is
         nanogpt_training_state=config.nanogpt_training_state,
     )
-    selected = _select(tensors, {**_list_args(config), "bias": True}, config.tie_word_embeddings)
+    selected = select_tensors(tensors, {**list_args(config), "bias": True}, config.tie_word_embeddings)
     gpt2: GPT2LMHeadModel = GPT2LMHeadModel.from_pretrained(None, config=gpt2_config, state_dict=_transpose(selected))
     gpt2.generation_config = _copy_settings(model)
     return gpt2
@@ -189,22 +188,6 @@ def _make_config(where: str, gpt2: PreTrainedConfig, dropout: float | None) -> N
 def _transpose(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Turns nn.Linear's weights into Conv1D's, and those into these."""
     return {name: t.t().contiguous() if name.endswith(_TRANSPOSED) else t for name, t in tensors.items()}
-
-
-def _select(
-    tensors: Mapping[str, torch.Tensor], model_args: Mapping[str, Any], is_tied: bool
-) -> dict[str, torch.Tensor]:
-    """Returns the tensors that a model of these model_args saves: with zeros for biases that are not there."""
-    dtype = tensors["transformer.wte.weight"].dtype
-    return {
-        name: tensors[name] if name in tensors else torch.zeros(shape, dtype=dtype)
-        for name, shape in iterate_shapes(model_args)
-        if name != "lm_head.weight" or not is_tied
-    }
-
-
-def _list_args(config: NanoGPTConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in MODEL_ARGS}
 
 
 def _check_options(where: str, config: PreTrainedConfig, dropout: float | None) -> None:
@@ -233,17 +216,6 @@ def _check_options(where: str, config: PreTrainedConfig, dropout: float | None) 
         raise ConversionError(
             f"{where}: has no counterpart in nanoGPT: {'; '.join(faults)}; use it as GPT2LMHeadModel"
         )
-
-
-def _check_tensors(where: str, config: NanoGPTConfig, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raises ConversionError where tensors, in nanoGPT's layout, are not a nanoGPT model of finite numbers."""
-    faults = find_dense_faults(tensors)
-    faults = faults or find_model_faults(_list_args(config), tensors)
-    faults = faults or find_number_faults(tensors)
-    if not faults and config.tie_word_embeddings and not is_tied(tensors):
-        faults = ["lm_head.weight: expected the numbers of transformer.wte.weight, as it is tied, got others"]
-    if faults:
-        raise ConversionError(f"{where}: cannot be converted: {'; '.join(faults)}; give a whole, plain model")
 
 
 def _settle_bias(where: str, tensors: Mapping[str, torch.Tensor], bias: bool | None, was_without: bool) -> bool:

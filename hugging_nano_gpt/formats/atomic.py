@@ -86,6 +86,15 @@ def explain_failed_write(path: str | os.PathLike[str], reason: object) -> Checkp
     )
 
 
+def check_file(path: Path, overwrite: bool) -> None:
+    """Raises ConversionError where a file is to be written and there is something, and no overwrite."""
+    if os.path.lexists(path) and not overwrite:
+        raise ConversionError(
+            f"{path}: is there already: expected a new path, got a file; give another, or overwrite it (--force, "
+            f"overwrite=True)"
+        )
+
+
 def check_place(folder: Path, overwrite: bool) -> None:
     """Raises ConversionError where a folder is to be written and there is a file, or files and no overwrite."""
     if folder.is_dir() and not overwrite and (files := sorted(path.name for path in folder.iterdir())):

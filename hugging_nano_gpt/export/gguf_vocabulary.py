@@ -1,0 +1,189 @@
+"""A tokenizer as the part of a GGUF file from which llama.cpp makes its own.
+
+Byte-level BPE is llama.cpp's "gpt2". Characters are its "rwkv", which takes the longest token that the text goes on
+with. They cannot be "gpt2" or "llama" there: those have an end of text whether the file names one or not (token 11 or
+2), and a character that ends the text would be one that the model can never write.
+
+Source: llama.cpp's src/llama-vocab.cpp, as in llama-cpp-python 0.3.36.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import TokenizerError
+from ..formats.check import list_some
+
+if TYPE_CHECKING:
+    import gguf
+
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # gguf.TokenType's
+
+# What "gpt2" takes for the end of text where none is named.
+_GPT2_EOS = 11
+
+# How GPT-2 cuts text before it merges: as tiktoken writes it (bpe.py puts \z for its $), as older releases of tiktoken
+# do, and as Transformers does.
+_GPT2_PATTERNS = (
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++\z|\s+(?!\S)|\s",
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+)
+
+
+def add_vocabulary(
+    writer: "gguf.GGUFWriter", tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, suppressed: Collection[int]
+) -> list[str]:
+    """Adds a tokenizer to a GGUF file that is about to be written.
+
+    Args:
+        writer: Writer of the file.
+        tokenizer: The tokenizer, of at most vocab_size tokens, or None for a file of token ids only.
+        vocab_size: Rows of the model. llama.cpp wants a token for each: ids without one get an unused one.
+        suppressed: Ids that generation never draws, beside those without a token.
+
+    Returns:
+        What llama.cpp does in another way, a sentence each.
+
+    Raises:
+        TokenizerError: If llama.cpp has no equal to the tokenizer.
+    """
+    if tokenizer is None:
+        writer.add_tokenizer_model("none")
+        return ["no tokenizer: llama.cpp takes and gives token ids only"]
+    where = tokenizer.name_or_path or "tokenizer"
+    parts = _read_parts(where, tokenizer)
+    merges = [" ".join(merge) for merge in parts["model"]["merges"]]
+    tokens, types = _list_tokens(tokenizer, vocab_size, is_bpe=bool(merges))
+    repeated = [token for token, count in Counter(tokens).items() if count > 1]
+    if repeated:  # llama.cpp would abort
+        raise TokenizerError(f"{where}: expected different tokens, got {list_some(repeated)} twice; change them")
+    writer.add_tokenizer_model("gpt2" if merges else "rwkv")
+    if merges:
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_merges(merges)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    never_drawn = {*suppressed, *(index for index, kind in enumerate(types) if kind == _UNUSED)}
+    writer.add_array("tokenizer.ggml.suppress_tokens", sorted(never_drawn))
+    for add in (writer.add_add_bos_token, writer.add_add_eos_token, writer.add_add_space_prefix):
+        add(False)
+    unknown = None if merges else tokenizer.get_vocab().get(parts["model"]["unk_token"])
+    _add_special_tokens(writer, tokenizer, unknown, needs_bos=bool(merges))
+    return _find_oddities(tokenizer, tokens, is_bpe=bool(merges))
+
+
+def _read_parts(where: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Returns the tokenizer.json of a tokenizer that llama.cpp has an equal to."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = {} if backend is None else json.loads(backend.to_str())
+    faults = _find_faults(parts) if parts else ["no tokenizer.json"]
+    if not faults and tokenizer("").input_ids:
+        faults = ["tokens added to every text"]
+    if faults:
+        raise TokenizerError(
+            f"{where}: llama.cpp has no equal to it: expected single characters, or byte-level BPE that cuts text as "
+            f"GPT-2 does, got {'; '.join(faults)}; give another tokenizer"
+        )
+    return parts
+
+
+def _find_faults(parts: dict[str, Any]) -> list[str]:
+    """Finds what a tokenizer does that neither "gpt2" nor "rwkv" does in llama.cpp."""
+    model, cut = parts["model"], parts["pre_tokenizer"]
+    if model["type"] != "BPE":
+        return [f"a {model['type']} model"]
+    options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    faults = [f"{name}={model[name]!r}" for name in options if model.get(name)]
+    if parts["normalizer"] is not None:
+        faults.append(f"a normalizer, {parts['normalizer']['type']}")
+    if model["merges"]:
+        if not _cuts_as_gpt2(cut):
+            faults.append(f"a cut of text by {cut!r}")
+        if model.get("ignore_merges"):
+            faults.append("tokens that no merges lead to")
+    elif cut is not None:
+        faults.append(f"no merges, but a cut of text by {cut!r}")
+    elif odd := [each for each in model["vocab"].keys() - _list_added(parts) if len(each) != 1]:
+        faults.append(f"no merges, but tokens of several characters as {list_some(sorted(odd))}")
+    return faults
+
+
+def _list_added(parts: dict[str, Any]) -> set[str]:
+    return {token["content"] for token in parts["added_tokens"]}
+
+
+def _cuts_as_gpt2(cut: Any) -> bool:
+    """Tells whether text is cut by GPT-2's pattern, and its bytes are then spelt as characters."""
+    if cut is None:
+        return False
+    *first, last = cut["pretokenizers"] if cut["type"] == "Sequence" else [cut]
+    if last["type"] != "ByteLevel" or last["add_prefix_space"]:
+        return False
+    if not first:
+        return last["use_regex"]
+    plain = {"type": "Split", "behavior": "Isolated", "invert": False}
+    patterns = [{"Regex": pattern} for pattern in _GPT2_PATTERNS]
+    return not last["use_regex"] and len(first) == 1 and first[0] in [{**plain, "pattern": each} for each in patterns]
+
+
+def _list_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int, *, is_bpe: bool) -> tuple[list[str], list[int]]:
+    """Returns how the token of each id is spelt, and of which type it is."""
+    by_id = {index: token for token, index in tokenizer.get_vocab().items()}
+    added = tokenizer.added_tokens_decoder
+    tokens, types = [], []
+    for index in range(vocab_size):
+        if index not in by_id:  # 0xff is in no text, so that what follows it is never found in one
+            token, kind = f"[PAD{index}]" if is_bpe else rf"\xff[PAD{index}]", _UNUSED
+        elif index in added and (is_bpe or len(by_id[index]) > 1):
+            token, kind = by_id[index], _CONTROL if added[index].special else _USER_DEFINED
+        else:
+            token, kind = by_id[index] if is_bpe else _escape(by_id[index]), _NORMAL
+        tokens.append(token)
+        types.append(kind)
+    return tokens, types
+
+
+def _escape(character: str) -> str:
+    """Spells a character as "rwkv" reads it: printable ASCII as it is, other bytes as hexadecimal digits."""
+    return "".join(
+        chr(byte) if 0x20 <= byte < 0x7F and byte != ord("\\") else rf"\x{byte:02x}" for byte in character.encode()
+    )
+
+
+def _add_special_tokens(
+    writer: "gguf.GGUFWriter", tokenizer: PreTrainedTokenizerBase, unknown: int | None, *, needs_bos: bool
+) -> None:
+    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    if bos is None and needs_bos:  # or it would be token 11
+        bos = eos
+    adders = (
+        (writer.add_bos_token_id, bos),
+        (writer.add_eos_token_id, eos),
+        (writer.add_pad_token_id, pad),
+        (writer.add_unk_token_id, unknown),
+    )
+    for add, index in adders:
+        if index is not None:
+            add(index)
+
+
+def _find_oddities(tokenizer: PreTrainedTokenizerBase, tokens: list[str], *, is_bpe: bool) -> list[str]:
+    if is_bpe:
+        if tokenizer.eos_token_id is None and len(tokens) > _GPT2_EOS:
+            return [
+                f"the tokenizer names no end of text, so that llama.cpp ends at token {_GPT2_EOS}, "
+                f"{tokens[_GPT2_EOS]!r}: give the tokenizer an eos_token"
+            ]
+        return []
+    spelt = [token.encode() for token in tokenizer.get_vocab()]
+    traps = sorted({token[0] for token in spelt if len(token) > 1} - {token[0] for token in spelt if len(token) == 1})
+    if not traps:
+        return []
+    return [
+        f"characters that are not the model's, but begin in UTF-8 with a byte that leads into its longer tokens "
+        f"({list_some([*map(hex, traps)])}), make llama.cpp hang: leave them out of prompts"
+    ]
