@@ -138,6 +138,6 @@ class _Sender(StoppingCriteria):
     def __init__(self, recorder: _Recorder, results: queue.SimpleQueue, is_wanted: threading.Event):
         self._recorder, self._results, self._is_wanted = recorder, results, is_wanted
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.Tensor:
         self._results.put(Step(input_ids[0].tolist(), self._recorder.probabilities))
         return torch.full((len(input_ids),), not self._is_wanted.is_set(), device=input_ids.device)

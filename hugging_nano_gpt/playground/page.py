@@ -3,11 +3,13 @@
 Text is shown as it is drawn, a few times a second; it is the first sample of `hugging-nano-gpt generate`.
 """
 
+import math
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from html import escape
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import NanoGPTError
 from ..sampling import Sampler
@@ -38,9 +40,9 @@ def build_page(sampler: Sampler, facts: dict[str, str]) -> "gradio.Blocks":
     ) -> Iterator[tuple[str, str, str]]:
         if seed is None:
             raise gr.Error("seed: expected a whole number, got none; give one", print_exception=False)
-        settings = {"temperature": temperature, "top_k": top_k, "max_new_tokens": max_new_tokens, "seed": seed}
+        settings = {"temperature": temperature, "top_k": top_k, "seed": seed}
         try:
-            yield from show_steps(sampler, prompt, **settings)
+            yield from show_steps(sampler, prompt, max_new_tokens=max_new_tokens, **settings)
         except NanoGPTError as error:
             raise gr.Error(escape(str(error)), duration=None, print_exception=False) from error
 
@@ -65,7 +67,7 @@ def build_page(sampler: Sampler, facts: dict[str, str]) -> "gradio.Blocks":
 
 
 def show_steps(
-    sampler: Sampler, prompt: str, *, max_new_tokens: int, **settings: float
+    sampler: Sampler, prompt: str, *, max_new_tokens: int, **settings: Any
 ) -> Iterator[tuple[str, str, str]]:
     """Draws a text and yields what the page shows of it: the text so far, the bars as HTML, and how far it is.
 
@@ -79,11 +81,12 @@ def show_steps(
         TokenizerError: If the prompt has what the tokenizer does not know.
     """
     prompt = prompt or "\n"
-    tokenizer, begin, shown = sampler.tokenizer, time.monotonic(), 0.0
-    steps = stream_steps(sampler, prompt, max_new_tokens=max_new_tokens, **settings)
-    for n_drawn, step in enumerate(steps, start=1):
-        now = time.monotonic()
-        if n_drawn == max_new_tokens or now >= shown + _INTERVAL_S:
+    tokenizer, begin, shown = sampler.tokenizer, time.perf_counter(), -math.inf
+    with closing(stream_steps(sampler, prompt, max_new_tokens=max_new_tokens, **settings)) as steps:
+        for n_drawn, step in enumerate(steps, start=1):
+            now = time.perf_counter()
+            if n_drawn < max_new_tokens and now < shown + _INTERVAL_S:
+                continue
             shown = now
             progress = f"{n_drawn:,} of {max_new_tokens:,} tokens, {n_drawn / (now - begin):,.0f} a second"
             yield draw_text(prompt, tokenizer.decode(step.idx)), draw_bars(list_candidates(step, tokenizer)), progress
@@ -91,27 +94,11 @@ def show_steps(
 
 def _add_controls(gr: ModuleType) -> list["gradio.components.Component"]:
     """Adds sample.py's settings, with its defaults."""
+    whole: dict[str, Any] = {"step": 1, "precision": 0}
+    hints = ("divides the logits", "likeliest tokens to choose among; 0 for all", "past block_size too")
     return [
-        gr.Slider(0.05, 2, 0.8, step=0.05, label="temperature", info="divides the logits", elem_id="temperature"),
-        gr.Slider(
-            0,
-            200,
-            200,
-            step=1,
-            precision=0,
-            label="top_k",
-            info="likeliest tokens to choose among; 0 for all",
-            elem_id="top_k",
-        ),
-        gr.Slider(
-            1,
-            2000,
-            500,
-            step=1,
-            precision=0,
-            label="max_new_tokens",
-            info="past block_size too",
-            elem_id="max_new_tokens",
-        ),
+        gr.Slider(0.05, 2, 0.8, step=0.05, label="temperature", info=hints[0], elem_id="temperature"),
+        gr.Slider(0, 200, 200, **whole, label="top_k", info=hints[1], elem_id="top_k"),
+        gr.Slider(1, 2000, 500, **whole, label="max_new_tokens", info=hints[2], elem_id="max_new_tokens"),
         gr.Number(1337, precision=0, minimum=0, maximum=_LARGEST_SEED, label="seed", elem_id="seed"),
     ]

@@ -90,26 +90,8 @@ def _inspect(source: str | os.PathLike[str], reading: dict[str, Any]) -> Inspect
 
 def _serve(page: "gradio.Blocks", port: int) -> None:
     """Serves a page until it is interrupted."""
-    import gradio as gr
-
-    # Gradio asks its own server whether it is up; a proxy would not find it.
-    for name in ("NO_PROXY", "no_proxy"):
-        os.environ[name] = ",".join(filter(None, (os.environ.get(name), HOST)))
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     try:
-        page.launch(
-            server_name=HOST,
-            server_port=port,
-            share=False,
-            prevent_thread_lock=True,
-            quiet=True,
-            footer_links=[],
-            run_history=False,
-            enable_monitoring=False,
-            ssr_mode=False,
-            theme=theme,
-            css=CSS,
-        )
+        _launch(page, port)
         print(f"The playground is at http://{HOST}:{port}; Ctrl-C ends it", flush=True)
         while True:
             time.sleep(3600)
@@ -117,3 +99,25 @@ def _serve(page: "gradio.Blocks", port: int) -> None:
         pass
     finally:
         page.close(verbose=False)
+
+
+def _launch(page: "gradio.Blocks", port: int) -> None:
+    """Starts serving a page in threads, without anything that Gradio would tell or ask other machines."""
+    import gradio as gr
+
+    # Gradio asks its own server whether it is up; a proxy would not find it.
+    for name in ("NO_PROXY", "no_proxy"):
+        os.environ[name] = ",".join(filter(None, (os.environ.get(name), HOST)))
+    page.launch(
+        server_name=HOST,
+        server_port=port,
+        share=False,
+        prevent_thread_lock=True,
+        quiet=True,
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        css=CSS,
+    )
