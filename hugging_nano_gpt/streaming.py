@@ -6,7 +6,7 @@ than the model does not hold it up; one that goes away stops it.
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +54,7 @@ def stream_steps(
     temperature: float = 0.8,
     top_k: int = 200,
     seed: int = 1337,
-) -> Iterator[Step]:
+) -> Generator[Step, None, None]:
     """Draws one sample after a prompt, the first one that sample_text draws, and yields after each token.
 
     Closing the iterator stops the model at its next token.

@@ -4,12 +4,14 @@ import re
 import shutil
 import socket
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from huggingface_hub import constants
 
+import hugging_nano_gpt_cli
 from hugging_nano_gpt import (
     MissingDependencyError,
     PlaygroundError,
@@ -25,6 +27,9 @@ from hugging_nano_gpt.playground.page import show_steps
 from hugging_nano_gpt.sampling import load_sampler
 from hugging_nano_gpt.streaming import Candidate, stream_steps
 
+from .test_streaming import sample
+
+DOCS_DIR = Path(__file__).parent.parent / "docs"
 SETTINGS = {"temperature": 0.8, "top_k": 5, "seed": 1337}
 FACTS = {
     "model": "ckpt.pt",
@@ -39,7 +44,7 @@ FACTS = {
     "biases": "no",
     "iteration": "5,000",
     "validation loss": "1.6176",
-    "computes": "in float32 on cpu",
+    "computes on": "cpu, float32",
 }
 
 
@@ -115,7 +120,7 @@ def test_facts_of_a_hub_id_are_those_of_its_cached_files(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     facts = list_facts(server._inspect("someone/shakespeare", {}), torch.device("cpu"), torch.bfloat16)
-    changed = {"model": "someone/shakespeare", "kind": "folder of Transformers", "computes": "in bfloat16 on cpu"}
+    changed = {"model": "someone/shakespeare", "kind": "folder of Transformers", "computes on": "cpu, bfloat16"}
     assert facts == {**FACTS, **changed}
 
 
@@ -142,7 +147,7 @@ def test_playground_reads_as_it_is_told(served, tmp_path):
         tmp_path / "mine.pt", port=find_port(), meta_path=META_PATH, dtype="bfloat16", activation_function="gelu_new"
     )
     ((sampler, facts, _),) = served
-    changed = {"model": "mine.pt", "activation": "tanh GELU", "computes": "in bfloat16 on cpu"}
+    changed = {"model": "mine.pt", "activation": "tanh GELU", "computes on": "cpu, bfloat16"}
     assert facts == {**FACTS, **changed}
     assert sampler.model.config.activation_function == "gelu_new"
 
@@ -167,3 +172,22 @@ def find_port():
     with socket.socket() as listener:
         listener.bind((server.HOST, 0))
         return listener.getsockname()[1]
+
+
+def test_playground_md_commands_and_python_run_as_written(served, tmp_path, monkeypatch):
+    for source, place in ((CKPT_PATH, "out-shakespeare-char/ckpt.pt"), (META_PATH, "data/shakespeare_char/meta.pkl")):
+        (tmp_path / place).parent.mkdir(parents=True)
+        shutil.copy(source, tmp_path / place)
+    monkeypatch.chdir(tmp_path)
+    doc = (DOCS_DIR / "playground.md").read_text()
+    commands = re.findall(r"^(?:ssh .* )?hugging-nano-gpt (playground .*)$", doc, re.M)
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", ["hugging-nano-gpt", *command.split(), "--port", str(find_port())])
+        with pytest.raises(SystemExit, match=r"^0$"):
+            hugging_nano_gpt_cli.main()
+    assert [facts for _, facts, _ in served] == [FACTS, FACTS]
+    (block,) = re.findall(r"```python\n(.*?)```", doc, flags=re.DOTALL)
+    names: dict = {}
+    exec(block, names)
+    assert names["text"] == sample("out-shakespeare-char/ckpt.pt", "ROMEO:", max_new_tokens=100, top_k=5)
+    assert names["likeliest"].probability > 0.2  # of five

@@ -23,9 +23,11 @@ from hugging_nano_gpt.streaming import stream_steps
 from .test_page import FACTS, find_port
 from .test_streaming import sample
 
+Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed, which Gradio needs")
 pytest.importorskip("gradio", reason="the extra playground is not installed")
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 
+DOCS_DIR = Path(__file__).parent.parent / "docs"
 PROGRAM = Path(sys.executable).with_name("hugging-nano-gpt")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 SWITCHES = """--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
@@ -252,6 +254,26 @@ def test_no_other_machine_is_asked(page, proxy):
     assert proxy[1] == []
     page.driver.execute_script("fetch('http://playground.invalid/').catch(() => 0)")  # the log can tell
     wait(lambda: "playground.invalid" in list_hosts(page.driver))
+
+
+def test_screenshot_shows_the_page(page, tmp_path):
+    """Makes docs/playground.png: PLAYGROUND_PNG=docs/playground.png python -m pytest tests/test_playground.py"""
+    path = Path(os.environ.get("PLAYGROUND_PNG", tmp_path / "playground.png"))
+    size = {"width": 1280, "height": 900}
+    page.driver.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {**size, "deviceScaleFactor": 1, "mobile": False}
+    )
+    page.generate("ROMEO:", max_new_tokens=400)
+    page.driver.execute_script("document.activeElement.blur()")
+    page.driver.save_screenshot(str(path))
+    page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    with Image.open(path) as image, Image.open(DOCS_DIR / "playground.png") as documented:
+        assert image.size == documented.size == tuple(size.values())
+        for picture in (image, documented):  # with the bar of the token that was drawn, and not much alike
+            colours = [colour for _, colour in picture.convert("RGB").getcolors(1 << 20)]
+            assert (249, 115, 22) in colours
+            assert len(colours) > 100
+    assert (DOCS_DIR / "playground.png").stat().st_size < 200_000
 
 
 def test_two_pages_at_once_get_the_texts_of_one_alone(page, server):

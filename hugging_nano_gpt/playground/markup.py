@@ -13,7 +13,7 @@ from ..streaming import Candidate
 
 CSS = """
 .box h3 { margin: 0 0 10px; font-size: 14px; font-weight: 400; color: var(--block-title-text-color); }
-.facts { display: flex; flex-wrap: wrap; gap: 8px 32px; margin: 0; }
+.facts { display: flex; flex-wrap: wrap; gap: 8px 20px; margin: 0; }
 .facts dt { font-size: 11px; color: var(--body-text-color-subdued); }
 .facts dd { margin: 0; font-size: 13px; overflow-wrap: anywhere; color: var(--body-text-color); }
 .bars { display: grid; grid-template-columns: minmax(36px, max-content) 1fr 64px; gap: 4px 12px; align-items: center; }
@@ -24,9 +24,9 @@ CSS = """
 .bars .share { text-align: right; font-variant-numeric: tabular-nums; }
 .bars .drawn { font-weight: 700; }
 .bars .drawn .bar { background: var(--color-accent); }
-.text { display: flex; flex-direction: column-reverse; height: 300px; overflow-y: auto; } /* keeps its end in sight */
-.text div { margin-bottom: auto; white-space: pre-wrap; overflow-wrap: anywhere; color: var(--body-text-color); }
-.text div { font-family: var(--font-mono); font-size: 13px; line-height: 1.45; }
+.text { display: flex; flex-direction: column-reverse; height: 420px; overflow-y: auto; } /* keeps its end in sight */
+.text div { flex: none; min-height: 100%; white-space: pre-wrap; overflow-wrap: anywhere; }
+.text div { font-family: var(--font-mono); font-size: 13px; line-height: 1.45; color: var(--body-text-color); }
 .text .prompt { color: var(--color-accent); }
 """
 
@@ -54,7 +54,7 @@ def list_facts(found: Inspection, device: torch.device, dtype: torch.dtype) -> d
         "biases": "yes" if args["bias"] else "no",
         "iteration": f"{found.iter_num:,}",
         "validation loss": loss,
-        "computes": f"in {str(dtype).removeprefix('torch.')} on {device}",
+        "computes on": f"{device}, {str(dtype).removeprefix('torch.')}",
     }
 
 

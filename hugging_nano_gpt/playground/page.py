@@ -44,7 +44,7 @@ def build_page(sampler: Sampler, facts: dict[str, str]) -> "gradio.Blocks":
         try:
             yield from show_steps(sampler, prompt, max_new_tokens=max_new_tokens, **settings)
         except NanoGPTError as error:
-            raise gr.Error(escape(str(error)), duration=None, print_exception=False) from error
+            raise gr.Error(escape(str(error)), print_exception=False) from error
 
     with gr.Blocks(title=f"{facts['model']} - hugging-nano-gpt", analytics_enabled=False) as page:
         gr.HTML(draw_facts(facts), container=True, elem_id="facts")

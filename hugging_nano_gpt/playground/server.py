@@ -114,6 +114,7 @@ def _launch(page: "gradio.Blocks", port: int) -> None:
         share=False,
         prevent_thread_lock=True,
         quiet=True,
+        show_error=True,
         footer_links=[],
         run_history=False,
         enable_monitoring=False,
