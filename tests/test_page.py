@@ -21,9 +21,8 @@ from hugging_nano_gpt import (
     run_playground,
 )
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
-from hugging_nano_gpt.playground import server
+from hugging_nano_gpt.playground import page, server
 from hugging_nano_gpt.playground.markup import draw_bars, draw_facts, draw_text, list_facts
-from hugging_nano_gpt.playground.page import show_steps
 from hugging_nano_gpt.sampling import load_sampler
 from hugging_nano_gpt.streaming import Candidate, stream_steps
 
@@ -58,29 +57,33 @@ def read(markup):
     return [text for text in re.split(r"<[^>]*>", markup) if text]
 
 
-def test_page_shows_growing_text_and_ends_with_all_of_it(sampler):
-    shown = list(show_steps(sampler, "ROMEO:", max_new_tokens=150, **SETTINGS))
+@pytest.mark.parametrize(("interval_s", "n_shown"), [(0, 150), (1e9, 2)], ids=["all", "the first and the last"])
+def test_page_shows_growing_text_and_ends_with_all_of_it(sampler, monkeypatch, interval_s, n_shown):
+    monkeypatch.setattr(page, "_INTERVAL_S", interval_s)
+    shown = list(page.show_steps(sampler, "ROMEO:", max_new_tokens=150, **SETTINGS))
     *_, last = stream_steps(sampler, "ROMEO:", max_new_tokens=150, **SETTINGS)
-    texts = [read(text)[1:] for text, _, _ in shown]
-    assert texts[-1] == ["ROMEO:", sampler.tokenizer.decode(last.idx).removeprefix("ROMEO:")]
-    assert 2 <= len({*map(tuple, texts)}) == len(shown) < 150  # not each token: pages are slower than small models
+    texts = ["".join(read(text)[1:]) for text, _, _ in shown]
+    assert texts[-1] == sampler.tokenizer.decode(last.idx)
+    assert len(set(texts)) == len(texts) == n_shown
+    assert all(texts[-1].startswith(text) for text in texts)
+    assert read(shown[-1][0])[1] == "ROMEO:"  # in a colour of its own
     assert shown[-1][2].startswith("150 of 150 tokens, ")
     assert len(read(shown[-1][1])) == 1 + 2 * 5  # a heading, and for each of top_k tokens its name and its share
 
 
 def test_empty_prompt_is_a_newline(sampler):
-    *_, (text, _, _) = show_steps(sampler, "", max_new_tokens=20, **SETTINGS)
+    *_, (text, _, _) = page.show_steps(sampler, "", max_new_tokens=20, **SETTINGS)
     *_, last = stream_steps(sampler, "\n", max_new_tokens=20, **SETTINGS)
     assert "".join(read(text)[1:]) == sampler.tokenizer.decode(last.idx)
 
 
 def test_unknown_character_is_refused_before_anything_is_shown(sampler):
     with pytest.raises(TokenizerError, match="leave them out"):
-        next(show_steps(sampler, "caf\xe9", max_new_tokens=20, **SETTINGS))
+        next(page.show_steps(sampler, "caf\xe9", max_new_tokens=20, **SETTINGS))
 
 
 def test_leaving_the_page_stops_the_model(sampler):
-    shown = show_steps(sampler, "", max_new_tokens=1_000_000, **SETTINGS)
+    shown = page.show_steps(sampler, "", max_new_tokens=1_000_000, **SETTINGS)
     next(shown)
     shown.close()
     assert len(list(stream_steps(sampler, max_new_tokens=3))) == 3  # which waits for its turn

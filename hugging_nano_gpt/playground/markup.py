@@ -42,7 +42,7 @@ def list_facts(found: Inspection, device: torch.device, dtype: torch.dtype) -> d
     args = found.model_args
     loss = "not measured" if found.best_val_loss is None else f"{found.best_val_loss:.4f}"
     return {
-        "model": Path(found.path).name if Path(found.path).exists() else found.path,
+        "model": Path(found.path).resolve().name if Path(found.path).exists() else found.path,
         "kind": ", ".join(part for part in (found.kind, found.era) if part),
         "parameters": f"{found.n_params_total:,}",
         "layers": str(args["n_layer"]),
