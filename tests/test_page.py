@@ -8,7 +8,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 from huggingface_hub import constants
 
 import hugging_nano_gpt_cli
@@ -17,7 +16,6 @@ from hugging_nano_gpt import (
     PlaygroundError,
     TokenizerError,
     convert_to_folder,
-    inspect_path,
     run_playground,
 )
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
@@ -27,6 +25,7 @@ from hugging_nano_gpt.sampling import load_sampler
 from hugging_nano_gpt.streaming import Candidate, stream_steps
 
 from .test_streaming import sample
+from .tiny import make_model
 
 DOCS_DIR = Path(__file__).parent.parent / "docs"
 SETTINGS = {"temperature": 0.8, "top_k": 5, "seed": 1337}
@@ -109,24 +108,6 @@ def test_bars_are_as_long_as_the_tokens_are_likely():
     assert re.findall(r'class="token( drawn)?"', markup) == ["", " drawn", ""]
 
 
-def test_facts_are_those_of_the_file(sampler):
-    facts = list_facts(inspect_path(CKPT_PATH), sampler.model.device, sampler.model.dtype)
-    assert facts == FACTS
-    assert read(draw_facts(facts)) == [part for item in FACTS.items() for part in item]
-
-
-def test_facts_of_a_hub_id_are_those_of_its_cached_files(tmp_path, monkeypatch):
-    snapshot = tmp_path / "models--someone--shakespeare" / "snapshots" / "0123"
-    convert_to_folder(CKPT_PATH, snapshot, meta_path=META_PATH)
-    (tmp_path / "models--someone--shakespeare" / "refs").mkdir()
-    (tmp_path / "models--someone--shakespeare" / "refs" / "main").write_text("0123")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    facts = list_facts(server._inspect("someone/shakespeare", {}), torch.device("cpu"), torch.bfloat16)
-    changed = {"model": "someone/shakespeare", "kind": "folder of Transformers", "computes on": "cpu, bfloat16"}
-    assert facts == {**FACTS, **changed}
-
-
 @pytest.fixture
 def served(monkeypatch):
     """What run_playground would serve, without Gradio."""
@@ -141,7 +122,28 @@ def test_playground_without_a_source_shows_the_bundled_model(served):
     run_playground(port=find_port())
     ((sampler, facts, _),) = served
     assert facts == FACTS
+    assert read(draw_facts(facts)) == [part for item in FACTS.items() for part in item]
     assert sampler.tokenizer.decode([0, 1]) == "\n "
+
+
+def test_facts_of_a_folder_and_of_the_hub_are_those_of_its_model(served, tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--someone--shakespeare" / "snapshots" / "0123"
+    convert_to_folder(CKPT_PATH, snapshot, meta_path=META_PATH)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("0123")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for source in (snapshot, "someone/shakespeare"):
+        run_playground(source, port=find_port())
+    assert [facts for _, facts, _ in served] == [
+        {**FACTS, "model": "0123", "kind": "folder of Transformers"},
+        {**FACTS, "model": "someone/shakespeare", "kind": "model of the Hub"},
+    ]
+
+
+def test_facts_before_the_first_evaluation_say_so():
+    facts = list_facts("ckpt.pt", "nanoGPT checkpoint", make_model())
+    assert (facts["iteration"], facts["validation loss"], facts["biases"]) == ("0", "not measured", "yes")
 
 
 def test_playground_reads_as_it_is_told(served, tmp_path):

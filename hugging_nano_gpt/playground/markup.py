@@ -4,11 +4,10 @@ Names and tokens come from files that are not trusted, so every text is escaped.
 """
 
 from html import escape
-from pathlib import Path
 
-import torch
-
-from ..inspection import ACTIVATIONS, Inspection
+from ..formats.contents import NO_VAL_LOSS
+from ..inspection import ACTIVATIONS
+from ..modeling_nano_gpt import NanoGPTLMHeadModel
 from ..streaming import Candidate
 
 CSS = """
@@ -31,30 +30,29 @@ CSS = """
 """
 
 
-def list_facts(found: Inspection, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+def list_facts(name: str, kind: str, model: NanoGPTLMHeadModel) -> dict[str, str]:
     """Returns what model it is: names and values, for people to read.
 
     Args:
-        found: What inspect_path tells of its files.
-        device: Where the model computes.
-        dtype: What it computes in.
+        name: Of its file or folder, or its Hub id.
+        kind: What that is.
+        model: The model.
     """
-    args = found.model_args
-    loss = "not measured" if found.best_val_loss is None else f"{found.best_val_loss:.4f}"
+    config, state = model.config, model.nanogpt_training_state
     return {
-        "model": Path(found.path).resolve().name if Path(found.path).exists() else found.path,
-        "kind": ", ".join(part for part in (found.kind, found.era) if part),
-        "parameters": f"{found.n_params_total:,}",
-        "layers": str(args["n_layer"]),
-        "heads": str(args["n_head"]),
-        "width": str(args["n_embd"]),
-        "block_size": f"{args['block_size']:,}",
-        "vocabulary": f"{args['vocab_size']:,}",
-        "activation": ACTIVATIONS[found.activation_function],
-        "biases": "yes" if args["bias"] else "no",
-        "iteration": f"{found.iter_num:,}",
-        "validation loss": loss,
-        "computes on": f"{device}, {str(dtype).removeprefix('torch.')}",
+        "model": name,
+        "kind": kind,
+        "parameters": f"{model.num_parameters():,}",
+        "layers": str(config.n_layer),
+        "heads": str(config.n_head),
+        "width": str(config.n_embd),
+        "block_size": f"{config.block_size:,}",
+        "vocabulary": f"{config.vocab_size:,}",
+        "activation": ACTIVATIONS[config.activation_function],
+        "biases": "yes" if config.bias else "no",
+        "iteration": f"{state.iter_num:,}",
+        "validation loss": "not measured" if state.best_val_loss >= NO_VAL_LOSS else f"{state.best_val_loss:.4f}",
+        "computes on": f"{model.device}, {str(model.dtype).removeprefix('torch.')}",
     }
 
 

@@ -1,18 +1,15 @@
 """Serving the page on this machine alone, until Ctrl-C: no other machine is asked for anything, or told anything."""
 
-import dataclasses
 import os
 import socket
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers.utils import cached_file
-
 from ..conversion import READING_KWARGS
 from ..demo import CKPT_PATH, META_PATH
 from ..errors import MissingDependencyError, PlaygroundError
-from ..inspection import Inspection, inspect_path
+from ..inspection import FOLDER, inspect_path
 from ..sampling import load_sampler
 from .markup import CSS, list_facts
 from .page import build_page
@@ -55,8 +52,9 @@ def run_playground(
         source = CKPT_PATH
         meta_path = META_PATH if tokenizer is None and meta_path is None else meta_path
     sampler = load_sampler(source, device=device, meta_path=meta_path, tokenizer=tokenizer, **kwargs)
-    found = _inspect(source, {name: value for name, value in kwargs.items() if name in READING_KWARGS})
-    page = build_page(sampler, list_facts(found, sampler.model.device, sampler.model.dtype))
+    path = Path(source)
+    name = path.resolve().name if path.exists() else str(source)
+    page = build_page(sampler, list_facts(name, _describe(path, kwargs), sampler.model))
     _serve(page, port)
 
 
@@ -81,11 +79,12 @@ def _check_port(port: int) -> None:
             ) from error
 
 
-def _inspect(source: str | os.PathLike[str], reading: dict[str, Any]) -> Inspection:
-    """Inspects what was loaded, for a Hub id the files in the Hub's cache."""
-    name = os.fspath(source)
-    path = name if Path(name).exists() else Path(str(cached_file(name, "config.json", local_files_only=True))).parent
-    return dataclasses.replace(inspect_path(path, **reading), path=name)
+def _describe(path: Path, settings: dict[str, Any]) -> str:
+    """Returns what a source is, in words."""
+    if not path.is_file():
+        return FOLDER if path.is_dir() else "model of the Hub"
+    found = inspect_path(path, **{name: value for name, value in settings.items() if name in READING_KWARGS})
+    return ", ".join(filter(None, (found.kind, found.era)))
 
 
 def _serve(page: "gradio.Blocks", port: int) -> None:
