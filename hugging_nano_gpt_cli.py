@@ -79,6 +79,7 @@ _ActivationOption = Annotated[
 ]
 _Heads = Annotated[int | None, typer.Option(min=1, help="Heads, for files that do not record them.")]
 _DtypeOption = Annotated[_Dtype | None, typer.Option(help="Dtype of the weights, in place of the file's.")]
+_Device = Annotated[str | None, typer.Option(help="Device of torch; a GPU where there is one.")]
 _Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
 
@@ -228,7 +229,7 @@ def generate(
     meta: _Meta = None,
     tokenizer: _Tokenizer = None,
     dtype: _DtypeOption = None,
-    device: Annotated[str | None, typer.Option(help="Device of torch; a GPU where there is one.")] = None,
+    device: _Device = None,
     activation: _ActivationOption = None,
     n_head: _Heads = None,
 ) -> None:
@@ -247,6 +248,33 @@ def generate(
         top_k=top_k,
         seed=seed,
         stride=stride,
+        device=device,
+        meta_path=meta,
+        tokenizer=tokenizer,
+        **_select_given(dtype=dtype, activation_function=activation, n_head=n_head),
+    )
+
+
+@app.command()
+def playground(
+    source: Annotated[
+        str | None, typer.Argument(help="Checkpoint file, saved folder or hub id; the bundled model without it.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of 127.0.0.1 to listen on.")] = 7860,
+    meta: _Meta = None,
+    tokenizer: _Tokenizer = None,
+    dtype: _DtypeOption = None,
+    device: _Device = None,
+    activation: _ActivationOption = None,
+    n_head: _Heads = None,
+) -> None:
+    """Try a model in the browser: its text as it is drawn, and what else it could have drawn. Until Ctrl-C."""
+    _set_up_transformers(is_quiet=True)
+    from hugging_nano_gpt import run_playground
+
+    run_playground(
+        source,
+        port=port,
         device=device,
         meta_path=meta,
         tokenizer=tokenizer,

@@ -12,6 +12,7 @@ from .errors import (
     DataError,
     MissingDependencyError,
     NanoGPTError,
+    PlaygroundError,
     TokenizerError,
     VerifyError,
 )
@@ -26,6 +27,7 @@ from .modeling_nano_gpt import (
     NanoGPTModel,
     NanoGPTPreTrainedModel,
 )
+from .playground.server import run_playground
 from .sampling import sample_text
 from .tokenization import CharacterTable, build_character_tokenizer, find_tokenizer, read_meta, write_meta
 from .verify import VerifyReport, verify_against_nanogpt, verify_loss, verify_models
@@ -46,6 +48,7 @@ __all__ = [
     "NanoGPTModel",
     "NanoGPTPreTrainedModel",
     "OptimizerState",
+    "PlaygroundError",
     "TokenizerError",
     "TrainingState",
     "VerifyError",
@@ -63,6 +66,7 @@ __all__ = [
     "inspect_path",
     "read_checkpoint",
     "read_meta",
+    "run_playground",
     "sample_text",
     "verify_against_nanogpt",
     "verify_loss",

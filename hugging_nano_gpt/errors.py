@@ -31,3 +31,7 @@ class MissingDependencyError(NanoGPTError, ImportError):
 
 class VerifyError(NanoGPTError, RuntimeError):
     """A comparison cannot be made: a model is out of reach, or the code to compare with does not run."""
+
+
+class PlaygroundError(NanoGPTError, OSError):
+    """The playground's page cannot be served."""

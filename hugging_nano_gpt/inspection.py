@@ -24,7 +24,7 @@ _KINDS = {
     "llmc": "llm.c checkpoint",
 }
 FOLDER = "folder of Transformers"
-_ACTIVATIONS = {"gelu": "exact GELU", "gelu_new": "tanh GELU", "gelu_pytorch_tanh": "tanh GELU as torch computes it"}
+ACTIVATIONS = {"gelu": "exact GELU", "gelu_new": "tanh GELU", "gelu_pytorch_tanh": "tanh GELU as torch computes it"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -82,7 +82,7 @@ class Inspection:
             "model": f"{args['n_layer']} layers, {args['n_head']} heads, width {args['n_embd']}, "
             f"block_size {args['block_size']}, vocab_size {args['vocab_size']}",
             "layers": f"{'with' if args['bias'] else 'without'} biases, dropout {args['dropout']}, "
-            f"{_ACTIVATIONS[self.activation_function]}, lm_head {'' if self.tie_word_embeddings else 'not '}tied",
+            f"{ACTIVATIONS[self.activation_function]}, lm_head {'' if self.tie_word_embeddings else 'not '}tied",
             "parameters": f"{self.n_params:,} as nanoGPT counts them (without positions), {self.n_params_total:,} in "
             f"all, {', '.join(self.dtypes)}",
             "training": f"iteration {self.iter_num:,}, best validation loss {loss}, {optimizer} optimizer state",

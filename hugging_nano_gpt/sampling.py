@@ -5,17 +5,27 @@ A prompt is encoded, and every token is written as text as soon as it is drawn. 
 
 import os
 import sys
+from dataclasses import dataclass
 from typing import Any, TextIO
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TextStreamer,
+    TopKLogitsWarper,
+)
 
 from .configuration_nano_gpt import NanoGPTConfig
 from .errors import TokenizerError
 from .folder import load_source
 from .formats.check import list_some
 from .loading import load_tokenizer
+from .modeling_nano_gpt import NanoGPTLMHeadModel
 
 # What sample.py prints after each sample.
 SEPARATOR = "---------------"
@@ -60,24 +70,99 @@ def sample_text(
         CheckpointError: If there is no whole model.
         TokenizerError: If there is no tokenizer, or the prompt has what it does not know.
     """
-    model, _ = load_source(source, **kwargs)
-    text_tokenizer = load_tokenizer(model, source, meta_path=meta_path, tokenizer=tokenizer)
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model.generation_config.eos_token_id = None
-    idx = torch.tensor([_encode(text_tokenizer, prompt)], device=model.device)
+    sampler = load_sampler(source, device=device, meta_path=meta_path, tokenizer=tokenizer, **kwargs)
+    idx = sampler.encode(prompt)
     stream = sys.stdout if stream is None else stream
-    _seed_as_sample_py(model.config, seed)
+    sampler.seed(seed)
     for _ in range(num_samples):
-        model.generate(
+        sampler.draw(
             idx,
             max_new_tokens=max_new_tokens,
-            do_sample=True,
             temperature=temperature,
             top_k=top_k,
             stride=stride,
-            streamer=_StreamWriter(text_tokenizer, stream),
+            streamer=_StreamWriter(sampler.tokenizer, stream),
         )
         print(SEPARATOR, file=stream)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A model that draws as sample.py does, and the tokenizer of its text. load_sampler makes one.
+
+    Args:
+        model: The model, on its device.
+        tokenizer: Its tokenizer.
+    """
+
+    model: NanoGPTLMHeadModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def encode(self, prompt: str) -> torch.Tensor:
+        """Returns the ids of a prompt, (1, T) int64 on the model's device.
+
+        Raises:
+            TokenizerError: If the prompt has what the tokenizer does not know, or nothing.
+        """
+        return torch.tensor([_encode(self.tokenizer, prompt)], device=self.model.device)
+
+    def seed(self, seed: int) -> None:
+        """Seeds torch's global random numbers as sample.py does: random weights are drawn before the first sample."""
+        _seed_as_sample_py(self.model.config, seed)
+
+    def draw(
+        self,
+        idx: torch.Tensor,
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        top_k: int,
+        stride: int = 1,
+        observe: LogitsProcessor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Draws a sample with torch's global random numbers.
+
+        Args:
+            idx: (1, T) int64, the prompt.
+            max_new_tokens: Tokens to draw, past block_size too.
+            temperature: Divides the logits; more than 0.
+            top_k: Number of likeliest tokens to choose among, 0 for all.
+            stride: Tokens dropped at once past block_size.
+            observe: Is called with the tokens so far (1, T) and the logits (1, V) float32 that the next is drawn from,
+                after temperature and top_k, and returns them.
+            **kwargs: What generate takes, such as `streamer` and `stopping_criteria`.
+        """
+        processors = [TemperatureLogitsWarper(float(temperature))]
+        processors += [TopKLogitsWarper(top_k)] if top_k > 0 else []
+        processors += [observe] if observe is not None else []
+        self.model.generate(
+            idx,
+            max_new_tokens=max_new_tokens,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            logits_processor=LogitsProcessorList(processors),
+            stride=stride,
+            **kwargs,
+        )
+
+
+def load_sampler(
+    source: str | os.PathLike[str],
+    *,
+    device: str | None = None,
+    meta_path: str | os.PathLike[str] | None = None,
+    tokenizer: str | None = None,
+    **kwargs: Any,
+) -> Sampler:
+    """Loads a model and its tokenizer to draw from; see sample_text for what it takes and raises."""
+    model, _ = load_source(source, **kwargs)
+    text_tokenizer = load_tokenizer(model, source, meta_path=meta_path, tokenizer=tokenizer)
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    # What else a folder's generation_config.json holds, sample.py does not know: an end of text, a top_p, a penalty.
+    model.generation_config = GenerationConfig(suppress_tokens=model.generation_config.suppress_tokens)
+    return Sampler(model, text_tokenizer)
 
 
 def _seed_as_sample_py(config: NanoGPTConfig, seed: int) -> None:

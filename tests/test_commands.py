@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2LMHeadModel
+from transformers import GenerationConfig, GPT2LMHeadModel
 
 import hugging_nano_gpt_cli
 from hugging_nano_gpt import (
@@ -49,7 +49,9 @@ def run(*arguments, text="", cwd=None):
     )
 
 
-@pytest.mark.parametrize("command", ["convert", "back", "export", "inspect", "verify", "generate", "demo"])
+@pytest.mark.parametrize(
+    "command", ["convert", "back", "export", "inspect", "verify", "generate", "playground", "demo"]
+)
 def test_help_of_each_command_names_its_arguments(command):
     result = run(command, "--help")
     assert (result.returncode, result.stderr) == (0, "")
@@ -153,6 +155,7 @@ def test_error_that_is_not_ours_takes_one_line_too(monkeypatch, capsys):
         ["export", "a", "b", "--to", "gpt3"],
         ["inspect", "a", "b"],
         ["generate", "a", "--top-k", "-1"],
+        ["playground", "a", "--port", "0"],
     ],
     ids=" ".join,
 )
@@ -225,6 +228,15 @@ def test_sampling_goes_on_behind_the_end_of_text(tmp_path):
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path)
     assert sample(tmp_path, "a", num_samples=1, max_new_tokens=9).count("<|endoftext|>") == 9
+
+
+def test_settings_of_a_folder_do_not_change_what_is_drawn(tmp_path):
+    convert_to_folder(CKPT_PATH, tmp_path, meta_path=META_PATH)
+    expected = sample(tmp_path, num_samples=1, max_new_tokens=60)
+    settings = {"do_sample": True, "top_p": 0.1, "repetition_penalty": 1.5, "eos_token_id": 1}
+    GenerationConfig(**settings).save_pretrained(tmp_path)
+    assert NanoGPTLMHeadModel.from_pretrained(tmp_path).generation_config.top_p == 0.1
+    assert sample(tmp_path, num_samples=1, max_new_tokens=60) == expected
 
 
 @pytest.mark.parametrize(("prompt", "message"), [("R\xd6MEO", "of the model's 65, got '\xd6'"), ("", "at least one")])

@@ -5,10 +5,10 @@ import hugging_nano_gpt
 PUBLIC_NAMES = """
 CharacterTable Checkpoint CheckpointError Conversion ConversionError DataError Inspection MissingDependencyError
 NanoGPTConfig NanoGPTError NanoGPTForSequenceClassification NanoGPTLMHeadModel NanoGPTModel NanoGPTPreTrainedModel
-OptimizerState TokenizerError TrainingState VerifyError VerifyReport build_character_tokenizer build_gpt2_tokenizer
-build_tiktoken_tokenizer convert_to_checkpoint convert_to_folder export_gguf export_gpt2 export_model find_tokenizer
-import_gpt2 inspect_path read_checkpoint read_meta sample_text verify_against_nanogpt verify_loss verify_models
-write_checkpoint write_meta
+OptimizerState PlaygroundError TokenizerError TrainingState VerifyError VerifyReport build_character_tokenizer
+build_gpt2_tokenizer build_tiktoken_tokenizer convert_to_checkpoint convert_to_folder export_gguf export_gpt2
+export_model find_tokenizer import_gpt2 inspect_path read_checkpoint read_meta run_playground sample_text
+verify_against_nanogpt verify_loss verify_models write_checkpoint write_meta
 """.split()
 
 
@@ -17,13 +17,15 @@ def test_public_names_are_these_and_no_others():
     assert all(hasattr(hugging_nano_gpt, name) for name in PUBLIC_NAMES)
 
 
-def test_errors_are_caught_as_one_and_as_value_errors():
+def test_errors_are_caught_as_one_and_as_builtin_errors():
     for name in ("CheckpointError", "ConversionError", "DataError", "TokenizerError"):
         error = getattr(hugging_nano_gpt, name)
         assert issubclass(error, hugging_nano_gpt.NanoGPTError)
         assert issubclass(error, ValueError)
     assert issubclass(hugging_nano_gpt.VerifyError, hugging_nano_gpt.NanoGPTError)
     assert issubclass(hugging_nano_gpt.VerifyError, RuntimeError)
+    assert issubclass(hugging_nano_gpt.PlaygroundError, hugging_nano_gpt.NanoGPTError)
+    assert issubclass(hugging_nano_gpt.PlaygroundError, OSError)
 
 
 def test_missing_dependency_is_caught_as_an_import_error():
