@@ -2,7 +2,8 @@
 
 Byte-level BPE is llama.cpp's "gpt2". Characters are its "rwkv", which takes the longest token that the text goes on
 with. They cannot be "gpt2" or "llama" there: those have an end of text whether the file names one or not (token 11 or
-2), and a character that ends the text would be one that the model can never write.
+2), and a character that ends the text would be one that the model can never write. "rwkv" has a trap of its own
+(_find_traps), out of which rows of the model that no token has lead.
 
 Source: llama.cpp's src/llama-vocab.cpp, as in llama-cpp-python 0.3.36.
 """
@@ -73,7 +74,7 @@ def add_vocabulary(
         add(False)
     unknown = None if merges else tokenizer.get_vocab().get(parts["model"]["unk_token"])
     _add_special_tokens(writer, tokenizer, unknown, needs_bos=bool(merges))
-    return _find_oddities(tokenizer, tokens, is_bpe=bool(merges))
+    return _find_oddities(tokenizer, tokens, types, is_bpe=bool(merges))
 
 
 def _read_parts(where: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -134,9 +135,12 @@ def _list_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int, *, is_bpe:
     """Returns how the token of each id is spelt, and of which type it is."""
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
+    stops = iter([] if is_bpe else _find_traps(tokenizer))
     tokens, types = [], []
     for index in range(vocab_size):
-        if index not in by_id:  # 0xff is in no text, so that what follows it is never found in one
+        if index not in by_id and (stop := next(stops, None)) is not None:
+            token, kind = rf"\x{stop:02x}", _UNUSED
+        elif index not in by_id:  # 0xff is in no text, so that what follows it is never found in one
             token, kind = f"[PAD{index}]" if is_bpe else rf"\xff[PAD{index}]", _UNUSED
         elif index in added and (is_bpe or len(by_id[index]) > 1):
             token, kind = by_id[index], _CONTROL if added[index].special else _USER_DEFINED
@@ -171,19 +175,27 @@ def _add_special_tokens(
             add(index)
 
 
-def _find_oddities(tokenizer: PreTrainedTokenizerBase, tokens: list[str], *, is_bpe: bool) -> list[str]:
-    if is_bpe:
-        if tokenizer.eos_token_id is None and len(tokens) > _GPT2_EOS:
-            return [
-                f"the tokenizer names no end of text, so that llama.cpp ends at token {_GPT2_EOS}, "
-                f"{tokens[_GPT2_EOS]!r}: give the tokenizer an eos_token"
-            ]
-        return []
+def _find_traps(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Finds the bytes that lead into longer tokens and are none themselves.
+
+    After one of them "rwkv" has to find a whole token, or else starts again from the beginning of the text, for ever.
+    """
     spelt = [token.encode() for token in tokenizer.get_vocab()]
-    traps = sorted({token[0] for token in spelt if len(token) > 1} - {token[0] for token in spelt if len(token) == 1})
-    if not traps:
-        return []
-    return [
-        f"characters that are not the model's, but begin in UTF-8 with a byte that leads into its longer tokens "
-        f"({list_some([*map(hex, traps)])}), make llama.cpp hang: leave them out of prompts"
-    ]
+    return sorted({each[0] for each in spelt if len(each) > 1} - {each[0] for each in spelt if len(each) == 1})
+
+
+def _find_oddities(
+    tokenizer: PreTrainedTokenizerBase, tokens: list[str], types: list[int], *, is_bpe: bool
+) -> list[str]:
+    if not is_bpe and (traps := _find_traps(tokenizer)[types.count(_UNUSED) :]):
+        return [
+            f"characters that are not the model's make llama.cpp hang if they begin in UTF-8 with one of the bytes "
+            f"{list_some([*map(hex, traps)])}, as the model's do: leave them out of prompts, or export the model with "
+            f"more rows, after model.resize_token_embeddings({len(tokens) + len(traps)})"
+        ]
+    if is_bpe and tokenizer.eos_token_id is None and len(tokens) > _GPT2_EOS:
+        return [
+            f"the tokenizer names no end of text, so that llama.cpp ends at token {_GPT2_EOS}, "
+            f"{tokens[_GPT2_EOS]!r}: give the tokenizer an eos_token"
+        ]
+    return []
