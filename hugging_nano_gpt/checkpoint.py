@@ -57,7 +57,10 @@ def read_checkpoint(
     if activation_function not in (None, *ACTIVATION_FUNCTIONS):
         raise fail(path, f"expected a GELU of {ACTIVATION_FUNCTIONS}, got {activation_function!r}", "give one of them")
     checkpoint = _settle_tying(replace(checkpoint, path=path), tie_word_embeddings)
-    return replace(checkpoint, activation_function=activation_function or checkpoint.activation_function)
+    if activation_function is None:
+        return checkpoint
+    assumptions = tuple(text for text in checkpoint.assumptions if "GELU" not in text)  # it is told now
+    return replace(checkpoint, activation_function=activation_function, assumptions=assumptions)
 
 
 def write_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str], *, to: str = nanogpt.NAME) -> None:

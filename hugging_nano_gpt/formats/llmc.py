@@ -68,7 +68,10 @@ def read(path: Path) -> Checkpoint:
         activation_function=ACTIVATION_FUNCTION,
         n_tokens=n_tokens,
         format=NAME,
-        assumptions=("tanh GELU and no dropout, as llm.c computes: the file does not record them",),
+        assumptions=(
+            "tanh GELU, as llm.c computes: the file does not record it",
+            "dropout 0.0, as llm.c has none: the file does not record it",
+        ),
     )
 
 
