@@ -23,7 +23,7 @@ clients: $(CLIENTS_READY)
 	$(CLIENTS_VENV)/bin/python -m pytest tests/test_examples.py -k "quantize or evaluate"
 
 exports: $(EXPORTS_READY)
-	$(EXPORTS_VENV)/bin/python -m pytest tests/test_gguf.py tests/test_llama_cpp.py tests/test_onnx.py tests/test_playground.py
+	$(EXPORTS_VENV)/bin/python -m pytest tests/test_gguf.py tests/test_gguf_vocabulary.py tests/test_llama_cpp.py tests/test_onnx.py tests/test_playground.py
 
 check: $(READY)
 	$(VENV)/bin/ruff format --check .

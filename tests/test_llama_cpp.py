@@ -31,7 +31,8 @@ from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
 from .test_bpe import make_encoding, make_gpt2, make_texts
 from .test_family import MEMBERS
-from .test_gguf import UNICODE, make_kind, read_gelu_note, spoil_tensors
+from .test_gguf import make_kind, read_gelu_note, spoil_tensors
+from .test_gguf_vocabulary import UNICODE
 from .tiny import FIXTURES_DIR, make_batch
 
 llama_cpp = pytest.importorskip("llama_cpp")

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from ..configuration_nano_gpt import NanoGPTConfig
 from ..errors import ConversionError, MissingDependencyError
 from ..formats.atomic import check_file, open_atomically
-from ..formats.check import list_some
+from ..formats.check import join_some
 from ..loading import check_tokenizer
 from ..modeling_nano_gpt import NanoGPTLMHeadModel
 from .gguf_vocabulary import add_vocabulary
@@ -140,14 +140,12 @@ def _choose_types(
         kind = "f32" if tensor.ndim == 1 or new_name == _ALWAYS_F32 else file_type
         if kind == "q8_0" and tensor.shape[-1] % _Q8_0_BLOCK:
             kind = "f16"
-        if max(map(abs, torch.aminmax(tensor))) > _FILE_TYPES[kind][1]:
-            beyond.append(name)
+        largest, limit = max(map(abs, torch.aminmax(tensor))).item(), _FILE_TYPES[kind][1]
+        if largest > limit:
+            beyond.append(f"{name}: expected at most {limit:g} for {kind}, got {largest:g}")
         typed[new_name] = (tensor, gguf.GGMLQuantizationType[kind.upper()])
     if beyond:
-        raise ConversionError(
-            f"{where}: numbers are too large for {file_type}: expected at most {_FILE_TYPES[file_type][1]:g}, got "
-            f"larger ones in {list_some(beyond)}; give another file type"
-        )
+        raise ConversionError(f"{where}: numbers are too large: {join_some(beyond)}; give another file type")
     return typed
 
 
