@@ -58,6 +58,7 @@ class _Format(StrEnum):
     """export_model's formats; importing them from there would import torch."""
 
     GPT2 = "gpt2"
+    ONNX = "onnx"
 
 
 _Source = Annotated[str, typer.Argument(metavar="SOURCE", help="Checkpoint file, saved folder or hub id.")]
@@ -124,7 +125,9 @@ def back(
 def export(
     source: _Source,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
-    to: Annotated[_Format, typer.Option("--to", help="Whose layout: gpt2 is stock GPT2LMHeadModel's.")],
+    to: Annotated[
+        _Format, typer.Option("--to", help="Whose layout: gpt2 is stock GPT2LMHeadModel's, onnx is for ONNX Runtime.")
+    ],
     meta: _Meta = None,
     tokenizer: _Tokenizer = None,
     dtype: _DtypeOption = None,

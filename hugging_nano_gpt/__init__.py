@@ -17,6 +17,7 @@ from .errors import (
 )
 from .export.exporting import export_model
 from .export.gpt2 import export_gpt2, import_gpt2
+from .export.onnx import export_onnx
 from .folder import Conversion, convert_to_checkpoint, convert_to_folder
 from .inspection import Inspection, inspect_path
 from .modeling_nano_gpt import (
@@ -56,6 +57,7 @@ __all__ = [
     "convert_to_folder",
     "export_gpt2",
     "export_model",
+    "export_onnx",
     "find_tokenizer",
     "import_gpt2",
     "inspect_path",

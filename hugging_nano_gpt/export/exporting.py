@@ -11,9 +11,10 @@ from typing import Any
 from ..errors import ConversionError
 from ..folder import Conversion, find_tokenizer_or_reason, load_source
 from .gpt2 import export_gpt2
+from .onnx import export_onnx
 
 # Each is called as f(model, out, tokenizer=, overwrite=), writes all or nothing, and returns what it does not keep.
-_EXPORTERS: dict[str, Callable[..., tuple[str, ...]]] = {"gpt2": export_gpt2}
+_EXPORTERS: dict[str, Callable[..., tuple[str, ...]]] = {"gpt2": export_gpt2, "onnx": export_onnx}
 
 
 def export_model(
@@ -31,7 +32,7 @@ def export_model(
     Args:
         source: Checkpoint file of the nanoGPT family, folder that save_pretrained wrote, or Hub id. It is only read.
         out: Folder or file to write, as the format has it.
-        to: "gpt2", a folder for stock GPT2LMHeadModel.
+        to: "gpt2", a folder for stock GPT2LMHeadModel; "onnx", a folder for ONNX Runtime.
         meta_path: meta.pkl of the model's characters, in place of the tokenizer that belongs to the source.
         tokenizer: Name, folder or Hub id of a tokenizer, in place of meta_path.
         overwrite: Whether what is there may be replaced.
@@ -41,6 +42,7 @@ def export_model(
         ConversionError: If the format cannot express the model, or something is there and overwrite is not given.
         CheckpointError: If there is no whole model.
         TokenizerError: If the tokenizer asked for cannot be had, or does not fit the model.
+        MissingDependencyError: If the format needs a package that is not installed.
     """
     if to not in _EXPORTERS:
         raise ConversionError(f"{out}: expected a format of {list(_EXPORTERS)}, got {to!r}; give one of them")

@@ -140,21 +140,30 @@ def import_gpt2(
         )
     config = _make_config(where, gpt2.config, dropout)
     tensors = _transpose({name: tensor.clone() for name, tensor in export_state_dict(gpt2).items()})
-    _check_tensors(where, config, tensors)
+    check_tensors(where, config, tensors)
     config.bias = _settle_bias(where, tensors, bias, was_without=not getattr(gpt2.config, "nanogpt_bias", True))
     state_dict = _select(tensors, _list_args(config), is_tied=config.tie_word_embeddings)
     model: NanoGPTLMHeadModel = NanoGPTLMHeadModel.from_pretrained(
         None, config=config, state_dict=state_dict, **kwargs
     )
     model.name_or_path = model.config.name_or_path = where
-    model.generation_config = _copy_settings(gpt2)
+    model.generation_config = copy_settings(gpt2)
     return model
 
 
 def _make_gpt2(model: NanoGPTLMHeadModel, folder: Path) -> GPT2LMHeadModel:
     tensors, config = export_state_dict(model), model.config
-    _check_tensors(os.fspath(folder), config, tensors)
-    gpt2_config = GPT2Config(
+    check_tensors(os.fspath(folder), config, tensors)
+    gpt2_config = make_gpt2_config(config)
+    selected = _select(tensors, {**_list_args(config), "bias": True}, config.tie_word_embeddings)
+    gpt2: GPT2LMHeadModel = GPT2LMHeadModel.from_pretrained(None, config=gpt2_config, state_dict=_transpose(selected))
+    gpt2.generation_config = copy_settings(model)
+    return gpt2
+
+
+def make_gpt2_config(config: NanoGPTConfig) -> GPT2Config:
+    """Makes the configuration of the GPT-2 that computes the same, with zeros for biases that are not there."""
+    return GPT2Config(
         **{name: getattr(config, name) for name in _SHARED_FIELDS},
         **dict.fromkeys(_DROPOUTS, config.dropout),
         n_positions=config.block_size,
@@ -163,10 +172,6 @@ def _make_gpt2(model: NanoGPTLMHeadModel, folder: Path) -> GPT2LMHeadModel:
         nanogpt_bias=config.bias,  # for the way back, as nanogpt_training_state is
         nanogpt_training_state=config.nanogpt_training_state,
     )
-    selected = _select(tensors, {**_list_args(config), "bias": True}, config.tie_word_embeddings)
-    gpt2: GPT2LMHeadModel = GPT2LMHeadModel.from_pretrained(None, config=gpt2_config, state_dict=_transpose(selected))
-    gpt2.generation_config = _copy_settings(model)
-    return gpt2
 
 
 def _make_config(where: str, gpt2: PreTrainedConfig, dropout: float | None) -> NanoGPTConfig:
@@ -234,7 +239,7 @@ def _check_options(where: str, config: PreTrainedConfig, dropout: float | None) 
         )
 
 
-def _check_tensors(where: str, config: NanoGPTConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+def check_tensors(where: str, config: NanoGPTConfig, tensors: Mapping[str, torch.Tensor]) -> None:
     """Raises ConversionError where tensors, in nanoGPT's layout, are not a nanoGPT model of finite numbers."""
     faults = find_dense_faults(tensors)
     faults = faults or find_model_faults(_list_args(config), tensors)
@@ -261,6 +266,6 @@ def _settle_bias(where: str, tensors: Mapping[str, torch.Tensor], bias: bool | N
     return bool(trained) or (not was_without if bias is None else bias)
 
 
-def _copy_settings(model: PreTrainedModel) -> GenerationConfig:
+def copy_settings(model: PreTrainedModel) -> GenerationConfig:
     """Copies what generate starts, stops and chooses with."""
     return GenerationConfig.from_dict(model.generation_config.to_dict())
