@@ -55,6 +55,7 @@ bench: $(READY)
 	$(VENV)/bin/python benchmarks/load.py
 	$(VENV)/bin/python benchmarks/train_step.py
 	$(VENV)/bin/python benchmarks/generate.py --rounds 3
+	$(VENV)/bin/python benchmarks/onnx_runtime.py --rounds 3
 
 clean:
 	rm -rf $(VENV) $(CLIENTS_VENV) $(EXPORTS_VENV)

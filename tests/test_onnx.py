@@ -38,7 +38,7 @@ pytest.importorskip("onnxruntime")
 
 from .runtime import Runtime  # noqa: E402  # after the check that it can be imported
 
-# Of the order of float32 sums, with logits of up to 25; docs/exporting.md has what was measured.
+# For the order of float32 sums, with logits of up to 13; docs/exporting.md has what was measured.
 ATOL = 1e-4
 DOC = (Path(__file__).parent.parent / "docs" / "exporting.md").read_text()
 

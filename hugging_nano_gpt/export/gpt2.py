@@ -155,6 +155,8 @@ def _make_gpt2(model: NanoGPTLMHeadModel, folder: Path) -> GPT2LMHeadModel:
     tensors, config = export_state_dict(model), model.config
     check_tensors(os.fspath(folder), config, tensors)
     gpt2_config = make_gpt2_config(config)
+    gpt2_config.nanogpt_bias = config.bias  # for the way back, as nanogpt_training_state is
+    gpt2_config.nanogpt_training_state = config.nanogpt_training_state
     selected = _select(tensors, {**_list_args(config), "bias": True}, config.tie_word_embeddings)
     gpt2: GPT2LMHeadModel = GPT2LMHeadModel.from_pretrained(None, config=gpt2_config, state_dict=_transpose(selected))
     gpt2.generation_config = copy_settings(model)
@@ -162,15 +164,13 @@ def _make_gpt2(model: NanoGPTLMHeadModel, folder: Path) -> GPT2LMHeadModel:
 
 
 def make_gpt2_config(config: NanoGPTConfig) -> GPT2Config:
-    """Makes the configuration of the GPT-2 that computes the same, with zeros for biases that are not there."""
+    """Makes the configuration of the GPT-2 that computes the same."""
     return GPT2Config(
         **{name: getattr(config, name) for name in _SHARED_FIELDS},
         **dict.fromkeys(_DROPOUTS, config.dropout),
         n_positions=config.block_size,
         n_ctx=config.block_size,  # llama.cpp's converter reads it, and Transformers 5 does not write it by itself
         layer_norm_epsilon=_EPSILON,
-        nanogpt_bias=config.bias,  # for the way back, as nanogpt_training_state is
-        nanogpt_training_state=config.nanogpt_training_state,
     )
 
 

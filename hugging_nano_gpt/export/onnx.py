@@ -2,7 +2,7 @@
 
 torch.export records the model's own forward pass and torch.onnx translates it, so there is no second implementation to
 keep right. Inputs and outputs have the names that Optimum and transformers.js know, and the weights nanoGPT's names,
-layout and bits. No operator is of one runtime only, which costs nothing: ONNX Runtime fuses them when it loads them.
+layout and bits. No operator is of one runtime only. The price of recording is time: seconds, more with more layers.
 
 Shapes: B batch, T tokens, P tokens before them, S = P + T keys, H heads, D head size, V vocabulary.
 """
