@@ -139,8 +139,7 @@ def test_untied_weights_are_stored_in_the_models_bits(quick, tmp_path):
 
 def test_file_tells_nothing_of_the_machine_it_was_made_on(demo_folder):
     contents = (demo_folder / "model.onnx").read_bytes()
-    assert b"hugging_nano_gpt/" not in contents
-    assert b".py" not in contents
+    assert not [each for each in (b"hugging_nano_gpt", b"site-packages", b"stack_trace") if each in contents]
 
 
 def test_swapped_weights_show(demo, demo_folder, tmp_path):
@@ -211,8 +210,8 @@ def test_folder_has_what_other_programs_read(demo_folder):
 
 
 def test_exporting_says_nothing_and_leaves_the_model_as_it_was(tmp_path, capfd):
-    """Of a model in bfloat16, which becomes float32, in training mode."""
-    model, idx = make_model(n_layer=1).to(torch.bfloat16).train(), make_batch(2, 9)[0]
+    """Of a model in bfloat16, which becomes float32, in training mode with dropout."""
+    model, idx = make_model(n_layer=1, dropout=0.25).to(torch.bfloat16).train(), make_batch(2, 9)[0]
     before, config = {name: t.clone() for name, t in model.state_dict().items()}, model.config.to_dict()
     disable_progress_bar()  # of Transformers' loading
     capfd.readouterr()

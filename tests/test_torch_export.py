@@ -14,7 +14,9 @@ from .tiny import TORCH_VERSION, make_batch, make_model
 
 SIZES = ((2, 9), (1, 1), (1, 32), (3, 17), (5, 2))  # (B, T); the first is the example that is recorded
 
-pytestmark = pytest.mark.skipif(TORCH_VERSION < (2, 11), reason="the graphs of older releases were not looked at")
+pytestmark = pytest.mark.skipif(
+    TORCH_VERSION < (2, 11), reason="torch 2.6 fails in its own code with a mask or a cache"
+)
 
 
 def make_inputs(batch, length, has_mask):

@@ -8,11 +8,12 @@ Shapes: B batch, T tokens, P tokens before them, S = P + T keys, H heads, D head
 """
 
 import importlib.util
+import io
 import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def _make_plain(model: NanoGPTLMHeadModel, folder: Path) -> NanoGPTLMHeadModel:
     plain: NanoGPTLMHeadModel = NanoGPTLMHeadModel.from_pretrained(
         None, config=config, state_dict=tensors, dtype=dtype, attn_implementation="eager"
     )
-    return plain.eval()
+    return plain
 
 
 def _make_graph(model: NanoGPTLMHeadModel) -> Any:
@@ -190,7 +191,7 @@ def _record(model: NanoGPTLMHeadModel) -> torch.export.ExportedProgram:
     tokens = torch.zeros(batch, length, dtype=torch.long)
     attention_mask = torch.ones(batch, past_length + length, dtype=torch.long)
     past = torch.zeros(batch, config.n_head, past_length, config.n_embd // config.n_head, dtype=model.dtype)
-    b, t, p = map(torch.export.Dim, sizes)
+    b, t, p = (torch.export.Dim(name, max=1 << 30) for name in sizes)  # torch 2.6 asks for an end
     dynamic_shapes = (
         {0: b, 1: t},
         {0: b, 1: torch.export.Dim.AUTO},  # p + t, which cannot be written and is found out
@@ -234,7 +235,7 @@ def _quiet() -> Iterator[None]:
     for logger in levels:  # that torchvision is not installed, and that weights which are inputs are not merged
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # onnxscript 0.6 prints its rewrite rules
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             yield
     finally:
