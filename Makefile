@@ -22,8 +22,9 @@ clients: $(CLIENTS_READY)
 	$(CLIENTS_VENV)/bin/python -m pytest tests/test_quantization.py tests/test_lm_eval.py tests/test_peft.py
 	$(CLIENTS_VENV)/bin/python -m pytest tests/test_examples.py -k "quantize or evaluate"
 
+exports: export EXPORTS = 1
 exports: $(EXPORTS_READY)
-	$(EXPORTS_VENV)/bin/python -m pytest tests/test_gguf.py tests/test_gguf_vocabulary.py tests/test_llama_cpp.py tests/test_onnx.py tests/test_playground.py
+	$(EXPORTS_VENV)/bin/python -m pytest tests/test_gguf.py tests/test_gguf_vocabulary.py tests/test_llama_cpp.py tests/test_onnx.py tests/test_onnx_runtime.py tests/test_playground.py
 
 check: $(READY)
 	$(VENV)/bin/ruff format --check .
@@ -54,6 +55,7 @@ bench: $(READY)
 	$(VENV)/bin/python benchmarks/load.py
 	$(VENV)/bin/python benchmarks/train_step.py
 	$(VENV)/bin/python benchmarks/generate.py --rounds 3
+	$(VENV)/bin/python benchmarks/onnx_runtime.py --rounds 3
 
 clean:
 	rm -rf $(VENV) $(CLIENTS_VENV) $(EXPORTS_VENV)

@@ -59,6 +59,7 @@ class _Format(StrEnum):
 
     GPT2 = "gpt2"
     GGUF = "gguf"
+    ONNX = "onnx"
 
 
 class _FileType(StrEnum):
@@ -134,7 +135,11 @@ def export(
     source: _Source,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder or file to write.")],
     to: Annotated[
-        _Format, typer.Option("--to", help="Whose layout: gpt2 is stock GPT2LMHeadModel's, gguf llama.cpp's.")
+        _Format,
+        typer.Option(
+            "--to",
+            help="gpt2: a folder for GPT2LMHeadModel; gguf: a file for llama.cpp; onnx: a folder for ONNX Runtime.",
+        ),
     ],
     meta: _Meta = None,
     tokenizer: _Tokenizer = None,

@@ -19,6 +19,7 @@ from .errors import (
 from .export.exporting import export_model
 from .export.gguf import export_gguf
 from .export.gpt2 import export_gpt2, import_gpt2
+from .export.onnx import export_onnx
 from .folder import Conversion, convert_to_checkpoint, convert_to_folder
 from .inspection import Inspection, inspect_path
 from .modeling_nano_gpt import (
@@ -61,6 +62,7 @@ __all__ = [
     "export_gguf",
     "export_gpt2",
     "export_model",
+    "export_onnx",
     "find_tokenizer",
     "import_gpt2",
     "inspect_path",

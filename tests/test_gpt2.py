@@ -430,7 +430,8 @@ def test_exporting_md_python_runs_as_written(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     shutil.copy(CKPT_PATH, tmp_path / "out" / "ckpt.pt")
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", DOC, flags=re.DOTALL)
+    sections = re.findall(r"^## (?:From )?GPT-2$.*?(?=^## |\Z)", DOC, flags=re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", "".join(sections), flags=re.DOTALL)
     for block in blocks:
         exec(block, {})
     assert len(blocks) == 2

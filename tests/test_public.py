@@ -7,7 +7,7 @@ CharacterTable Checkpoint CheckpointError Conversion ConversionError DataError I
 NanoGPTConfig NanoGPTError NanoGPTForSequenceClassification NanoGPTLMHeadModel NanoGPTModel NanoGPTPreTrainedModel
 OptimizerState PlaygroundError TokenizerError TrainingState VerifyError VerifyReport build_character_tokenizer
 build_gpt2_tokenizer build_tiktoken_tokenizer convert_to_checkpoint convert_to_folder export_gguf export_gpt2
-export_model find_tokenizer import_gpt2 inspect_path read_checkpoint read_meta run_playground sample_text
+export_model export_onnx find_tokenizer import_gpt2 inspect_path read_checkpoint read_meta run_playground sample_text
 verify_against_nanogpt verify_loss verify_models write_checkpoint write_meta
 """.split()
 

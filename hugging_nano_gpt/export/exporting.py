@@ -13,9 +13,14 @@ from ..folder import Conversion, check_other_place, load_source
 from ..loading import find_tokenizer_or_reason
 from .gguf import export_gguf
 from .gpt2 import export_gpt2
+from .onnx import export_onnx
 
 # Each is called as f(model, out, tokenizer=, overwrite=), writes all or nothing, and returns what it does not keep.
-_EXPORTERS: dict[str, Callable[..., tuple[str, ...]]] = {"gpt2": export_gpt2, "gguf": export_gguf}
+_EXPORTERS: dict[str, Callable[..., tuple[str, ...]]] = {
+    "gpt2": export_gpt2,
+    "gguf": export_gguf,
+    "onnx": export_onnx,
+}
 
 
 def export_model(
@@ -34,7 +39,8 @@ def export_model(
     Args:
         source: Checkpoint file of the nanoGPT family, folder that save_pretrained wrote, or Hub id. It is only read.
         out: Folder or file to write, as the format has it.
-        to: "gpt2", a folder for stock GPT2LMHeadModel; or "gguf", a file for llama.cpp.
+        to: "gpt2", a folder for stock GPT2LMHeadModel; "gguf", a file for llama.cpp; "onnx", a folder for ONNX
+            Runtime.
         meta_path: meta.pkl of the model's characters, in place of the tokenizer that belongs to the source.
         tokenizer: Name, folder or Hub id of a tokenizer, in place of meta_path.
         file_type: For "gguf" alone: "f32" (the default), "f16" or "q8_0".
@@ -45,6 +51,7 @@ def export_model(
         ConversionError: If the format cannot express the model, or something is there and overwrite is not given.
         CheckpointError: If there is no whole model.
         TokenizerError: If the tokenizer asked for cannot be had, or does not fit the model.
+        MissingDependencyError: If the format needs a package that is not installed.
     """
     if to not in _EXPORTERS:
         raise ConversionError(f"{out}: expected a format of {list(_EXPORTERS)}, got {to!r}; give one of them")

@@ -148,25 +148,30 @@ def import_gpt2(
         None, config=config, state_dict=state_dict, **kwargs
     )
     model.name_or_path = model.config.name_or_path = where
-    model.generation_config = _copy_settings(gpt2)
+    model.generation_config = copy_settings(gpt2)
     return model
 
 
 def _make_gpt2(model: NanoGPTLMHeadModel, folder: Path) -> GPT2LMHeadModel:
     tensors, config = take_tensors(os.fspath(folder), model), model.config
-    gpt2_config = GPT2Config(
+    gpt2_config = make_gpt2_config(config)
+    gpt2_config.nanogpt_bias = config.bias  # for the way back, as nanogpt_training_state is
+    gpt2_config.nanogpt_training_state = config.nanogpt_training_state
+    selected = select_tensors(tensors, {**list_args(config), "bias": True}, config.tie_word_embeddings)
+    gpt2: GPT2LMHeadModel = GPT2LMHeadModel.from_pretrained(None, config=gpt2_config, state_dict=_transpose(selected))
+    gpt2.generation_config = copy_settings(model)
+    return gpt2
+
+
+def make_gpt2_config(config: NanoGPTConfig) -> GPT2Config:
+    """Makes the configuration of the GPT-2 that computes the same."""
+    return GPT2Config(
         **{name: getattr(config, name) for name in _SHARED_FIELDS},
         **dict.fromkeys(_DROPOUTS, config.dropout),
         n_positions=config.block_size,
         n_ctx=config.block_size,  # llama.cpp's converter reads it, and Transformers 5 does not write it by itself
         layer_norm_epsilon=_EPSILON,
-        nanogpt_bias=config.bias,  # for the way back, as nanogpt_training_state is
-        nanogpt_training_state=config.nanogpt_training_state,
     )
-    selected = select_tensors(tensors, {**list_args(config), "bias": True}, config.tie_word_embeddings)
-    gpt2: GPT2LMHeadModel = GPT2LMHeadModel.from_pretrained(None, config=gpt2_config, state_dict=_transpose(selected))
-    gpt2.generation_config = _copy_settings(model)
-    return gpt2
 
 
 def _make_config(where: str, gpt2: PreTrainedConfig, dropout: float | None) -> NanoGPTConfig:
@@ -234,6 +239,6 @@ def _settle_bias(where: str, tensors: Mapping[str, torch.Tensor], bias: bool | N
     return bool(trained) or (not was_without if bias is None else bias)
 
 
-def _copy_settings(model: PreTrainedModel) -> GenerationConfig:
+def copy_settings(model: PreTrainedModel) -> GenerationConfig:
     """Copies what generate starts, stops and chooses with."""
     return GenerationConfig.from_dict(model.generation_config.to_dict())

@@ -139,7 +139,8 @@ def open_folder(folder: Path) -> Iterator[Path]:
 
 def _move_files(temporary: Path, folder: Path) -> None:
     new = {path.name for path in temporary.iterdir()}
-    stale = [path for path in folder.glob("model*.safetensors*") if path.name not in new]  # of a model in more pieces
+    weights = (path for pattern in ("model*.safetensors*", "model.onnx*") for path in folder.glob(pattern))
+    stale = [path for path in weights if path.name not in new]  # of another model, or of one in more pieces
     for name in sorted(new, key=lambda name: (name == "config.json", name)):  # without it, a folder is no model
         if name != "README.md" or not (folder / name).exists():  # the card there is the user's
             (temporary / name).replace(folder / name)
