@@ -63,7 +63,7 @@ def _check_gradio() -> None:
         import gradio  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError(
-            "playground: Gradio is not installed; pip install 'hugging-nano-gpt[playground]'"
+            "playground: Gradio is not installed; pip install 'gradio>=6.24'"
         ) from error
 
 
