@@ -6,7 +6,7 @@ continues 20 prompts, of 1 token to one less than block_size, up to block_size; 
 not have and, as text, the OpenAI server. A position table moved on by one row shows that the comparison can fail. Then
 vLLM's offline engine and our generate continue the same prompts in turns, with the same number of threads.
 
-Run: make vllm, which sets vLLM up; or python benchmarks/serve_vllm.py [--rounds 3] [--sizes demo 124m]
+Run: make vllm, which sets vLLM up; or python benchmarks/serve_vllm.py [--rounds 5] [--sizes demo 124m]
 The last line is one JSON object: equal prompts, tokens/s, ratios, versions and threads. The exit code is 1 if a token
 differs.
 """
@@ -105,9 +105,12 @@ def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv-vllm", help="vLLM's environment (.venv-vllm)")
-    parser.add_argument("--rounds", type=int, default=3, help="timed rounds of each size (default 3)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each size (default 5)")
     parser.add_argument("--sizes", nargs="*", choices=NEW_TOKENS, default=["demo", "124m"], help="what is timed")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not (args.venv / "plugin").is_dir():
+        parser.error(f"{args.venv}: expected vLLM's environment, with this package in its plugin/; run: make vllm")
+    return args
 
 
 def make_demo(place: Place) -> Case:

@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ WORKER_PATH = Path(__file__).with_name("vllm_worker.py")
 START_TIMEOUT_S = 600
 STOP_TIMEOUT_S = 30
 
-# A server that answers nothing else, without a proxy of the environment.
+# Past any proxy that the environment names.
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
