@@ -7,8 +7,8 @@ not have and, as text, the OpenAI server. A position table moved on by one row s
 vLLM's offline engine and our generate continue the same prompts in turns, with the same number of threads.
 
 Run: make vllm, which sets vLLM up; or python benchmarks/serve_vllm.py [--rounds 5] [--sizes demo 124m]
-The last line is one JSON object: equal prompts, tokens/s, ratios, versions and threads. The exit code is 1 if a token
-differs.
+The last line is one JSON object: equal prompts, tokens/s, ratios, versions and threads. The exit code is 1 if a check
+fails.
 """
 
 import argparse
