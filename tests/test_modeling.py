@@ -2,7 +2,6 @@
 
 import ast
 import inspect
-import textwrap
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from hugging_nano_gpt import (
     NanoGPTForSequenceClassification,
     NanoGPTLMHeadModel,
     NanoGPTModel,
-    modeling_nano_gpt,
 )
 
 from .tiny import MODEL_ARGS, TORCH_VERSION, make_batch, make_model
@@ -353,16 +351,6 @@ def test_decay_groups_of_trainer_are_those_of_nanogpt():
     decayed = get_parameter_names(model, [nn.LayerNorm], ["bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)"])
     expected = [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
     assert [name for name in decayed if name != "lm_head.weight"] == expected
-
-
-def test_attention_source_keeps_the_shape_that_vllm_reads():
-    """vLLM's Transformers backend rewrites this source: one interface in a local, called once, and a literal split."""
-    source = ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(modeling_nano_gpt.NanoGPTAttention.forward))))
-    assert source.count("ALL_ATTENTION_FUNCTIONS.get_interface(") == 1
-    assert source.count("attention_interface(") == 1
-    assert "self.c_attn(hidden_states).split((C, C, C), dim=-1)" in source
-    assert "scaling=self.scaling" in source
-    assert "hidden_states: torch.Tensor" in source
 
 
 @pytest.mark.parametrize(

@@ -62,9 +62,7 @@ def _check_gradio() -> None:
     try:
         import gradio  # noqa: F401
     except ImportError as error:
-        raise MissingDependencyError(
-            "playground: Gradio is not installed; pip install 'gradio>=6.24'"
-        ) from error
+        raise MissingDependencyError("playground: Gradio is not installed; pip install 'gradio>=6.24'") from error
 
 
 def _check_port(port: int) -> None:
