@@ -56,6 +56,7 @@ def run(monkeypatch, capsys):
 
     yield run_here
     logging.set_verbosity(verbosity)
+    logging.get_logger("hugging_nano_gpt").setLevel("NOTSET")
     logging.enable_progress_bar()
 
 
