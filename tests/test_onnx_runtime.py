@@ -1,6 +1,5 @@
-"""ONNX Runtime on every fixture and every kind of model: minutes, so only where `make exports` sets EXPORTS."""
+"""ONNX Runtime on every fixture and every kind of model: minutes, so only `make exports` runs it."""
 
-import os
 import re
 
 import numpy as np
@@ -13,8 +12,7 @@ from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 from .test_family import MEMBERS
 from .tiny import FIXTURES_DIR, MODEL_ARGS, make_batch, make_model
 
-if not os.environ.get("EXPORTS"):
-    pytest.skip("takes minutes: make exports, or set EXPORTS=1", allow_module_level=True)
+pytestmark = pytest.mark.slow
 for name in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(name)
 

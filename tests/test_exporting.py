@@ -1,0 +1,82 @@
+"""What every exporter refuses, whatever it writes: models that are not whole or plain, and tokenizers too large."""
+
+import pytest
+import torch
+
+from hugging_nano_gpt import (
+    ConversionError,
+    NanoGPTConfig,
+    NanoGPTForSequenceClassification,
+    TokenizerError,
+    build_character_tokenizer,
+    export_gguf,
+    export_gpt2,
+    export_onnx,
+    read_meta,
+)
+from hugging_nano_gpt.demo import META_PATH
+
+from .tiny import MODEL_ARGS, make_model
+
+NEEDED = {export_gpt2: (), export_gguf: ("gguf",), export_onnx: ("onnx", "onnxscript")}
+
+
+@pytest.fixture(params=NEEDED, ids=lambda export: export.__name__)
+def export(request):
+    for name in NEEDED[request.param]:
+        pytest.importorskip(name)
+    return request.param
+
+
+def make_wrapped():
+    model = make_model()
+    model.transformer.h[0].mlp.c_fc = torch.nn.Sequential(model.transformer.h[0].mlp.c_fc)
+    return model
+
+
+def make_diverged():
+    model = make_model()
+    with torch.no_grad():
+        model.transformer.wpe.weight[0, 0] = torch.nan
+    return model
+
+
+def make_with_head(weight):
+    model = make_model()
+    model.lm_head.weight = torch.nn.Parameter(weight)
+    return model
+
+
+def make_quantised():
+    return make_with_head(torch.ones(65, 32).as_subclass(type("Int8", (torch.Tensor,), {})))
+
+
+def make_loosened():
+    return make_with_head(torch.ones(65, 32))
+
+
+def make_classifier():
+    return NanoGPTForSequenceClassification(NanoGPTConfig(**MODEL_ARGS))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (make_wrapped, "missing 'transformer.h.0.mlp.c_fc.weight'"),
+        (make_diverged, "got NaN or infinity in 'transformer.wpe.weight'"),
+        (make_quantised, "expected floating-point layers, got quantised ones at 'lm_head.weight'"),
+        (make_loosened, "lm_head.weight: expected the numbers of transformer.wte.weight"),
+        (make_classifier, "missing 'lm_head.weight'"),
+    ],
+)
+def test_models_that_are_not_whole_or_plain_are_refused(export, make, message, tmp_path):
+    with pytest.raises(ConversionError, match=message):
+        export(make(), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_tokenizer_with_more_tokens_than_rows_is_refused(export, tmp_path):
+    tokenizer = build_character_tokenizer(read_meta(META_PATH))
+    with pytest.raises(TokenizerError, match=r"expected at most 64 tokens, as the model has rows, got 65"):
+        export(make_model(vocab_size=64), tmp_path / "out", tokenizer=tokenizer)
+    assert not list(tmp_path.iterdir())
