@@ -16,7 +16,7 @@ VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 VLLM_PLUGIN := $(VLLM_VENV)/plugin/.ready
 
-.PHONY: demo test clients exports vllm check fix examples bench clean
+.PHONY: demo test clients exports vllm check fix examples bench gpu clean
 
 demo: $(READY)
 	$(VENV)/bin/hugging-nano-gpt demo
@@ -64,6 +64,12 @@ bench: $(READY)
 	$(VENV)/bin/python benchmarks/train_step.py
 	$(VENV)/bin/python benchmarks/generate.py --rounds 3
 	$(VENV)/bin/python benchmarks/onnx_runtime.py --rounds 3
+
+# With the Python there is, whose torch knows the GPU, and this checkout: nothing is installed.
+gpu: export PYTHONPATH = .
+gpu:
+	$(PYTHON) benchmarks/gpu.py
+	$(PYTHON) -m pytest -m gpu
 
 clean:
 	rm -rf $(VENV) $(CLIENTS_VENV) $(EXPORTS_VENV) $(VLLM_VENV)

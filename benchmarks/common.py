@@ -58,12 +58,20 @@ def describe_machine(device: str = "cpu") -> dict[str, Any]:
     """Returns the versions, threads and processors that the figures depend on."""
     return {
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "hugging-nano-gpt")},
+        **{name: find_version(name) for name in ("torch", "transformers", "hugging-nano-gpt")},
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "machine": platform.machine(),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
     }
+
+
+def find_version(name: str) -> str | None:
+    """Returns the version of what is installed; None for this package where it runs from a checkout."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def print_table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:

@@ -68,9 +68,9 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure_bandwidth(device: str) -> float:
+def measure_bandwidth(device: str, n_bytes: int = BANDWIDTH_BYTES) -> float:
     """Returns the bytes per second at which the memory can be read, by all threads together."""
-    data = torch.ones(BANDWIDTH_BYTES // 4, device=device)
+    data = torch.ones(n_bytes // 4, device=device)
     times_s = []
     for _ in range(8):
         synchronize(device)
@@ -78,7 +78,7 @@ def measure_bandwidth(device: str) -> float:
         data.sum()
         synchronize(device)
         times_s.append(time.perf_counter() - start)
-    return BANDWIDTH_BYTES / min(times_s)
+    return n_bytes / min(times_s)
 
 
 def measure_case(size: str, batch: int, args: argparse.Namespace, bandwidth_gb_per_s: float) -> dict[str, Any]:

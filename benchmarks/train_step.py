@@ -84,21 +84,21 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_contenders(sizes: dict[str, int], args: argparse.Namespace) -> dict[str, Contender]:
+def make_contenders(sizes: dict[str, int], args: argparse.Namespace, dropout: float = DROPOUT) -> dict[str, Contender]:
     """Makes the three models; ours and the reference begin with the same weights."""
     torch.manual_seed(1337)
-    ours = NanoGPTLMHeadModel(NanoGPTConfig(**sizes, dropout=DROPOUT, bias=False, attn_implementation="sdpa"))
-    reference = import_reference()(**sizes, dropout=DROPOUT, bias=False)
+    ours = NanoGPTLMHeadModel(NanoGPTConfig(**sizes, dropout=dropout, bias=False, attn_implementation="sdpa"))
+    reference = import_reference()(**sizes, dropout=dropout, bias=False)
     reference.load_state_dict(ours.state_dict())
     ways: dict[str, tuple[nn.Module, LossFunction]] = {
         "ours": (ours, lambda model, idx, targets: model(idx, shift_labels=targets).loss),
         "reference": (reference, lambda model, idx, targets: model(idx, targets)[1]),
-        "gpt2": (make_gpt2(sizes), lambda model, idx, targets: model(idx, labels=idx, use_cache=False).loss),
+        "gpt2": (make_gpt2(sizes, dropout), lambda model, idx, targets: model(idx, labels=idx, use_cache=False).loss),
     }
     return {name: make_contender(model, compute_loss, args) for name, (model, compute_loss) in ways.items()}
 
 
-def make_gpt2(sizes: dict[str, int]) -> nn.Module:
+def make_gpt2(sizes: dict[str, int], dropout: float) -> nn.Module:
     """Makes transformers' GPT-2 of the same size, with nanoGPT's activation and dropout."""
     config = GPT2Config(
         n_layer=sizes["n_layer"],
@@ -107,9 +107,9 @@ def make_gpt2(sizes: dict[str, int]) -> nn.Module:
         n_positions=sizes["block_size"],
         vocab_size=sizes["vocab_size"],
         activation_function="gelu",
-        attn_pdrop=DROPOUT,
-        embd_pdrop=DROPOUT,
-        resid_pdrop=DROPOUT,
+        attn_pdrop=dropout,
+        embd_pdrop=dropout,
+        resid_pdrop=dropout,
         bos_token_id=None,
         eos_token_id=None,
         attn_implementation="sdpa",
@@ -120,7 +120,8 @@ def make_gpt2(sizes: dict[str, int]) -> nn.Module:
 def make_contender(model: nn.Module, compute_loss: LossFunction, args: argparse.Namespace) -> Contender:
     """Puts a model on the device in train mode, with its own AdamW of the settings that all share."""
     model.to(args.device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99))
+    fused = {"fused": True} if args.device.startswith("cuda") else {}  # as nanoGPT has it
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), **fused)
     return Contender(torch.compile(model) if args.compile else model, compute_loss, optimizer, times_s=[])
 
 

@@ -1,7 +1,7 @@
 """Measures NanoGPTTrainer end to end against a bare loop in nanoGPT's style; part of train_step.py.
 
-Both make the same updates at the size of train_shakespeare_char.py (batch 4, 2 micro-steps), on the same windows of a
-token file, with nanoGPT's optimizer, schedule and clipping; the loop is what train.py does and no more. They take
+Both make the same updates at the size of train_shakespeare_char.py (2 micro-steps), on the same windows of a token
+file, with nanoGPT's optimizer, schedule and clipping; the loop is what train.py does and no more. They take
 turns, and both end at the same bits. Progress bars and logging are on, as users have them.
 """
 
@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from hugging_nano_gpt import NanoGPTConfig, NanoGPTLMHeadModel
-from hugging_nano_gpt.formats.contents import TrainingState
+from hugging_nano_gpt import NanoGPTConfig, NanoGPTLMHeadModel, TrainingState
 from hugging_nano_gpt.training import (
     NanoGPTSchedule,
     NanoGPTTrainer,
@@ -45,7 +44,14 @@ class UpdateTimes(TrainerCallback):
         self.times_s.append(time.perf_counter())
 
 
-def measure_trainer(sizes: dict[str, int], n_updates: int = 10, rounds: int = 4) -> dict[str, Any]:
+def measure_trainer(
+    sizes: dict[str, int],
+    n_updates: int = 10,
+    rounds: int = 4,
+    device: str = "cpu",
+    dtype: str = "float32",
+    batch_size: int = 4,
+) -> dict[str, Any]:
     """Returns the seconds of an update both ways, and whether they ended at the same bits.
 
     They take turns by whole runs, so what disturbs one run would count against one way: the median of the least
@@ -56,10 +62,11 @@ def measure_trainer(sizes: dict[str, int], n_updates: int = 10, rounds: int = 4)
         path = Path(folder) / "train.bin"
         np.random.default_rng(0).integers(0, sizes["vocab_size"], 100_000, dtype=np.uint16).tofile(path)
         dataset = TokenDataset(path, sizes["block_size"])
+        config = make_config(folder, n_updates + WARM_UP_UPDATES, device, dtype, batch_size)
         for _ in range(rounds):
             for way, run in (("trainer", run_trainer), ("loop", run_loop)):
-                model = make_model(sizes)
-                ends = run(model, dataset, n_updates + WARM_UP_UPDATES, folder)
+                model = make_model(sizes).to(device)
+                ends = run(model, dataset, config)
                 ends = ends[WARM_UP_UPDATES - 1 :]
                 seconds[way].append(statistics.median(end - start for start, end in itertools.pairwise(ends)))
                 if way == "trainer":
@@ -80,12 +87,12 @@ def make_model(sizes: dict[str, int]) -> NanoGPTLMHeadModel:
     return NanoGPTLMHeadModel(NanoGPTConfig(**sizes, dropout=0.0, bias=False)).train()
 
 
-def make_config(folder: str, n_updates: int) -> dict[str, Any]:
+def make_config(folder: str, n_updates: int, device: str, dtype: str, batch_size: int) -> dict[str, Any]:
     """Says the settings of both in train.py's words."""
     return {
         "out_dir": folder,
         "max_iters": n_updates,
-        "batch_size": 4,
+        "batch_size": batch_size,
         "gradient_accumulation_steps": MICRO_STEPS,
         "learning_rate": 1e-3,
         "min_lr": 1e-4,
@@ -96,14 +103,14 @@ def make_config(folder: str, n_updates: int) -> dict[str, Any]:
         "beta2": 0.99,
         "grad_clip": 1.0,
         "log_interval": 10,
-        "device": "cpu",
+        "device": device,
+        "dtype": dtype,
         "wandb_log": False,
     }
 
 
-def run_trainer(model: NanoGPTLMHeadModel, dataset: TokenDataset, n_updates: int, folder: str) -> list[float]:
+def run_trainer(model: NanoGPTLMHeadModel, dataset: TokenDataset, config: dict[str, Any]) -> list[float]:
     """Trains with NanoGPTTrainer; returns the time at the end of each update."""
-    config = make_config(folder, n_updates)
     args, _ = training_arguments_from_nanogpt(config, save_strategy="no")
     times = UpdateTimes()
     trainer = NanoGPTTrainer(model, args, dataset, training_state=TrainingState(config=config), callbacks=[times])
@@ -112,20 +119,29 @@ def run_trainer(model: NanoGPTLMHeadModel, dataset: TokenDataset, n_updates: int
     return times.times_s
 
 
-def run_loop(model: NanoGPTLMHeadModel, dataset: TokenDataset, n_updates: int, folder: str) -> list[float]:
+def run_loop(model: NanoGPTLMHeadModel, dataset: TokenDataset, config: dict[str, Any]) -> list[float]:
     """Trains with a loop like train.py's; returns the time at the end of each update."""
-    config = make_config(folder, n_updates)
     optimizer = make_optimizer(model, config)
     schedule = NanoGPTSchedule(optimizer, config)
     batches = iter(RandomOffsetSampler(dataset, config["batch_size"]))
     ends = []
-    for _ in range(n_updates):
+    is_autocast = config["dtype"] == "bfloat16" and model.device.type != "cpu"  # as train.py has it
+    for _ in range(config["max_iters"]):
         for _ in range(MICRO_STEPS):
-            batch = collate_windows([dataset[offset] for offset in next(batches)])
-            (model(**batch).loss / MICRO_STEPS).backward()
+            batch = move_batch(collate_windows([dataset[offset] for offset in next(batches)]), model.device)
+            with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=is_autocast):
+                loss = model(**batch).loss / MICRO_STEPS
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config["grad_clip"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         ends.append(time.perf_counter())
     return ends
+
+
+def move_batch(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """Moves a batch as train.py does: to a GPU from pinned memory, without waiting for it."""
+    if device.type != "cuda":
+        return batch
+    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -80,6 +80,7 @@ def train_by_hand(
     for step in steps:
         for micro in step["micro"]:
             batch = collate_windows([dataset[offset] for offset in micro["offsets"][rows]])
+            batch = {name: tensor.to(next(model.parameters()).device) for name, tensor in batch.items()}
             (model(**batch).loss / len(step["micro"])).backward()
         nn.utils.clip_grad_norm_(model.parameters(), CONFIG["grad_clip"])
         optimizer.step()

@@ -1,0 +1,1 @@
+"""The parts of gpu.py, a file each: PROBES names what it tries, LIMIT_S is the time it may take."""
