@@ -3,9 +3,10 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .bpe import build_gpt2_tokenizer, build_tiktoken_tokenizer
-from .checkpoint import Checkpoint, OptimizerState, TrainingState, read_checkpoint, write_checkpoint
-from .configuration_nano_gpt import NanoGPTConfig
+from .checkpoint.read_write import Checkpoint, OptimizerState, TrainingState, read_checkpoint, write_checkpoint
+from .convert.folder import Conversion, convert_to_checkpoint, convert_to_folder
+from .convert.gpt2 import export_gpt2, import_gpt2
+from .convert.inspect import Inspection, inspect_path
 from .errors import (
     CheckpointError,
     ConversionError,
@@ -18,19 +19,19 @@ from .errors import (
 )
 from .export.exporting import export_model
 from .export.gguf import export_gguf
-from .export.gpt2 import export_gpt2, import_gpt2
 from .export.onnx import export_onnx
-from .folder import Conversion, convert_to_checkpoint, convert_to_folder
-from .inspection import Inspection, inspect_path
-from .modeling_nano_gpt import (
+from .model.configuration_nano_gpt import NanoGPTConfig
+from .model.modeling_nano_gpt import (
     NanoGPTForSequenceClassification,
     NanoGPTLMHeadModel,
     NanoGPTModel,
     NanoGPTPreTrainedModel,
 )
-from .playground.server import run_playground
-from .sampling import sample_text
-from .tokenization import CharacterTable, build_character_tokenizer, find_tokenizer, read_meta, write_meta
+from .sample.playground import run_playground
+from .sample.sampling import sample_text
+from .tokenization.bpe import build_gpt2_tokenizer, build_tiktoken_tokenizer
+from .tokenization.characters import CharacterTable, build_character_tokenizer, read_meta, write_meta
+from .tokenization.find import find_tokenizer
 from .verify import VerifyReport, verify_against_nanogpt, verify_loss, verify_models
 
 __all__ = [

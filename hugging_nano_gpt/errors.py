@@ -1,8 +1,13 @@
 """The errors this package raises on its own account.
 
 Each message reads `<where>: <what is wrong>: expected X, got Y; <what to do>`. All of them can be caught at once as
-NanoGPTError, and each is also the built-in type a caller would expect.
+NanoGPTError, and each is also the built-in type a caller would expect. Long lists in a message are cut here too.
 """
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+_MOST_LISTED = 5
 
 
 class NanoGPTError(Exception):
@@ -35,3 +40,14 @@ class VerifyError(NanoGPTError, RuntimeError):
 
 class PlaygroundError(NanoGPTError, OSError):
     """The playground's page cannot be served."""
+
+
+def list_some(names: Collection[Any]) -> str:
+    """Lists the first five names, quoted, and how many there are if there are more."""
+    return join_some([repr(name) for name in names])
+
+
+def join_some(sentences: Sequence[str]) -> str:
+    """Joins the first five sentences, and says how many there are if there are more."""
+    joined = ", ".join(sentences[:_MOST_LISTED])
+    return joined if len(sentences) <= _MOST_LISTED else f"{joined}, ... ({len(sentences)} in all)"

@@ -1,4 +1,4 @@
-"""bpe.py: tiktoken encodings as Transformers tokenizers with the same ids, and GPT-2's wherever it can be had."""
+"""tokenization/bpe.py: tiktoken encodings as tokenizers with the same ids, and GPT-2's wherever it can be had."""
 
 import base64
 import itertools
@@ -14,7 +14,7 @@ from tiktoken_ext import openai_public
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-import hugging_nano_gpt.bpe as bpe
+import hugging_nano_gpt.tokenization.bpe as bpe
 from hugging_nano_gpt import (
     MissingDependencyError,
     NanoGPTConfig,

@@ -10,11 +10,11 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 
 from hugging_nano_gpt import CheckpointError, NanoGPTConfig, NanoGPTLMHeadModel
+from hugging_nano_gpt.convert import card as module
 from hugging_nano_gpt.demo import CKPT_PATH
-from hugging_nano_gpt.export import hub
 
 from .conftest import limit_file_size
-from .test_hub import CLASSES, FILES, PACKAGE_DIR, list_files, make_classifier, make_untied
+from .test_hub import CLASSES, FILES, MODEL_DIR, list_files, make_classifier, make_untied
 from .tiny import MODEL_ARGS, make_model
 
 
@@ -23,7 +23,7 @@ from .tiny import MODEL_ARGS, make_model
 )
 def test_parameters_are_counted_as_they_are(make):
     model = make()
-    without_positions, total = hub._count_parameters(model.config, type(model).__name__)
+    without_positions, total = module._count_parameters(model.config, type(model).__name__)
     assert total == model.num_parameters()
     positions = getattr(model, "transformer", model).wpe.weight
     assert without_positions == total - positions.numel()  # model.py @ 3adf61e, get_num_params
@@ -31,7 +31,7 @@ def test_parameters_are_counted_as_they_are(make):
 
 def test_card_tells_shape_training_and_limits(tmp_path):
     model = NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH)
-    card = hub.make_card(model)
+    card = module.make_card(model)
     for row in ("layers | 3", "heads | 3", "block size | 128 tokens", "vocabulary | 65 tokens", "biases | no"):
         assert f"| {row} |" in card
     for text in ("338,688", "350,976", "5,000 iterations", "1.6176", "| `learning_rate` | 0.001 |", "to_nanogpt_ckpt"):
@@ -57,7 +57,7 @@ def test_python_in_the_card_runs(model_class, tmp_path, monkeypatch):
 
 
 def test_card_of_an_untied_model_does_not_promise_the_way_back():
-    card = hub.make_card(make_untied())
+    card = module.make_card(make_untied())
     assert "model.to_nanogpt_ckpt" not in card
     assert "cannot go back to nanoGPT" in card
     assert "has its own weights" in card
@@ -66,7 +66,7 @@ def test_card_of_an_untied_model_does_not_promise_the_way_back():
 def test_card_of_gpt2_vocabulary_and_tanh_gelu_says_so():
     config = NanoGPTConfig(**{**MODEL_ARGS, "vocab_size": 50304}, activation_function="gelu_new")
     with torch.device("meta"):
-        card = hub.make_card(NanoGPTLMHeadModel(config))
+        card = module.make_card(NanoGPTLMHeadModel(config))
     assert "50,304 is the size that nanoGPT uses for GPT-2's" in card
     assert "tanh formula" in card
     assert "differ slightly" in card
@@ -74,7 +74,7 @@ def test_card_of_gpt2_vocabulary_and_tanh_gelu_says_so():
 
 def test_settings_cannot_break_the_card(model):
     model.config.nanogpt_training_state["config"]["dataset"] = "a|b\n---\n# c `d` [e](f) <g>" + "x" * 1000
-    row = next(line for line in hub.make_card(model).splitlines() if line.startswith("| `dataset`"))
+    row = next(line for line in module.make_card(model).splitlines() if line.startswith("| `dataset`"))
     assert row.startswith("| `dataset` | a b --- # c d e (f) g xxx")
     assert len(row) < 130
 
@@ -89,7 +89,7 @@ def test_existing_card_is_never_overwritten(model, tmp_path):
 def test_failed_card_leaves_no_half_file(model, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with limit_file_size(100), pytest.raises(CheckpointError, match=r"README.md: cannot be written"):
-        hub.write_card(model, tmp_path)
+        module.write_card(model, tmp_path)
     assert list_files(tmp_path) == ["config.json"]
 
 
@@ -121,7 +121,7 @@ def test_push_to_hub_uploads_the_whole_folder_and_our_card(model, repository):
     card = ModelCard(repository.files["README.md"].decode())
     assert card.data.tags == ["nanogpt", "shakespeare"]
     assert "# nanoGPT language model" in card.text
-    assert repository.files["modeling_nano_gpt.py"] == (PACKAGE_DIR / "modeling_nano_gpt.py").read_bytes()
+    assert repository.files["modeling_nano_gpt.py"] == (MODEL_DIR / "modeling_nano_gpt.py").read_bytes()
 
 
 def test_save_and_push_uploads_what_is_new_also_into_a_used_folder(model, repository, tmp_path):

@@ -1,4 +1,4 @@
-"""tokenization.py: character tables as Transformers tokenizers in a process without this package, and as meta.pkl."""
+"""tokenization/characters.py: character tables as tokenizers in a process without this package, and as meta.pkl."""
 
 import json
 import pickle
@@ -13,7 +13,6 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling, PreTrainedTokenizerFast, pipeline
 
-import hugging_nano_gpt.tokenization as tokenization
 from hugging_nano_gpt import (
     CharacterTable,
     NanoGPTLMHeadModel,
@@ -25,6 +24,7 @@ from hugging_nano_gpt import (
     write_meta,
 )
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
+from hugging_nano_gpt.tokenization import characters, find
 
 from .conftest import limit_file_size
 from .test_bpe import make_encoding
@@ -103,7 +103,7 @@ def test_saved_folder_works_in_a_process_without_the_package(folder, table):
         stoi = pickle.load(file)["stoi"]
     assert got["ids"] == [[stoi[c] for c in text] for text in texts]
     assert got["decoded"] == got["skipped"] == texts
-    assert got["failures"] == [f"Unk token `{tokenization._NO_UNKNOWN}` not found in the vocabulary"] * 3
+    assert got["failures"] == [f"Unk token `{characters._NO_UNKNOWN}` not found in the vocabulary"] * 3
     assert got["special"] == {}
     assert got["settings"] == [65, 65, 128, "left"]
 
@@ -310,7 +310,7 @@ def test_find_tokenizer_prefers_the_one_that_fits(nanogpt_dir, tmp_path, monkeyp
 @pytest.mark.parametrize("vocab_size", [50257, 50304])
 def test_find_tokenizer_is_gpt2_where_there_is_no_table(tmp_path, monkeypatch, vocab_size):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tokenization, "build_gpt2_tokenizer", lambda *, block_size: ("GPT-2's", block_size))
+    monkeypatch.setattr(find, "build_gpt2_tokenizer", lambda *, block_size: ("GPT-2's", block_size))
     assert find_tokenizer("out/ckpt.pt", {"dataset": "openwebtext"}, vocab_size, block_size=8) == ("GPT-2's", 8)
     with pytest.raises(TokenizerError, match=r"out/ckpt.pt: no tokenizer found: .* data set None, got none; give"):
         find_tokenizer("out/ckpt.pt", {}, 65)

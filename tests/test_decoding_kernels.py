@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from hugging_nano_gpt.generation_nano_gpt import RoomyLayer, _apply_linear, _use_decoding_kernels
+from hugging_nano_gpt.model.generation_nano_gpt import RoomyLayer, _apply_linear, _use_decoding_kernels
 
 from .tiny import make_batch, make_model
 

@@ -16,8 +16,13 @@ from hugging_nano_gpt import (
     read_checkpoint,
     write_checkpoint,
 )
+from hugging_nano_gpt.checkpoint.optimizer import (
+    from_adamw,
+    group_by_dimension,
+    group_by_module,
+    list_parameter_shapes,
+)
 from hugging_nano_gpt.demo import CKPT_PATH
-from hugging_nano_gpt.formats.optimizer import from_adamw, group_by_dimension, group_by_module, list_parameter_shapes
 
 from .tiny import FIXTURES_DIR, MODEL_ARGS, make_batch, make_model
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from hugging_nano_gpt import CheckpointError, read_checkpoint
-from hugging_nano_gpt.formats.build_nanogpt import GPTConfig
+from hugging_nano_gpt.checkpoint.build_nanogpt import GPTConfig
 
 from .tiny import FIXTURES_DIR, TORCH_VERSION
 

@@ -8,7 +8,7 @@ from transformers.generation import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
 from hugging_nano_gpt.demo import CKPT_PATH
-from hugging_nano_gpt.modeling_nano_gpt import NanoGPTLMHeadModel
+from hugging_nano_gpt.model.modeling_nano_gpt import NanoGPTLMHeadModel
 
 from .test_modeling import pad_left
 from .tiny import TORCH_VERSION, make_batch, make_model, make_pair

@@ -28,8 +28,8 @@ from hugging_nano_gpt import (
     read_meta,
     verify_models,
 )
+from hugging_nano_gpt.convert import gpt2 as module
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
-from hugging_nano_gpt.export import gpt2 as module
 
 from .conftest import assert_same, limit_file_size
 from .test_bpe import make_encoding

@@ -34,14 +34,13 @@ from hugging_nano_gpt import (
     NanoGPTLMHeadModel,
     NanoGPTModel,
     build_character_tokenizer,
-    conversion,
     read_checkpoint,
     read_meta,
     write_checkpoint,
 )
+from hugging_nano_gpt.convert import nanogpt as conversion
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
-from hugging_nano_gpt.export import hub
-from hugging_nano_gpt.modeling_nano_gpt import AUTO_MAP
+from hugging_nano_gpt.model import modeling_nano_gpt
 
 from .conftest import assert_same
 from .tiny import MODEL_ARGS, make_batch, make_model
@@ -54,7 +53,7 @@ FRESH_PYTHON = os.environ.get("FRESH_PYTHON")
 SAVING_MD = Path(__file__).parents[1] / "docs" / "saving.md"
 EXAMPLES_DIR = Path(__file__).parents[1] / "examples"
 
-PACKAGE_DIR = Path(hub.__file__).parents[1]
+MODEL_DIR = Path(modeling_nano_gpt.__file__).parent
 CLASSES = [NanoGPTModel, NanoGPTLMHeadModel, NanoGPTForSequenceClassification]
 
 
@@ -153,7 +152,7 @@ def test_remote_code_saved_again_works_again(remote):
     assert torch.equal(remote.outputs["third"], remote.outputs["lm"])
     assert torch.equal(remote.outputs["again_base"], remote.outputs["lm_hidden"])
     for name in ("again", "again-base", "third", "trained"):
-        assert read_json(remote.folder / name / "config.json")["auto_map"] == AUTO_MAP
+        assert read_json(remote.folder / name / "config.json")["auto_map"] == modeling_nano_gpt.AUTO_MAP
     assert torch.equal(
         NanoGPTLMHeadModel.from_pretrained(remote.folder / "third")(remote.idx).logits, remote.outputs["lm"]
     )
@@ -221,22 +220,25 @@ def test_folder_has_all_files_and_all_auto_classes(model_class, tmp_path):
     model_class.from_nanogpt_ckpt(CKPT_PATH).save_pretrained(tmp_path)
     has_generation = model_class is NanoGPTLMHeadModel
     assert list_files(tmp_path) == [name for name in FILES if has_generation or name != "generation_config.json"]
-    assert all((tmp_path / name).read_bytes() == (PACKAGE_DIR / name).read_bytes() for name in CODE_FILES)
+    assert all((tmp_path / name).read_bytes() == (MODEL_DIR / name).read_bytes() for name in CODE_FILES)
     config = read_json(tmp_path / "config.json")
     assert config["architectures"] == [model_class.__name__]
-    assert config["auto_map"] == AUTO_MAP
+    assert config["auto_map"] == modeling_nano_gpt.AUTO_MAP
 
 
 def test_auto_map_names_every_class_and_keeps_what_others_put_there(model, tmp_path):
-    names = {name.partition(".")[2] for name in AUTO_MAP.values()}
+    names = {name.partition(".")[2] for name in modeling_nano_gpt.AUTO_MAP.values()}
     assert names == {model_class.__name__ for model_class in [NanoGPTConfig, *CLASSES]}
-    assert {f"{name.partition('.')[0]}.py" for name in AUTO_MAP.values()} < set(CODE_FILES)
+    assert {f"{name.partition('.')[0]}.py" for name in modeling_nano_gpt.AUTO_MAP.values()} < set(CODE_FILES)
     model.config.auto_map = {
         "AutoModel": "someone/repo--modeling_nano_gpt.NanoGPTModel",
         "AutoTokenizer": ["a.B", None],
     }
     model.save_pretrained(tmp_path)
-    assert read_json(tmp_path / "config.json")["auto_map"] == {**AUTO_MAP, "AutoTokenizer": ["a.B", None]}
+    assert read_json(tmp_path / "config.json")["auto_map"] == {
+        **modeling_nano_gpt.AUTO_MAP,
+        "AutoTokenizer": ["a.B", None],
+    }
 
 
 def test_padding_ids_stay_suppressed(tmp_path):

@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 
 from hugging_nano_gpt import NanoGPTConfig, NanoGPTLMHeadModel
-from hugging_nano_gpt.formats import torch_file
-from hugging_nano_gpt.formats.optimizer import group_by_dimension, list_parameter_shapes
+from hugging_nano_gpt.checkpoint import torch_file
+from hugging_nano_gpt.checkpoint.optimizer import group_by_dimension, list_parameter_shapes
 
 from .tiny import TORCH_VERSION
 

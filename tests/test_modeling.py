@@ -362,7 +362,7 @@ def test_decay_groups_of_trainer_are_those_of_nanogpt():
     ],
 )
 def test_remote_code_files_import_nothing_else_of_ours(module, siblings):
-    tree = ast.parse(inspect.getsource(__import__(f"hugging_nano_gpt.{module}", fromlist=["_"])))
+    tree = ast.parse(inspect.getsource(__import__(f"hugging_nano_gpt.model.{module}", fromlist=["_"])))
     imported = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     ours = [node.module for node in imported if isinstance(node, ast.ImportFrom) and node.level]
     plain = [alias.name for node in imported if isinstance(node, ast.Import) for alias in node.names]

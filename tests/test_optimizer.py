@@ -1,4 +1,4 @@
-"""formats/optimizer.py: moments get the names of their parameters or are refused; only a whole state is written."""
+"""checkpoint/optimizer.py: moments get the names of their parameters or are refused; only a whole state is written."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hugging_nano_gpt import CheckpointError, read_checkpoint, write_checkpoint
-from hugging_nano_gpt.formats import torch_file
+from hugging_nano_gpt.checkpoint import torch_file
 
 from .conftest import assert_same, assert_write_refused, save
 

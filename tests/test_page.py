@@ -20,10 +20,11 @@ from hugging_nano_gpt import (
     run_playground,
 )
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
-from hugging_nano_gpt.playground import page, server
-from hugging_nano_gpt.playground.markup import draw_bars, draw_facts, draw_text, list_facts
-from hugging_nano_gpt.sampling import load_sampler
-from hugging_nano_gpt.streaming import Candidate, stream_steps
+from hugging_nano_gpt.sample import page
+from hugging_nano_gpt.sample import playground as server
+from hugging_nano_gpt.sample.markup import draw_bars, draw_facts, draw_text, list_facts
+from hugging_nano_gpt.sample.sampling import load_sampler
+from hugging_nano_gpt.sample.streaming import Candidate, stream_steps
 
 from .test_streaming import sample
 from .tiny import make_model

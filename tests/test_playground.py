@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 import pytest
 
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
-from hugging_nano_gpt.playground.server import HOST
-from hugging_nano_gpt.sampling import load_sampler
-from hugging_nano_gpt.streaming import stream_steps
+from hugging_nano_gpt.sample.playground import HOST
+from hugging_nano_gpt.sample.sampling import load_sampler
+from hugging_nano_gpt.sample.streaming import stream_steps
 
 from .test_page import FACTS, find_port
 from .test_streaming import sample

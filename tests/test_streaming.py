@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from hugging_nano_gpt import TokenizerError, build_tiktoken_tokenizer, sample_text
-from hugging_nano_gpt import streaming as module
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
-from hugging_nano_gpt.sampling import Sampler, load_sampler
-from hugging_nano_gpt.streaming import Step, list_candidates, stream_steps
+from hugging_nano_gpt.sample import streaming as module
+from hugging_nano_gpt.sample.sampling import Sampler, load_sampler
+from hugging_nano_gpt.sample.streaming import Step, list_candidates, stream_steps
 
 from .reference import ReferenceGPT
 from .test_bpe import make_encoding

@@ -1,4 +1,4 @@
-"""tokenization.py: nanoGPT's character table read safely, text there and back, and wrong tables refused."""
+"""tokenization/characters.py: nanoGPT's character table read safely, text there and back, and wrong tables refused."""
 
 import os
 import pickle
@@ -8,7 +8,7 @@ import pytest
 
 from hugging_nano_gpt import TokenizerError
 from hugging_nano_gpt.demo import META_PATH
-from hugging_nano_gpt.tokenization import CharacterTable, read_meta
+from hugging_nano_gpt.tokenization.characters import CharacterTable, read_meta
 
 from .conftest import limit_time
 

@@ -4,7 +4,7 @@ import re
 import shutil
 from pathlib import Path
 
-import hugging_nano_gpt.bpe as bpe
+import hugging_nano_gpt.tokenization.bpe as bpe
 from hugging_nano_gpt import read_meta
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 

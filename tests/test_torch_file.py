@@ -1,4 +1,4 @@
-"""formats/torch_file.py: every tensor bit for bit, and no damaged, crafted or odd file gets past it.
+"""checkpoint/torch_file.py: every tensor bit for bit, and no damaged, crafted or odd file gets past it.
 
 What reads tensors runs twice: as with a torch that notes where in the file each tensor lies, and as with an older one
 that does not, where the file is memory-mapped and copied.
@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from hugging_nano_gpt import CheckpointError
-from hugging_nano_gpt.formats import torch_file
-from hugging_nano_gpt.formats.torch_file import TorchFile
+from hugging_nano_gpt.checkpoint import torch_file
+from hugging_nano_gpt.checkpoint.torch_file import TorchFile
 
 from .conftest import assert_same, limit_time, save
 from .tiny import FIXTURES_DIR

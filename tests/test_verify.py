@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from hugging_nano_gpt import CheckpointError, NanoGPTLMHeadModel, VerifyReport, verify_loss, verify_models
-from hugging_nano_gpt import loading as loading_py
+from hugging_nano_gpt.convert import pretrained
 from hugging_nano_gpt.demo import CKPT_PATH
-from hugging_nano_gpt.verify.bits import describe_difference, have_same_bits, measure_difference
+from hugging_nano_gpt.verify.compare import describe_difference, have_same_bits, measure_difference
 
 from .conftest import save
 from .tiny import FIXTURES_DIR, MODEL_ARGS, make_model
@@ -262,7 +262,7 @@ def test_hub_id_is_loaded_by_our_class_alone(folder, monkeypatch):
 
     fields = json.loads((folder / "config.json").read_text())
     monkeypatch.setattr(NanoGPTLMHeadModel, "from_pretrained", load_folder)
-    monkeypatch.setattr(loading_py, "PreTrainedConfig", SimpleNamespace(get_config_dict=lambda source: (fields, {})))
+    monkeypatch.setattr(pretrained, "PreTrainedConfig", SimpleNamespace(get_config_dict=lambda source: (fields, {})))
     report = verify_models("someone/model-1.0", "someone/model-1.0")
     assert report.is_equal
     assert report.left == "someone/model-1.0 (from the hub)"
@@ -273,7 +273,7 @@ def test_hub_out_of_reach_is_one_line(ckpt_path, monkeypatch):
     def fail(source):
         raise OSError("We couldn't connect to the hub.\nCheck your internet connection.")
 
-    monkeypatch.setattr(loading_py.PreTrainedConfig, "get_config_dict", fail)
+    monkeypatch.setattr(pretrained.PreTrainedConfig, "get_config_dict", fail)
     with pytest.raises(
         CheckpointError, match=r"^someone/model: cannot be loaded: .* connect to the hub; check "
     ) as caught:

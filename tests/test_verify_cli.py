@@ -11,8 +11,8 @@ from transformers.utils import logging
 
 import hugging_nano_gpt_cli
 from hugging_nano_gpt import NanoGPTLMHeadModel, verify_loss, verify_models
-from hugging_nano_gpt.configuration_nano_gpt import ACTIVATION_FUNCTIONS
 from hugging_nano_gpt.demo import CKPT_PATH as DEMO_CKPT_PATH
+from hugging_nano_gpt.model.configuration_nano_gpt import ACTIVATION_FUNCTIONS
 
 from .conftest import save
 from .scripts import NANOGPT_DIR, skip_without_nanogpt

@@ -5,8 +5,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import DynamicCache
 
-from hugging_nano_gpt import NanoGPTLMHeadModel, generation_nano_gpt
+from hugging_nano_gpt import NanoGPTLMHeadModel
 from hugging_nano_gpt.demo import CKPT_PATH
+from hugging_nano_gpt.model import generation_nano_gpt
 
 from .test_modeling import pad_left
 from .tiny import FIXTURES_DIR, TORCH_VERSION, make_batch, make_model, make_pair

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 from transformers.generation.streamers import BaseStreamer
 
-from ..checkpoint import read_checkpoint
-from ..modeling_nano_gpt import NanoGPTLMHeadModel
-from ..tokenization import CharacterTable, read_meta
+from ..checkpoint.read_write import read_checkpoint
+from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
+from ..tokenization.characters import CharacterTable, read_meta
 
 DEMO_DIR = Path(__file__).parent
 CKPT_PATH = DEMO_DIR / "ckpt.pt"

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..convert.folder import Conversion, check_other_place
+from ..convert.gpt2 import export_gpt2
+from ..convert.source import load_source
 from ..errors import ConversionError
-from ..folder import Conversion, check_other_place, load_source
-from ..loading import find_tokenizer_or_reason
+from ..tokenization.find import find_tokenizer_or_reason
 from .gguf import export_gguf
-from .gpt2 import export_gpt2
 from .onnx import export_onnx
 
 # Each is called as f(model, out, tokenizer=, overwrite=), writes all or nothing, and returns what it does not keep.

@@ -17,14 +17,13 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
-from ..configuration_nano_gpt import NanoGPTConfig
-from ..errors import ConversionError, MissingDependencyError
-from ..formats.atomic import check_file, open_atomically
-from ..formats.check import join_some
-from ..loading import check_tokenizer
-from ..modeling_nano_gpt import NanoGPTLMHeadModel
+from ..convert.tensors import list_args, select_tensors, take_tensors
+from ..errors import ConversionError, MissingDependencyError, join_some
+from ..files import check_file, open_atomically
+from ..model.configuration_nano_gpt import NanoGPTConfig
+from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
+from ..tokenization.find import check_tokenizer
 from .gguf_vocabulary import add_vocabulary
-from .tensors import list_args, select_tensors, take_tensors
 
 if TYPE_CHECKING:
     import gguf

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import TokenizerError
-from ..formats.check import list_some
+from ..errors import TokenizerError, list_some
 
 if TYPE_CHECKING:
     import gguf

@@ -21,13 +21,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..configuration_nano_gpt import NanoGPTConfig
+from ..convert.gpt2 import copy_settings, make_gpt2_config
+from ..convert.tensors import take_tensors
 from ..errors import MissingDependencyError
-from ..formats.atomic import check_place, open_folder
-from ..loading import check_tokenizer
-from ..modeling_nano_gpt import NanoGPTLMHeadModel
-from .gpt2 import copy_settings, make_gpt2_config
-from .tensors import take_tensors
+from ..files import check_place, open_folder
+from ..model.configuration_nano_gpt import NanoGPTConfig
+from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
+from ..tokenization.find import check_tokenizer
 
 _OPSET = 18
 

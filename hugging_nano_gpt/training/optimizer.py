@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ConversionError
-from ..formats.check import list_some
-from ..formats.optimizer import OptimizerState, make_fresh_state
+from ..checkpoint.optimizer import OptimizerState, make_fresh_state
+from ..errors import ConversionError, list_some
 
 _WRAPPER_PREFIXES = ("_orig_mod.", "module.")
 

@@ -14,8 +14,8 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from ..conversion import save_model
-from ..formats.contents import TrainingState
+from ..checkpoint.contents import TrainingState
+from ..convert.nanogpt import save_model
 from .data import NANOGPT_SEED, RandomOffsetSampler, TokenDataset, collate_windows
 from .optimizer import load_moments, make_optimizer, read_optimizer
 from .schedule import NanoGPTSchedule

@@ -1,7 +1,7 @@
 """Proving that two models are the same: by their tensors, bit for bit, and by what they compute.
 
-report.py holds what is found, sides.py loads the models, computing.py computes, compare_tensors.py and
-compare_numbers.py compare, nanogpt.py lets a user's own nanoGPT compute the other side, loss.py measures a
+report.py holds what is found, sides.py loads the models, computing.py computes, compare.py
+compares, nanogpt.py lets a user's own nanoGPT compute the other side, loss.py measures a
 checkpoint's best_val_loss again.
 """
 

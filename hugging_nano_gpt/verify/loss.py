@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from ..configuration_nano_gpt import NanoGPTConfig
+from ..checkpoint.contents import NO_VAL_LOSS, TrainingState
 from ..errors import DataError
-from ..formats.contents import NO_VAL_LOSS, TrainingState
+from ..model.configuration_nano_gpt import NanoGPTConfig
 from .models import list_notes
 from .report import Check, VerifyReport
 from .sides import Side, load_side

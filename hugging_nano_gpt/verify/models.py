@@ -2,8 +2,7 @@
 
 import os
 
-from .compare_numbers import compare_numbers
-from .compare_tensors import compare_models
+from .compare import compare_models, compare_numbers
 from .report import VerifyReport
 from .sides import Side, load_side, make_batches
 

@@ -12,12 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..configuration_nano_gpt import ACTIVATION_FUNCTIONS
-from ..errors import VerifyError
-from ..formats.check import list_some
-from ..formats.shapes import MODEL_ARGS
+from ..checkpoint.tensors import MODEL_ARGS
+from ..errors import VerifyError, list_some
+from ..model.configuration_nano_gpt import ACTIVATION_FUNCTIONS
 from . import computing
-from .compare_numbers import Numbers, compare_numbers, is_within
+from .compare import Numbers, compare_numbers, is_within
 from .computing import Batches
 from .models import list_notes
 from .report import Check, VerifyReport

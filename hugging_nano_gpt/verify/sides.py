@@ -1,6 +1,6 @@
 """Loading what is to be compared: a checkpoint file, a saved folder or a model of the hub becomes a model.
 
-Nothing of it is executed: files go through our own reader, folders and the hub through loading.py.
+Nothing of it is executed: files go through our own reader, folders and the hub through convert/pretrained.py.
 """
 
 import contextlib
@@ -14,11 +14,11 @@ from typing import cast
 import torch
 from transformers.activations import ACT2FN
 
-from ..checkpoint import read_checkpoint
-from ..conversion import make_model
-from ..folder import FILE_SUFFIXES, load_folder
-from ..formats.contents import Checkpoint
-from ..modeling_nano_gpt import NanoGPTLMHeadModel, NanoGPTMLP
+from ..checkpoint.contents import Checkpoint
+from ..checkpoint.read_write import read_checkpoint
+from ..convert.nanogpt import make_model
+from ..convert.source import FILE_SUFFIXES, load_folder
+from ..model.modeling_nano_gpt import NanoGPTLMHeadModel, NanoGPTMLP
 from .computing import Batches, compute_numbers
 
 # As on the hub; a path of that shape is told from one by its suffix.

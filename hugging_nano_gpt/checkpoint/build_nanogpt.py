@@ -1,0 +1,64 @@
+"""build-nanogpt's model_NNNNN.pt (karpathy/build-nanogpt train_gpt2.py): read only.
+
+A dict of model, config, step and val_loss. The config is a pickled GPTConfig of the script's `__main__`; that one name
+is admitted, and stands for the empty class below. Always with biases and tied, without dropout, and with torch's tanh
+GELU; no optimizer is saved.
+"""
+
+from typing import Any
+
+from .check import find_key_faults, find_model_faults
+from .contents import NO_VAL_LOSS, Checkpoint, TrainingState
+from .tensors import clean_names
+from .torch_file import TorchFile
+
+NAME = "build_nanogpt"
+ACTIVATION_FUNCTION = "gelu_pytorch_tanh"
+
+_KEYS = ("model", "config", "step", "val_loss")
+_CONFIG_FIELDS = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+
+
+class GPTConfig:
+    """Stands in for build-nanogpt's dataclass while its file is read: it takes the fields and does nothing."""
+
+
+ADMITTED = [(GPTConfig, "__main__.GPTConfig")]
+
+
+def recognise(contents: Any) -> bool:
+    """Tells whether an unpickled file is meant to be a build-nanogpt checkpoint."""
+    return isinstance(contents, dict) and "model" in contents and isinstance(contents.get("config"), GPTConfig)
+
+
+def read(file: TorchFile) -> Checkpoint:
+    """Reads a build-nanogpt checkpoint, after checking every key, shape and dtype in it.
+
+    Raises:
+        CheckpointError: With all faults found, before any tensor is read.
+    """
+    contents = file.contents
+    fields = vars(contents["config"])
+    faults = find_key_faults("checkpoint", contents, ("model", "config"), _KEYS)
+    faults += find_key_faults("config", fields, _CONFIG_FIELDS, _CONFIG_FIELDS)
+    faults += [
+        f"{key}: expected a number, got {type(contents[key]).__name__}"
+        for key in ("step", "val_loss")
+        if not isinstance(contents.get(key, 0), int | float)
+    ]
+    model_args = {**fields, "bias": True, "dropout": 0.0}
+    names = clean_names(contents["model"] if isinstance(contents["model"], dict) else {})
+    faults += names.faults + find_model_faults(model_args, names.tensors)
+    if faults:
+        raise file.fail(
+            f"not a whole build-nanogpt checkpoint: {'; '.join(faults)}", "give one as its script wrote it"
+        )
+    state = TrainingState(contents.get("step", 0), float(contents.get("val_loss", NO_VAL_LOSS)))
+    return Checkpoint(
+        model_args=model_args,
+        state_dict=file.read_tensors(names.tensors),
+        training_state=state,
+        activation_function=ACTIVATION_FUNCTION,
+        format=NAME,
+        assumptions=("tanh GELU as torch computes it, as in build-nanogpt: the file does not record it",),
+    )

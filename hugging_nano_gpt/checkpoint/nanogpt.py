@@ -1,0 +1,153 @@
+"""nanoGPT's own ckpt.pt: every era read, and written as train.py @ 3adf61e resumes from it.
+
+A dict of model, optimizer, model_args, iter_num, best_val_loss and config. Only model and model_args must be there:
+the first version had no more than four of them, and people strip files to make them smaller. What a file does not
+record is told by its tensors (vocab_size, bias) or by its age (the GELU).
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+import torch
+
+from .check import find_key_faults, find_model_faults, is_tied
+from .contents import NO_VAL_LOSS, Checkpoint, TrainingState
+from .optimizer import OptimizerState, from_adamw, group_by_module, make_fresh_state
+from .tensors import MODEL_ARGS, CleanNames, clean_names, infer_model_args
+from .torch_file import TorchFile
+
+NAME = "nanogpt"
+
+_REQUIRED_KEYS = ("model", "model_args")
+_KEYS = ("model", "optimizer", "model_args", "iter_num", "best_val_loss", "config")
+
+
+def recognise(contents: Any) -> bool:
+    """Tells whether an unpickled file is meant to be a nanoGPT checkpoint."""
+    return isinstance(contents, dict) and any(key in contents for key in _REQUIRED_KEYS)
+
+
+def read(file: TorchFile, *, with_optimizer: bool) -> Checkpoint:
+    """Reads a nanoGPT checkpoint, after checking every key, shape and dtype in it.
+
+    Raises:
+        CheckpointError: With all faults found, before any tensor is read; or if the optimizer is wanted and its
+            moments cannot be named with certainty.
+    """
+    contents: dict[str, Any] = file.contents
+    faults = find_key_faults("checkpoint", contents, _REQUIRED_KEYS, _KEYS) + _find_type_faults(contents)
+    if not all(isinstance(contents.get(key), dict) for key in _REQUIRED_KEYS):
+        raise _fail(file, faults)
+    names = clean_names(contents["model"])
+    model_args, assumptions = _complete_model_args(contents["model_args"], names.tensors)
+    faults += names.faults + find_model_faults(model_args, names.tensors)
+    if faults:
+        raise _fail(file, faults)
+
+    state_dict = file.read_tensors(names.tensors)
+    optimizer: OptimizerState | None = None
+    fault = None
+    if contents.get("optimizer") is not None:
+        try:
+            optimizer = from_adamw(contents["optimizer"], model_args, is_tied(state_dict))
+        except ValueError as error:
+            fault = str(error)
+    if fault and with_optimizer:
+        raise file.fail(
+            f"its optimizer state cannot be named with certainty: {fault}",
+            "read the checkpoint with with_optimizer=False to use the model alone",
+        )
+    era, activation_function, reason = _tell_age(contents["model_args"], names, optimizer)
+    return Checkpoint(
+        model_args=model_args,
+        state_dict=state_dict,
+        training_state=_read_training_state(file, optimizer if with_optimizer else None),
+        activation_function=activation_function,
+        format=NAME,
+        era=era,
+        has_optimizer=contents.get("optimizer") is not None,
+        assumptions=(*assumptions, reason),
+    )
+
+
+def write(checkpoint: Checkpoint, file: BinaryIO) -> None:
+    """Writes a checkpoint of today's format; the caller has checked it."""
+    state = checkpoint.training_state
+    optimizer = make_fresh_state(state.config) if state.optimizer is None else state.optimizer
+    torch.save(
+        {
+            "model": OrderedDict(checkpoint.state_dict),
+            "optimizer": optimizer.to_adamw(checkpoint.model_args),
+            "model_args": {name: checkpoint.model_args[name] for name in MODEL_ARGS},
+            "iter_num": state.iter_num,
+            "best_val_loss": state.best_val_loss,
+            "config": state.config,
+        },
+        file,
+    )
+
+
+def _fail(file: TorchFile, faults: list[str]) -> Exception:
+    advice = "give a checkpoint as nanoGPT's train.py wrote it, with nothing added, removed or reshaped"
+    return file.fail(f"not a whole nanoGPT checkpoint: {'; '.join(faults)}", advice)
+
+
+def _find_type_faults(contents: Mapping[str, Any]) -> list[str]:
+    expected_types = {"model": dict, "model_args": dict, "optimizer": dict, "config": dict, "iter_num": int}
+    faults = [
+        f"{key}: expected {expected.__name__}, got {type(contents[key]).__name__}"
+        for key, expected in expected_types.items()
+        if key in contents
+        and not isinstance(contents[key], expected)
+        and not (key == "optimizer" and contents[key] is None)  # as some strip it from a file
+    ]
+    if not _is_real_number(contents.get("best_val_loss", NO_VAL_LOSS)):
+        faults.append(f"best_val_loss: expected a number, got {type(contents['best_val_loss']).__name__}")
+    return faults
+
+
+def _is_real_number(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    try:
+        return isinstance(value, int | float) and isinstance(float(value), float)
+    except OverflowError:
+        return False
+
+
+def _complete_model_args(
+    recorded: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, Any], list[str]]:
+    """Adds vocab_size (recorded since 2023-01-14) and bias (since 2023-01-27) where the file lacks them."""
+    inferred = {name: value for name, value in infer_model_args(tensors).items() if name in ("vocab_size", "bias")}
+    missing = {name: value for name, value in inferred.items() if name not in recorded}
+    assumptions = [f"{name} {value}, as its tensors have: model_args lacks it" for name, value in missing.items()]
+    return {**recorded, **missing}, assumptions
+
+
+def _tell_age(
+    recorded: Mapping[str, Any], names: CleanNames, optimizer: OptimizerState | None
+) -> tuple[str, str, str]:
+    """Returns the era, its GELU (exact since f08abb45, 2023-06-14; the tanh formula before), and what tells them."""
+    tanh = "tanh GELU, as nanoGPT computed when"
+    if "bias" not in recorded:
+        return "before 2023-01-27", "gelu_new", f"{tanh} model_args had no bias (before 2023-01-27)"
+    if optimizer is not None and optimizer.grouping is group_by_module:
+        return "before 2023-05-06", "gelu_new", f"{tanh} its optimizer grouped so (before 2023-05-06)"
+    if optimizer is None and names.has_masks:
+        return "before 2023-01-30", "gelu_new", f"{tanh} it stored attention masks (before 2023-01-30)"
+    since = "2023-01-27" if optimizer is None else "2023-05-06"
+    return f"since {since}", "gelu", "exact GELU, as nanoGPT computes since 2023-06-14: the file does not record it"
+
+
+def _read_training_state(file: TorchFile, optimizer: OptimizerState | None) -> TrainingState:
+    contents = file.contents
+    if optimizer is not None:
+        optimizer = OptimizerState(optimizer.settings, file.read_tree(optimizer.moments), optimizer.grouping)
+    return TrainingState(
+        iter_num=contents.get("iter_num", 0),
+        best_val_loss=float(file.read_tree(contents.get("best_val_loss", NO_VAL_LOSS))),
+        config=file.read_tree(contents.get("config", {})),
+        optimizer=optimizer,
+    )

@@ -1,0 +1,159 @@
+"""Reading and writing checkpoints of the nanoGPT family: picks the format, checks, never leaves a half-written file.
+
+Plain data in, plain data out: this module knows files and tensors but no model. convert/nanogpt.py makes models of it.
+"""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from ..errors import ConversionError
+from ..files import explain_failed_write, fail, open_atomically
+from ..model.configuration_nano_gpt import ACTIVATION_FUNCTIONS
+from . import build_nanogpt, llmc, mingpt, nanogpt
+from .check import find_dense_faults, find_model_faults, find_number_faults, find_plain_faults, is_tied
+from .contents import Checkpoint, TrainingState
+from .optimizer import OptimizerState
+from .torch_file import TorchFile
+
+__all__ = ["Checkpoint", "OptimizerState", "TrainingState", "read_checkpoint", "write_checkpoint"]
+
+_WRITERS = {nanogpt.NAME: nanogpt.write, llmc.NAME: llmc.write}
+
+
+def read_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    n_head: int | None = None,
+    activation_function: str | None = None,
+    tie_word_embeddings: bool | None = None,
+    with_optimizer: bool = True,
+) -> Checkpoint:
+    """Reads a checkpoint of the nanoGPT family into memory: nanoGPT of any age, minGPT, build-nanogpt or llm.c.
+
+    Tensors come bit for bit as they are in the file. Nothing in the file is executed, and its checksums are compared
+    (llm.c's files have none). What kind it is, is told by its contents and not by its name.
+
+    Args:
+        path: Path of the file.
+        n_head: Number of heads, for a bare state dict such as minGPT's, which does not record it.
+        activation_function: Activation in place of the one that the file's age tells (docs/checkpoint-format.md).
+        tie_word_embeddings: Whether lm_head is the token embedding, in place of whether the two are equal.
+        with_optimizer: Whether to read the optimizer state too, which is two thirds of a nanoGPT file. Without it,
+            `training_state.optimizer` is None and neither time nor memory is spent on it.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged, unsafe, incomplete or holds NaN; every fault is listed.
+    """
+    path = Path(path)
+    checkpoint = llmc.read(path) if llmc.recognise(path) else _read_torch_file(path, n_head, with_optimizer)
+    faults = find_number_faults(checkpoint.state_dict)
+    if faults:
+        raise fail(path, "; ".join(faults), "the run diverged before it was saved: use an earlier checkpoint")
+    recorded = checkpoint.model_args["n_head"]
+    if n_head is not None and n_head != recorded:
+        raise fail(path, f"expected n_head={recorded} as it records, got {n_head!r}", "leave it out")
+    if activation_function not in (None, *ACTIVATION_FUNCTIONS):
+        raise fail(path, f"expected a GELU of {ACTIVATION_FUNCTIONS}, got {activation_function!r}", "give one of them")
+    checkpoint = _settle_tying(replace(checkpoint, path=path), tie_word_embeddings)
+    if activation_function is None:
+        return checkpoint
+    assumptions = tuple(text for text in checkpoint.assumptions if "GELU" not in text)  # it is told now
+    return replace(checkpoint, activation_function=activation_function, assumptions=assumptions)
+
+
+def write_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str], *, to: str = nanogpt.NAME) -> None:
+    """Writes a checkpoint: in today's nanoGPT format, for its train.py to resume, or as an llm.c .bin.
+
+    The file appears under its name only when it is complete, and replaces what was there before in one step.
+
+    Args:
+        checkpoint: What to write. Without an optimizer state, nanoGPT's format gets a fresh one.
+        path: Path of the file to write. Missing folders are made.
+        to: "nanogpt" or "llmc"; llm.c's .bin is float32 or bfloat16 as the tensors are.
+
+    Raises:
+        ConversionError: If the format could not hold what the checkpoint holds; every reason is listed.
+        CheckpointError: If the file cannot be written.
+    """
+    where = os.fspath(path)
+    if to not in _WRITERS:
+        raise ConversionError(f"{where}: expected a format of {list(_WRITERS)}, got {to!r}; give one of them")
+    faults = find_dense_faults(checkpoint.state_dict)
+    faults = faults or find_model_faults(checkpoint.model_args, checkpoint.state_dict)
+    faults = faults or find_number_faults(checkpoint.state_dict) + _find_tying_faults(checkpoint)
+    faults += _find_state_faults(checkpoint.training_state)
+    if checkpoint.training_state.optimizer is not None and not faults:
+        faults = checkpoint.training_state.optimizer.find_faults(checkpoint.model_args)
+    if to == llmc.NAME and not faults:
+        faults = llmc.find_faults(checkpoint)
+    if faults:
+        raise ConversionError(f"{where}: cannot be a {to} checkpoint: {'; '.join(faults)}; nothing was written")
+    try:
+        with open_atomically(path) as file:
+            _WRITERS[to](checkpoint, file)
+    except RuntimeError as error:  # torch.save reports a full disk so, in words about its own insides
+        raise explain_failed_write(path, "the disk is full or failed") from error
+
+
+def _read_torch_file(path: Path, n_head: int | None, with_optimizer: bool) -> Checkpoint:
+    with TorchFile(path, admitted=build_nanogpt.ADMITTED) as file:
+        if build_nanogpt.recognise(file.contents):
+            return build_nanogpt.read(file)
+        if nanogpt.recognise(file.contents):
+            return nanogpt.read(file, with_optimizer=with_optimizer)
+        if mingpt.recognise(file.contents):
+            return mingpt.read(file, n_head=n_head)
+        kind = type(file.contents).__name__
+        raise file.fail(
+            f"not a checkpoint of the nanoGPT family: expected a dict with 'model' and 'model_args', or a state dict, "
+            f"got {f'a dict of {len(file.contents)} other keys' if isinstance(file.contents, dict) else kind}",
+            "give the file that the training script wrote",
+        )
+
+
+def _settle_tying(checkpoint: Checkpoint, wanted: bool | None) -> Checkpoint:
+    """Makes one tensor of two equal matrices, or two of one, as the tying says."""
+    state_dict = dict(checkpoint.state_dict)
+    head, embedding = state_dict["lm_head.weight"], state_dict["transformer.wte.weight"]
+    is_equal = is_tied(state_dict)
+    if wanted and not is_equal:
+        raise fail(
+            checkpoint.path or Path(),
+            "lm_head and the token embedding cannot be tied: expected equal matrices, got different ones",
+            "leave tie_word_embeddings out to load them untied",
+        )
+    is_wanted = is_equal if wanted is None else wanted
+    if is_wanted:
+        state_dict["lm_head.weight"] = embedding
+    elif head is embedding:
+        state_dict["lm_head.weight"] = embedding.clone()
+    return replace(checkpoint, state_dict=state_dict, tie_word_embeddings=is_wanted)
+
+
+def _find_state_faults(state: TrainingState) -> list[str]:
+    """Finds what of a training state would not be read back as it is."""
+    expected = {"iter_num": int, "best_val_loss": float, "config": dict}
+    faults = [
+        f"{name}: expected {kind.__name__}, got {type(getattr(state, name)).__name__}"
+        for name, kind in expected.items()
+        if type(getattr(state, name)) is not kind
+    ]
+    if not isinstance(state.optimizer, OptimizerState | None):
+        return [*faults, f"optimizer: expected OptimizerState or None, got {type(state.optimizer).__name__}"]
+    try:
+        faults = faults or find_plain_faults("config", state.config)
+        if state.optimizer is not None:
+            faults += find_plain_faults("optimizer", [*state.optimizer.settings, state.optimizer.moments])
+    except RecursionError:
+        faults.append("config: expected an end to lists within lists, got none")
+    return faults
+
+
+def _find_tying_faults(checkpoint: Checkpoint) -> list[str]:
+    if is_tied(checkpoint.state_dict):
+        return []
+    return [
+        "lm_head.weight: expected the numbers of transformer.wte.weight, because the format ties them and would "
+        "lose one, got others"
+    ]

@@ -1,0 +1,111 @@
+"""Whole conversions: a checkpoint or what stands on the Hub to a folder that works anywhere, and back.
+
+The command line calls these. What users name becomes a model in source.py.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import ConversionError
+from ..files import check_file, check_place, open_folder
+from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
+from ..tokenization.find import find_tokenizer_or_reason
+from .source import load_folder, load_source
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What convert_to_folder or export_model wrote.
+
+    Args:
+        folder: Where; for an export to a single file, that file.
+        model: The model.
+        tokenizer: Its tokenizer, or None if none was found.
+        notes: What was assumed about the checkpoint, why there is no tokenizer, and what an export does not keep, a
+            sentence each.
+    """
+
+    folder: Path
+    model: NanoGPTLMHeadModel
+    tokenizer: PreTrainedTokenizerBase | None
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        tokens = "no tokenizer" if self.tokenizer is None else f"a tokenizer of {len(self.tokenizer):,} tokens"
+        lines = [f"Wrote {self.folder}: {self.model.num_parameters():,} parameters, {dtype}, and {tokens}"]
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+
+def convert_to_folder(
+    source: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    meta_path: str | os.PathLike[str] | None = None,
+    tokenizer: str | None = None,
+    max_shard_size: int | str = "50GB",
+    overwrite: bool = False,
+    **kwargs: Any,
+) -> Conversion:
+    """Converts a checkpoint of the nanoGPT family to a folder that Transformers loads without this package.
+
+    Args:
+        source: Path of the checkpoint. A saved folder or a Hub id is written anew, and GPT-2 becomes a nanoGPT model.
+        folder: Folder to write: a new or an empty one.
+        meta_path: Path of the meta.pkl of its characters.
+        tokenizer: In place of meta_path: a name that tiktoken knows, "gpt2" among them, or a folder or Hub id of a
+            Transformers tokenizer. Without either, the tokenizer is the one that belongs to the source, or none.
+        max_shard_size: Largest size of a file of weights, such as "5GB".
+        overwrite: Whether files in the folder may be replaced. Files that are not a model's stay, and so does a
+            README.md.
+        **kwargs: What from_nanogpt_ckpt or from_pretrained takes, such as `dtype`; for a checkpoint also
+            `activation_function` in place of the one that its age tells, and `n_head` where it does not record it.
+
+    Raises:
+        CheckpointError: If there is no whole model.
+        ConversionError: If the folder has files and overwrite is not given, it is the source, or cannot be written.
+        TokenizerError: If the tokenizer asked for cannot be had, or does not fit the model.
+    """
+    folder = Path(folder)
+    check_place(folder, overwrite)
+    check_other_place(source, folder)
+    model, assumptions = load_source(source, **kwargs)
+    found, reasons = find_tokenizer_or_reason(model, source, meta_path=meta_path, tokenizer=tokenizer)
+    with open_folder(folder) as temporary:
+        model.save_pretrained(temporary, max_shard_size=max_shard_size)
+        if found is not None:
+            found.save_pretrained(temporary)
+    return Conversion(folder, model, found, (*assumptions, *reasons))
+
+
+def convert_to_checkpoint(
+    source: str | os.PathLike[str], ckpt_path: str | os.PathLike[str], *, overwrite: bool = False
+) -> NanoGPTLMHeadModel:
+    """Converts a saved folder, or a model of the Hub, to a checkpoint that nanoGPT's train.py resumes.
+
+    Args:
+        source: A folder that save_pretrained wrote, or a Hub id; GPT-2's too.
+        ckpt_path: Path of the ckpt.pt to write.
+        overwrite: Whether a file there may be replaced.
+
+    Returns:
+        The model that was written.
+
+    Raises:
+        ConversionError: If the model computes what nanoGPT cannot, or a file is there already.
+        CheckpointError: If there is no whole model, or the file cannot be written.
+    """
+    check_file(Path(ckpt_path), overwrite)
+    model = load_folder(source)
+    model.to_nanogpt_ckpt(ckpt_path)
+    return model
+
+
+def check_other_place(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
+    """Raises ConversionError where a model is to be written in the place that it is read from."""
+    if Path(source).exists() and Path(source).resolve() == Path(out).resolve():
+        raise ConversionError(f"{out}: is the source: expected another place, got the model itself; give another path")

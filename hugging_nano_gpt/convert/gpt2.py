@@ -1,0 +1,243 @@
+"""Stock GPT-2's layout: nanoGPT models as folders that GPT2LMHeadModel loads without remote code, and the way in.
+
+The tensors have the same names on both sides. GPT-2 keeps four weights of each layer transposed (its Conv1D), which is
+its own inverse, and always has biases: where the model has none they are zeros here. The function is the same then,
+but GPT-2 trains them, so the form of a model without biases is for inference (docs/exporting.md).
+
+Sources: nanoGPT's from_pretrained (model.py @ 3adf61e); Transformers' models/gpt2 and Conv1D.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from ..errors import ConversionError, list_some
+from ..files import check_place, open_folder
+from ..model.configuration_nano_gpt import ACTIVATION_FUNCTIONS, NanoGPTConfig
+from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
+from ..tokenization.find import check_tokenizer
+from .pretrained import load_whole_model
+from .tensors import check_tensors, export_state_dict, list_args, select_tensors, take_tensors
+
+logger = logging.get_logger(__name__)
+
+# Conv1D's, (n_in, n_out) where nn.Linear has (n_out, n_in). By name: attn.c_proj is square, its shape tells nothing.
+_TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+# Of every LayerNorm of nanoGPT.
+_EPSILON = 1e-5
+
+_DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+
+# Under the same name and with the same meaning in both configurations.
+_SHARED_FIELDS = (
+    "activation_function",
+    "bos_token_id",
+    "eos_token_id",
+    "n_embd",
+    "n_head",
+    "n_layer",
+    "pad_token_id",
+    "tie_word_embeddings",
+    "use_cache",
+    "vocab_size",
+)
+
+
+def export_gpt2(
+    model: NanoGPTLMHeadModel,
+    folder: str | os.PathLike[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_shard_size: int | str = "50GB",
+    overwrite: bool = False,
+) -> tuple[str, ...]:
+    """Writes a model as a folder that stock GPT2LMHeadModel loads.
+
+    Weights are moved and not computed with, so import_gpt2 gives back the same bits. Logits differ by the order of
+    float32 sums alone (docs/exporting.md). What generate does past block_size is not part of GPT-2: it stops there.
+
+    Args:
+        model: The model, of any floating dtype; tied or not.
+        folder: Folder to write: a new or an empty one.
+        tokenizer: Tokenizer to write beside it.
+        max_shard_size: Largest size of a file of weights, such as "5GB".
+        overwrite: Whether files in the folder may be replaced; those that are not a model's stay.
+
+    Returns:
+        What the folder does not keep, a sentence each.
+
+    Raises:
+        ConversionError: If the model has wrapped or quantised layers or NaN, the folder has files and overwrite is
+            not given, or it cannot be written.
+        TokenizerError: If the tokenizer has more tokens than the model has rows.
+    """
+    folder = Path(folder)
+    check_place(folder, overwrite)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer.name_or_path or "tokenizer", tokenizer, model.config.vocab_size)
+    gpt2 = _make_gpt2(model, folder)
+    with open_folder(folder) as temporary:
+        gpt2.save_pretrained(temporary, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+    if model.config.bias:
+        return ()
+    return ("biases are zeros, as GPT-2 always has them: for inference only, because they would train",)
+
+
+def import_gpt2(
+    source: str | os.PathLike[str] | GPT2LMHeadModel,
+    *,
+    bias: bool | None = None,
+    dropout: float | None = None,
+    **kwargs: Any,
+) -> NanoGPTLMHeadModel:
+    """Makes a nanoGPT model of GPT-2, as nanoGPT's init_from=gpt2 does.
+
+    Every tensor is taken over bit for bit, and so is the GELU: OpenAI's models compute "gelu_new", where today's
+    nanoGPT would compute the exact one.
+
+    Args:
+        source: Folder, Hub id or model; its weights are copied.
+        bias: Whether the model has biases. False drops those of all Linear and LayerNorm modules, which must be zero.
+            By default an export of a model without biases comes back without, unless they were trained since, and
+            every other model keeps its biases, zero or not.
+        dropout: The one dropout of nanoGPT, in place of GPT-2's three.
+        **kwargs: What from_pretrained takes, such as `dtype`; by default the dtype is GPT-2's.
+
+    Returns:
+        A model in eval mode, with GPT-2's generation settings.
+
+    Raises:
+        ConversionError: If GPT-2 has an option that nanoGPT has no counterpart for (each is listed), wrapped or
+            quantised layers or NaN, or bias=False and a bias that is not zero.
+        CheckpointError: If there is no whole GPT-2 model in safetensors, or the Hub cannot be reached.
+    """
+    if isinstance(source, GPT2LMHeadModel):
+        where = source.name_or_path or type(source).__name__
+        _check_options(where, source.config, dropout)
+        gpt2 = source
+    elif isinstance(source, str | os.PathLike):
+        where = os.fspath(source)
+        gpt2 = load_whole_model(GPT2LMHeadModel, where, check=lambda config: _check_options(where, config, dropout))
+    else:
+        raise ConversionError(
+            f"{type(source).__name__}: not GPT-2's language model: expected a folder, a hub id or a GPT2LMHeadModel, "
+            f"got a {type(source).__name__}; give one of those"
+        )
+    config = _make_config(where, gpt2.config, dropout)
+    tensors = _transpose({name: tensor.clone() for name, tensor in export_state_dict(gpt2).items()})
+    check_tensors(where, config, tensors)
+    config.bias = _settle_bias(where, tensors, bias, was_without=not getattr(gpt2.config, "nanogpt_bias", True))
+    state_dict = select_tensors(tensors, list_args(config), is_tied=config.tie_word_embeddings)
+    model: NanoGPTLMHeadModel = NanoGPTLMHeadModel.from_pretrained(
+        None, config=config, state_dict=state_dict, **kwargs
+    )
+    model.name_or_path = model.config.name_or_path = where
+    model.generation_config = copy_settings(gpt2)
+    return model
+
+
+def _make_gpt2(model: NanoGPTLMHeadModel, folder: Path) -> GPT2LMHeadModel:
+    tensors, config = take_tensors(os.fspath(folder), model), model.config
+    gpt2_config = make_gpt2_config(config)
+    gpt2_config.nanogpt_bias = config.bias  # for the way back, as nanogpt_training_state is
+    gpt2_config.nanogpt_training_state = config.nanogpt_training_state
+    selected = select_tensors(tensors, {**list_args(config), "bias": True}, config.tie_word_embeddings)
+    gpt2: GPT2LMHeadModel = GPT2LMHeadModel.from_pretrained(None, config=gpt2_config, state_dict=_transpose(selected))
+    gpt2.generation_config = copy_settings(model)
+    return gpt2
+
+
+def make_gpt2_config(config: NanoGPTConfig) -> GPT2Config:
+    """Makes the configuration of the GPT-2 that computes the same."""
+    return GPT2Config(
+        **{name: getattr(config, name) for name in _SHARED_FIELDS},
+        **dict.fromkeys(_DROPOUTS, config.dropout),
+        n_positions=config.block_size,
+        n_ctx=config.block_size,  # llama.cpp's converter reads it, and Transformers 5 does not write it by itself
+        layer_norm_epsilon=_EPSILON,
+    )
+
+
+def _make_config(where: str, gpt2: PreTrainedConfig, dropout: float | None) -> NanoGPTConfig:
+    settings = dict(
+        **{name: getattr(gpt2, name) for name in _SHARED_FIELDS},
+        block_size=gpt2.n_positions,
+        bias=True,
+        dropout=gpt2.resid_pdrop if dropout is None else dropout,
+        nanogpt_training_state=getattr(gpt2, "nanogpt_training_state", None),
+    )
+    try:
+        return NanoGPTConfig(**settings)
+    except ValueError as error:
+        raise ConversionError(
+            f"{where}: cannot be a nanoGPT model: {error}; give dropout= a possible value"
+        ) from error
+
+
+def _transpose(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Turns nn.Linear's weights into Conv1D's, and those into these."""
+    return {name: t.t().contiguous() if name.endswith(_TRANSPOSED) else t for name, t in tensors.items()}
+
+
+def _check_options(where: str, config: PreTrainedConfig, dropout: float | None) -> None:
+    """Raises ConversionError with every option of GPT-2 that nanoGPT has no counterpart for."""
+    expected: dict[str, tuple[Any, ...]] = {
+        "activation_function": ACTIVATION_FUNCTIONS,
+        "add_cross_attention": (False,),
+        "layer_norm_epsilon": (_EPSILON,),
+        "n_inner": (None, 4 * config.n_embd),
+        "quantization_config": (None,),
+        "reorder_and_upcast_attn": (False,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "scale_attn_weights": (True,),
+    }
+    found = {name: getattr(config, name, None) for name in expected}
+    faults = [
+        f"{name}: expected {' or '.join(map(repr, values))}, got {found[name]!r}"
+        for name, values in expected.items()
+        if found[name] not in values
+    ]
+    dropouts = {name: getattr(config, name) for name in _DROPOUTS}
+    if dropout is None and len(set(dropouts.values())) > 1:
+        settings = ", ".join(f"{name}={value!r}" for name, value in dropouts.items())
+        faults.append(f"dropouts: expected one for all three, or dropout= in their place, got {settings}")
+    if faults:
+        raise ConversionError(
+            f"{where}: has no counterpart in nanoGPT: {'; '.join(faults)}; use it as GPT2LMHeadModel"
+        )
+
+
+def _settle_bias(where: str, tensors: Mapping[str, torch.Tensor], bias: bool | None, was_without: bool) -> bool:
+    """Returns whether the model gets biases, and sees that none is dropped that is not zero."""
+    trained = [name for name, tensor in tensors.items() if name.endswith(".bias") and tensor.any()]
+    if bias is False and trained:
+        raise ConversionError(
+            f"{where}: biases cannot be dropped: expected zeros, got other numbers in {list_some(trained)}; leave "
+            f"bias=False out"
+        )
+    if bias is None and was_without and trained:
+        logger.warning(
+            f"{where}: expected zero biases, as it was exported from a model without, got other numbers in "
+            f"{list_some(trained)}: they were trained since and are kept"
+        )
+    return bool(trained) or (not was_without if bias is None else bias)
+
+
+def copy_settings(model: PreTrainedModel) -> GenerationConfig:
+    """Copies what generate starts, stops and chooses with."""
+    return GenerationConfig.from_dict(model.generation_config.to_dict())

@@ -1,0 +1,200 @@
+"""What a checkpoint file or a saved folder holds, without making a model of it."""
+
+import json
+import os
+import textwrap
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from ..checkpoint.contents import NO_VAL_LOSS
+from ..checkpoint.read_write import read_checkpoint
+from ..checkpoint.tensors import MODEL_ARGS, count_parameters
+from ..errors import CheckpointError, list_some
+from ..model.configuration_nano_gpt import NanoGPTConfig
+from .nanogpt import read_training_state
+
+_KINDS = {
+    "nanogpt": "nanoGPT checkpoint",
+    "mingpt": "minGPT checkpoint",
+    "build_nanogpt": "build-nanogpt checkpoint",
+    "llmc": "llm.c checkpoint",
+}
+FOLDER = "folder of Transformers"
+ACTIVATIONS = {"gelu": "exact GELU", "gelu_new": "tanh GELU", "gelu_pytorch_tanh": "tanh GELU as torch computes it"}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a file or folder holds.
+
+    Args:
+        path: The file or folder.
+        kind: What it is, in words.
+        era: Which nanoGPT wrote it, as far as the file tells; empty if there is nothing to tell.
+        size_bytes: Size of the file, or of all files of the folder.
+        model_args: nanoGPT's seven model_args.
+        activation_function: The activation, in NanoGPTConfig's terms.
+        tie_word_embeddings: Whether lm_head is the token embedding.
+        dtypes: The tensors' dtypes.
+        n_params: Parameters as nanoGPT counts them: without the position embedding.
+        n_params_total: All parameters.
+        iter_num: Optimizer updates made.
+        best_val_loss: Lowest validation loss seen, in nats per token, or None before the first evaluation.
+        has_optimizer: Whether there is an optimizer state.
+        has_tokenizer: Whether there is a tokenizer; only folders have one.
+        config: train.py's settings.
+        assumptions: What is not recorded and was assumed.
+    """
+
+    path: str
+    kind: str
+    era: str
+    size_bytes: int
+    model_args: dict[str, Any]
+    activation_function: str
+    tie_word_embeddings: bool
+    dtypes: tuple[str, ...]
+    n_params: int
+    n_params_total: int
+    iter_num: int
+    best_val_loss: float | None
+    has_optimizer: bool
+    has_tokenizer: bool
+    config: dict[str, Any]
+    assumptions: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the fields as plain JSON types."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        args = self.model_args
+        loss = "not measured" if self.best_val_loss is None else f"{self.best_val_loss:.4f}"
+        optimizer = "with" if self.has_optimizer else "without"
+        settings = ", ".join(f"{name}={value!r}" for name, value in self.config.items())
+        rows = {
+            "what": f"{self.kind}{f', {self.era}' if self.era else ''}, {self.size_bytes / 1e6:,.1f} MB",
+            "model": f"{args['n_layer']} layers, {args['n_head']} heads, width {args['n_embd']}, "
+            f"block_size {args['block_size']}, vocab_size {args['vocab_size']}",
+            "layers": f"{'with' if args['bias'] else 'without'} biases, dropout {args['dropout']}, "
+            f"{ACTIVATIONS[self.activation_function]}, lm_head {'' if self.tie_word_embeddings else 'not '}tied",
+            "parameters": f"{self.n_params:,} as nanoGPT counts them (without positions), {self.n_params_total:,} in "
+            f"all, {', '.join(self.dtypes)}",
+            "training": f"iteration {self.iter_num:,}, best validation loss {loss}, {optimizer} optimizer state",
+            "settings": settings or "none",
+            "tokenizer": "yes" if self.has_tokenizer else "no",
+        }
+        if self.kind != FOLDER:
+            del rows["tokenizer"]
+        lines = [*rows.items(), *(("assumed", text) for text in self.assumptions)]
+        return "\n".join([self.path, *(_wrap(name, text) for name, text in lines)])
+
+
+def inspect_path(path: str | os.PathLike[str], **kwargs: Any) -> Inspection:
+    """Tells what a checkpoint file or a saved folder holds.
+
+    A checkpoint's tensors are read and checked, but for the optimizer's; of a folder only the headers are read.
+
+    Args:
+        path: A checkpoint of the nanoGPT family, or a folder that save_pretrained wrote.
+        **kwargs: `n_head` and `activation_function`, for what a file does not record.
+
+    Raises:
+        CheckpointError: If it is neither, or a checkpoint is damaged.
+    """
+    return _inspect_folder(Path(path)) if Path(path).is_dir() else _inspect_file(Path(path), **kwargs)
+
+
+def _wrap(name: str, text: str) -> str:
+    return textwrap.fill(text, 100, initial_indent=f"{name:<11}", subsequent_indent=" " * 11, break_long_words=False)
+
+
+def _inspect_file(path: Path, **kwargs: Any) -> Inspection:
+    checkpoint = read_checkpoint(path, with_optimizer=False, **kwargs)
+    state = checkpoint.training_state
+    n_params, n_params_total = count_parameters(checkpoint.model_args, checkpoint.tie_word_embeddings)
+    return Inspection(
+        path=os.fspath(path),
+        kind=_KINDS[checkpoint.format],
+        era=checkpoint.era,
+        size_bytes=path.stat().st_size,
+        model_args={name: checkpoint.model_args[name] for name in MODEL_ARGS},
+        activation_function=checkpoint.activation_function,
+        tie_word_embeddings=checkpoint.tie_word_embeddings,
+        dtypes=tuple(sorted({str(t.dtype).removeprefix("torch.") for t in checkpoint.state_dict.values()})),
+        n_params=n_params,
+        n_params_total=n_params_total,
+        iter_num=state.iter_num,
+        best_val_loss=None if state.best_val_loss >= NO_VAL_LOSS else state.best_val_loss,
+        has_optimizer=checkpoint.has_optimizer,
+        has_tokenizer=False,
+        config=state.config,
+        assumptions=checkpoint.assumptions,
+    )
+
+
+def _inspect_folder(folder: Path) -> Inspection:
+    config = _read_config(folder)
+    state = read_training_state(config)
+    model_args = {name: getattr(config, name) for name in MODEL_ARGS}
+    n_params, n_params_total = count_parameters(model_args, config.tie_word_embeddings)
+    return Inspection(
+        path=os.fspath(folder),
+        kind=FOLDER,
+        era="",
+        size_bytes=sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
+        model_args=model_args,
+        activation_function=config.activation_function,
+        tie_word_embeddings=config.tie_word_embeddings,
+        dtypes=_read_dtypes(folder),
+        n_params=n_params,
+        n_params_total=n_params_total,
+        iter_num=state.iter_num,
+        best_val_loss=None if state.best_val_loss >= NO_VAL_LOSS else state.best_val_loss,
+        has_optimizer=False,
+        has_tokenizer=all((folder / name).is_file() for name in _TOKENIZER_FILES),
+        config=state.config,
+        assumptions=(),
+    )
+
+
+def _read_config(folder: Path) -> NanoGPTConfig:
+    path = folder / "config.json"
+    try:
+        contents = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: expected the configuration that save_pretrained writes, got {type(error).__name__}: {error}; "
+            f"give a checkpoint file or a folder of a saved model"
+        ) from error
+    kind = contents.get("model_type") if isinstance(contents, dict) else None
+    if kind != NanoGPTConfig.model_type:
+        raise CheckpointError(
+            f"{path}: expected a model_type of {NanoGPTConfig.model_type!r}, got {kind!r}; give a folder that "
+            f"`hugging-nano-gpt convert` wrote"
+        )
+    try:
+        return NanoGPTConfig(**{name: value for name, value in contents.items() if name != "model_type"})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}; save the model again") from error
+
+
+def _read_dtypes(folder: Path) -> tuple[str, ...]:
+    dtypes = set()
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                dtypes |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}; save the model again") from error
+    if not dtypes:
+        files = sorted(file.name for file in folder.iterdir())
+        raise CheckpointError(
+            f"{folder}: expected tensors in *.safetensors, got {list_some(files)}; save the model again"
+        )
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+    return tuple(sorted(names.get(dtype, dtype) for dtype in dtypes))

@@ -1,0 +1,179 @@
+"""Between checkpoints and models: a Checkpoint becomes a Transformers model, and a model becomes a Checkpoint.
+
+Loading goes through Transformers' own from_pretrained, so every argument that users know from there works here, and
+nothing is initialised that the checkpoint then overwrites. The classmethods of the model classes call these functions.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from ..checkpoint.contents import Checkpoint, TrainingState
+from ..checkpoint.optimizer import OptimizerState, from_adamw
+from ..checkpoint.read_write import read_checkpoint, write_checkpoint
+from ..checkpoint.tensors import MODEL_ARGS
+from ..errors import ConversionError, list_some
+from ..model.configuration_nano_gpt import NanoGPTConfig
+from ..tokenization.bpe import GPT2_TOKENS, GPT2_VOCAB_SIZES
+from .tensors import export_state_dict, refuse_changed_layers
+
+logger = logging.get_logger(__name__)
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+# What a user may set in place of the checkpoint's: nothing here changes the shape of a tensor.
+READING_KWARGS = ("activation_function", "n_head", "tie_word_embeddings")
+_CONFIG_KWARGS = (
+    "bos_token_id",
+    "dropout",
+    "eos_token_id",
+    "id2label",
+    "label2id",
+    "loss_chunk_size",
+    "num_labels",
+    "pad_token_id",
+    "problem_type",
+    "use_cache",
+)
+
+# <|endoftext|>, which stands between the documents of nanoGPT's data (data/openwebtext/prepare.py @ 3adf61e).
+_GPT2_END_OF_TEXT = GPT2_TOKENS - 1
+
+
+def load_model(model_class: type[Model], path: str | os.PathLike[str], **kwargs: Any) -> Model:
+    """Makes a model of a class from a checkpoint file; see NanoGPTPreTrainedModel.from_nanogpt_ckpt."""
+    reading = {name: kwargs.pop(name) for name in READING_KWARGS if name in kwargs}
+    return make_model(model_class, path, read_checkpoint(path, with_optimizer=False, **reading), **kwargs)
+
+
+def make_model(model_class: type[Model], path: str | os.PathLike[str], checkpoint: Checkpoint, **kwargs: Any) -> Model:
+    """Makes a model of a class from a checkpoint in memory that was read from a path."""
+    fixed = [name for name in MODEL_ARGS if name in kwargs and name not in _CONFIG_KWARGS]
+    if fixed:
+        raise ConversionError(
+            f"{os.fspath(path)}: {list_some(fixed)} cannot be set: expected the shapes of the checkpoint's tensors, "
+            f"{[checkpoint.model_args[name] for name in fixed]}, got {[kwargs[name] for name in fixed]}; leave it out"
+        )
+    settings = {**checkpoint.model_args, **{name: kwargs.pop(name) for name in _CONFIG_KWARGS if name in kwargs}}
+    config = NanoGPTConfig(
+        activation_function=checkpoint.activation_function,
+        tie_word_embeddings=checkpoint.tie_word_embeddings,
+        **settings,
+    )
+    model: Model = model_class.from_pretrained(
+        None, config=config, state_dict=_select_tensors(model_class, checkpoint), **kwargs
+    )
+    model.name_or_path = model.config.name_or_path = os.fspath(path)
+    remember_training_state(model, checkpoint.training_state)
+    if model.can_generate():
+        _set_special_tokens(model, checkpoint)
+    return model
+
+
+def save_model(
+    model: PreTrainedModel,
+    path: str | os.PathLike[str],
+    *,
+    optimizer: OptimizerState | Mapping[str, Any] | None = None,
+    iter_num: int | None = None,
+    best_val_loss: float | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a model to a checkpoint file; see NanoGPTLMHeadModel.to_nanogpt_ckpt."""
+    refuse_changed_layers(model, path)
+    state: TrainingState = getattr(model, "nanogpt_training_state", TrainingState())
+    model_args = {name: getattr(model.config, name) for name in MODEL_ARGS}
+    settings = state.config if config is None else dict(config)
+    state = TrainingState(
+        iter_num=state.iter_num if iter_num is None else int(iter_num),
+        best_val_loss=state.best_val_loss if best_val_loss is None else float(best_val_loss),
+        config=settings,
+        optimizer=_name_moments(path, optimizer, model_args),
+    )
+    if model.config.activation_function != "gelu":
+        logger.warning(
+            f"{os.fspath(path)}: the model computes {model.config.activation_function!r}, today's nanoGPT exact "
+            f"GELU, so nanoGPT's numbers will differ slightly; its checkpoints have no place to record the activation"
+        )
+    checkpoint = Checkpoint(model_args, export_state_dict(model), training_state=state)
+    if _is_main_process():
+        write_checkpoint(checkpoint, path)
+
+
+def remember_training_state(model: PreTrainedModel, state: TrainingState) -> None:
+    """Lets a model, and the folders it is saved to, remember a training state, but for the optimizer's."""
+    model.nanogpt_training_state = replace(state, optimizer=None)
+    kept = {name: value for name, value in state.config.items() if _is_exact_in_json({name: value})}
+    lost = [name for name in state.config if name not in kept]
+    if lost:
+        logger.warning(
+            f"{model.name_or_path}: config: save_pretrained will leave out {list_some(lost)}: expected what JSON "
+            f"holds exactly, got other types; give config= to to_nanogpt_ckpt after from_pretrained"
+        )
+    model.config.nanogpt_training_state = {
+        "iter_num": state.iter_num,
+        "best_val_loss": state.best_val_loss,
+        "config": kept,
+    }
+
+
+def read_training_state(config: PreTrainedConfig) -> TrainingState:
+    """Returns the training state that the configuration of a saved model remembers, if any."""
+    kept = getattr(config, "nanogpt_training_state", None) or {}
+    state = TrainingState()
+    return TrainingState(
+        iter_num=kept.get("iter_num", state.iter_num),
+        best_val_loss=float(kept.get("best_val_loss", state.best_val_loss)),
+        config=dict(kept.get("config", state.config)),
+    )
+
+
+def _is_exact_in_json(value: Any) -> bool:
+    if type(value) is dict:
+        return all(type(key) is str and _is_exact_in_json(item) for key, item in value.items())
+    if type(value) is list:
+        return all(_is_exact_in_json(item) for item in value)
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def _is_main_process() -> bool:
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
+def _name_moments(
+    path: str | os.PathLike[str], optimizer: OptimizerState | Mapping[str, Any] | None, model_args: Mapping[str, Any]
+) -> OptimizerState | None:
+    if optimizer is None or isinstance(optimizer, OptimizerState):
+        return optimizer
+    try:
+        return from_adamw(optimizer, model_args, is_tied=True)
+    except ValueError as error:
+        raise ConversionError(f"{os.fspath(path)}: {error}; nothing was written") from error
+
+
+def _select_tensors(model_class: type[PreTrainedModel], checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Leaves out lm_head where the model has none or ties it, as from_pretrained would report it as unexpected."""
+    has_own_head = "lm_head.weight" in (model_class._tied_weights_keys or {}) and not checkpoint.tie_word_embeddings
+    return {name: t for name, t in checkpoint.state_dict.items() if name != "lm_head.weight" or has_own_head}
+
+
+def _set_special_tokens(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Lets generate() start without a prompt, stop where the vocabulary has an end of text, and never pad."""
+    settings, vocab_size = model.generation_config, checkpoint.model_args["vocab_size"]
+    n_tokens = checkpoint.n_tokens or vocab_size
+    if vocab_size in GPT2_VOCAB_SIZES:
+        n_tokens = GPT2_TOKENS
+        defaults = {"bos_token_id": _GPT2_END_OF_TEXT, "eos_token_id": _GPT2_END_OF_TEXT}
+    else:  # token 0 is the newline of nanoGPT's character data, with which sample.py starts by default
+        defaults = {"bos_token_id": 0}
+    for name, value in defaults.items():
+        if getattr(settings, name) is None:
+            setattr(settings, name, value)
+    if n_tokens < vocab_size:
+        settings.suppress_tokens = list(range(n_tokens, vocab_size))

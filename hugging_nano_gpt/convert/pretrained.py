@@ -1,0 +1,109 @@
+"""Loading whole models in safetensors from folders and from the Hub. Nothing is executed."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..errors import CheckpointError, NanoGPTError, list_some
+from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def read_model_type(source: str | os.PathLike[str]) -> str | None:
+    """Reads the model_type of a folder or a model of the Hub.
+
+    Raises:
+        CheckpointError: If its config.json cannot be read, or the Hub cannot be reached.
+    """
+    return _read_fields(source).get("model_type")
+
+
+def load_whole_model(
+    model_class: type[Model],
+    source: str | os.PathLike[str],
+    *,
+    check: Callable[[PreTrainedConfig], None] | None = None,
+    **kwargs: Any,
+) -> Model:
+    """Loads a model of a class from a folder or the Hub: every tensor of it, from safetensors.
+
+    Args:
+        model_class: Class of the model.
+        source: Folder or Hub id.
+        check: Raises what it has against the configuration, before any tensor is fetched.
+        **kwargs: What from_pretrained takes; the dtype is that of the files by default.
+
+    Raises:
+        CheckpointError: If there is no whole model of this class there, or the Hub cannot be reached.
+    """
+    fields = _read_fields(source)
+    _check_model_type(model_class, source, fields)
+    with _explaining(source):
+        if check is not None:
+            check(model_class.config_class.from_dict(fields))
+        _check_numbers(source, fields)
+        model, info = model_class.from_pretrained(
+            source, **{"dtype": "auto", **kwargs}, use_safetensors=True, output_loading_info=True
+        )
+    faults = [f"{kind} {list_some(sorted(map(str, info[kind])))}" for kind in info if info[kind]]
+    if faults:
+        raise CheckpointError(
+            f"{source}: not a whole model: expected every tensor once in its shape, got {'; '.join(faults)}; save it "
+            f"again with save_pretrained"
+        )
+    return model
+
+
+def _check_model_type(
+    model_class: type[PreTrainedModel], source: str | os.PathLike[str], fields: dict[str, Any]
+) -> None:
+    """Refuses what from_pretrained would load as another model than the one in the files."""
+    expected, model_type = model_class.config_class.model_type, fields.get("model_type")
+    if not fields and (Path(source) / "ckpt.pt").is_file():
+        raise CheckpointError(
+            f"{source}: expected a checkpoint file or a folder with config.json, got a folder without; give the file "
+            f"in it, as {Path(source) / 'ckpt.pt'}"
+        )
+    if model_type != expected:
+        kind = "nanoGPT" if model_class is NanoGPTLMHeadModel else "GPT-2"
+        raise CheckpointError(
+            f"{source}: not a {kind} model: expected model_type {expected!r} in its config.json, got {model_type!r}; "
+            f"give a model that {model_class.__name__}.save_pretrained wrote"
+        )
+
+
+def _check_numbers(source: str | os.PathLike[str], fields: dict[str, Any]) -> None:
+    """Refuses what from_pretrained would load as other numbers than a model's own."""
+    if fields.get("quantization_config"):
+        raise CheckpointError(
+            f"{source}: quantised: expected the model's own numbers, got a quantization_config; give the model that "
+            f"it was made from"
+        )
+
+
+def _read_fields(source: str | os.PathLike[str]) -> dict[str, Any]:
+    with _explaining(source):
+        fields, _ = PreTrainedConfig.get_config_dict(source)
+    return fields
+
+
+@contextmanager
+def _explaining(source: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns what Transformers and the Hub raise into a CheckpointError."""
+    try:
+        yield
+    except NanoGPTError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, StrictDataclassError) as error:
+        first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CheckpointError(
+            f"{source}: cannot be loaded: expected a folder that save_pretrained wrote, or a hub id that can be "
+            f"fetched, got: {first_line.rstrip('.')}; check the path, the files in it, or the network"
+        ) from error

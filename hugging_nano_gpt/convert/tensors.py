@@ -1,0 +1,86 @@
+"""A model's tensors as writers take them: on the CPU, checked to be nanoGPT's, whole and finite; biases filled in."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..checkpoint.check import find_dense_faults, find_model_faults, find_number_faults, is_tied
+from ..checkpoint.tensors import MODEL_ARGS, iterate_shapes
+from ..errors import ConversionError, list_some
+from ..model.configuration_nano_gpt import NanoGPTConfig
+
+
+def list_args(config: NanoGPTConfig) -> dict[str, Any]:
+    """Returns nanoGPT's model_args of a configuration."""
+    return {name: getattr(config, name) for name in MODEL_ARGS}
+
+
+def take_tensors(where: str, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Returns the tensors of a nanoGPT model on the CPU; raises ConversionError where it is not whole and plain."""
+    refuse_changed_layers(model, where)
+    tensors = export_state_dict(model)
+    check_tensors(where, model.config, tensors)
+    return tensors
+
+
+def check_tensors(where: str, config: NanoGPTConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises ConversionError where tensors, in nanoGPT's layout, are not a nanoGPT model of finite numbers."""
+    faults = find_dense_faults(tensors)
+    faults = faults or find_model_faults(list_args(config), tensors)
+    faults = faults or find_number_faults(tensors)
+    if not faults and config.tie_word_embeddings and not is_tied(tensors):
+        faults = ["lm_head.weight: expected the numbers of transformer.wte.weight, as it is tied, got others"]
+    if faults:
+        raise ConversionError(f"{where}: cannot be converted: {'; '.join(faults)}; give a whole, plain model")
+
+
+def select_tensors(
+    tensors: Mapping[str, torch.Tensor], model_args: Mapping[str, Any], is_tied: bool
+) -> dict[str, torch.Tensor]:
+    """Returns the tensors that a model of these model_args saves: with zeros for biases that are not there."""
+    dtype = tensors["transformer.wte.weight"].dtype
+    return {
+        name: tensors[name] if name in tensors else torch.zeros(shape, dtype=dtype)
+        for name, shape in iterate_shapes(model_args)
+        if name != "lm_head.weight" or not is_tied
+    }
+
+
+def refuse_changed_layers(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
+    """Refuses layers that clients put in place of nanoGPT's, with the way out: their names alone would not tell it."""
+    # PEFT wraps what it adapts: base_layer in its own layers, original_module around layers that it trains whole.
+    inner = ("base_layer", "original_module")
+    adapted = [parent for parent, _, name in (n.rpartition(".") for n, _ in model.named_modules()) if name in inner]
+    if adapted:
+        raise ConversionError(
+            f"{os.fspath(path)}: expected nanoGPT's own layers, got PEFT's at {list_some(adapted)}; merge the adapter "
+            f"first, and write what peft_model.merge_and_unload() returns; nothing was written"
+        )
+    # torchao puts a tensor class of its own in the layers; bitsandbytes a subclass of Parameter, and says it here.
+    plain = (torch.Tensor, torch.nn.Parameter)
+    odd = [n for n, p in model.named_parameters() if type(p) not in plain and not hasattr(p, "full_tensor")]
+    if odd or getattr(model, "is_quantized", False):
+        at = f" at {list_some(odd)}" if odd else ""
+        raise ConversionError(
+            f"{os.fspath(path)}: expected floating-point layers, got quantised ones{at}; "
+            f"their rounding cannot be undone: write the model that was quantised; nothing was written"
+        )
+
+
+def export_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Returns the model's tensors on the CPU, sharded ones whole; tied tensors stay one tensor unless offloaded."""
+    if any(parameter.is_meta for parameter in model.parameters()):  # offloaded by accelerate, to the CPU or the disk
+        from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+        return get_state_dict_offloaded_model(model)
+    moved: dict[int, torch.Tensor] = {}
+    state_dict = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in moved:
+            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # FSDP2: on every process
+            moved[id(tensor)] = whole.detach().to("cpu").contiguous()
+        state_dict[name] = moved[id(tensor)]
+    return state_dict

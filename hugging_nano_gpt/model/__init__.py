@@ -1,0 +1,1 @@
+"""The files that ship with saved folders, and nothing else: they import torch, transformers and each other."""

@@ -1,0 +1,608 @@
+"""The nanoGPT model (karpathy/nanoGPT model.py @ 3adf61e) as native Transformers classes, the whole of it in one file.
+
+Modules carry nanoGPT's names and layouts and the arithmetic follows its order, so in training and in inference every
+number equals nanoGPT's bit for bit. What Transformers adds (caches, attention back ends, padding, recorded outputs)
+stays out of the way when it is not asked for. This file travels with saved models as remote code, so it imports
+torch, transformers and the two files that travel with it, and nothing else of this package.
+
+Shapes: B batch, T tokens, S keys (cached + T), C n_embd, H heads, D head size = C / H, V vocabulary.
+"""
+
+import contextlib
+import functools
+import importlib
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_nano_gpt import NanoGPTConfig
+from .generation_nano_gpt import NanoGPTGenerationMixin, document_as
+
+# Where a saved folder has the class for each Auto class; vLLM asks for AutoModel whatever was saved.
+AUTO_MAP = {
+    "AutoConfig": "configuration_nano_gpt.NanoGPTConfig",
+    "AutoModel": "modeling_nano_gpt.NanoGPTModel",
+    "AutoModelForCausalLM": "modeling_nano_gpt.NanoGPTLMHeadModel",
+    "AutoModelForSequenceClassification": "modeling_nano_gpt.NanoGPTForSequenceClassification",
+}
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,  # (B, H, T, D)
+    key: torch.Tensor,  # (B, H, S, D)
+    value: torch.Tensor,  # (B, H, S, D)
+    attention_mask: torch.Tensor | None,  # (B or 1, 1, T, S), added to the scores
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Computes attention step by step, as nanoGPT does without flash attention, and returns the weights too."""
+    scores = (query @ key.transpose(-2, -1)) * scaling  # (B, H, T, S)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights  # (B, T, H, D)
+
+
+class NanoGPTAttention(nn.Module):
+    """Causal self-attention of all heads, with query, key and value in one projection."""
+
+    def __init__(self, config: NanoGPTConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.n_embd // config.n_head
+        self.scaling = 1.0 / math.sqrt(self.head_dim)
+        self.is_causal = True
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj.is_residual_projection = True  # type: ignore[assignment]  # read by _init_weights
+        # Never called, as the back ends drop weights themselves: TRL turns dropout off by setting p of nn.Dropout.
+        self.attn_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # (B, T, C)
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # vLLM's Transformers backend reads and rewrites this source: the split by a literal 3-tuple, the -1 heads, the
+        # interface fetched once into a local and called once, and `scaling=self.scaling` are its contract.
+        input_shape = hidden_states.shape[:-1]
+        head_shape = (*input_shape, -1, self.head_dim)
+        C = self.config.n_embd
+        query, key, value = self.c_attn(hidden_states).split((C, C, C), dim=-1)
+        query = query.view(head_shape).transpose(1, 2)  # (B, H, T, D)
+        key = key.view(head_shape).transpose(1, 2)
+        value = value.view(head_shape).transpose(1, 2)
+        dtype = query.dtype
+
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, S, D)
+            query = query.to(key.dtype)  # a cache may be more precise than the model is
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attn_dropout.p if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        attn_output = attn_output.reshape(*input_shape, -1).contiguous().to(dtype)  # (B, T, C)
+        return self.resid_dropout(self.c_proj(attn_output)), attn_weights
+
+
+class NanoGPTMLP(nn.Module):
+    """The feed-forward half of a block, four times as wide inside."""
+
+    def __init__(self, config: NanoGPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.act = ACT2FN[config.activation_function]
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj.is_residual_projection = True  # type: ignore[assignment]  # read by _init_weights
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, T, C) -> (B, T, C)
+        return self.dropout(self.c_proj(self.act(self.c_fc(hidden_states))))
+
+
+class NanoGPTBlock(GradientCheckpointingLayer):
+    """A transformer block: attention and MLP, each behind a LayerNorm and added to the residual stream."""
+
+    def __init__(self, config: NanoGPTConfig, layer_idx: int):
+        super().__init__()
+        # nn.LayerNorm itself, not a subclass of ours: Trainer exempts it from weight decay by its type.
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        self.attn = NanoGPTAttention(config, layer_idx)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        self.mlp = NanoGPTMLP(config)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:  # (B, T, C) -> (B, T, C)
+        attn_output, _ = self.attn(self.ln_1(hidden_states), **kwargs)
+        hidden_states = hidden_states + attn_output
+        return hidden_states + self.mlp(self.ln_2(hidden_states))
+
+
+class NanoGPTPreTrainedModel(PreTrainedModel):
+    """What all nanoGPT models share: initialisation, loading, and what they support."""
+
+    config_class = NanoGPTConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["NanoGPTBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": NanoGPTBlock, "attentions": NanoGPTAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # N(0, 0.02) and zero biases, which are also the defaults of Transformers; then nanoGPT's narrower residual
+        # projections, at the Linear itself: modules without parameters of their own are not visited in remote code.
+        super()._init_weights(module)
+        if getattr(module, "is_residual_projection", False):
+            init.normal_(module.weight, mean=0.0, std=0.02 / math.sqrt(2 * self.config.n_layer))
+
+    @classmethod
+    def from_nanogpt_ckpt(cls, ckpt_path: str | os.PathLike[str], **kwargs: Any):
+        """Loads a checkpoint that nanoGPT's train.py wrote.
+
+        Every tensor is taken over bit for bit; nothing in the file is executed, and the optimizer state in it is not
+        read. The model is in eval mode, as after from_pretrained, and is independent of the file from then on.
+
+        Args:
+            ckpt_path: Path of the ckpt.pt.
+            **kwargs: `dropout`, `activation_function`, token ids and label settings go into the configuration in
+                place of the checkpoint's; everything else is passed to from_pretrained (dtype, device_map,
+                attn_implementation, quantization_config, ...). The default dtype is the checkpoint's.
+
+        Returns:
+            A model of this class. Its `nanogpt_training_state` holds the checkpoint's iter_num, best_val_loss and
+            config, and `name_or_path` the path.
+
+        Raises:
+            CheckpointError: If the file is not a complete, undamaged nanoGPT checkpoint; every fault is listed.
+            ImportError: If the model runs as remote code where hugging-nano-gpt is not installed.
+        """
+        return _import_conversion().load_model(cls, ckpt_path, **kwargs)
+
+    @functools.cached_property
+    def nanogpt_training_state(self):
+        """A TrainingState: where the nanoGPT run stood that this model came from. None without hugging-nano-gpt."""
+        conversion = _import_from_package("convert.nanogpt")
+        return None if conversion is None else conversion.read_training_state(self.config)
+
+    @document_as(PreTrainedModel.save_pretrained)
+    def save_pretrained(self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args, **kwargs):
+        # Also in place of entries that point to the repository of the Hub that the model came from.
+        self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **AUTO_MAP}
+        hub = _import_from_package("convert.card")
+        with contextlib.nullcontext() if hub is None else hub.keep_card(self, save_directory):
+            super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if self.should_save_on_this_rank(is_main_process):
+            self._add_code_and_card(save_directory)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any):
+        self._add_code_and_card(working_dir)  # the upload is part of save_pretrained, so it does not wait for the end
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def _add_code_and_card(self, folder: str | os.PathLike[str]) -> None:
+        if not (Path(folder) / "config.json").is_file():  # an adapter, which loads onto another folder
+            return
+        custom_object_save(NanoGPTPreTrainedModel, folder)  # copies this file and those that it imports relatively
+        hub = _import_from_package("convert.card")
+        if hub is not None:
+            hub.write_card(self, folder)
+
+
+class NanoGPTModel(NanoGPTPreTrainedModel):
+    """The transformer without a head: token ids in, hidden states after the last LayerNorm out."""
+
+    def __init__(self, config: NanoGPTConfig):
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(NanoGPTBlock(config, layer_idx) for layer_idx in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.wte
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.wte = value
+
+    def crop_block_size(self, block_size: int) -> None:
+        """Keeps only the first positions, so that the model reads at most block_size tokens, as nanoGPT's does.
+
+        Args:
+            block_size: New length in tokens, from 1 to the present one.
+
+        Raises:
+            ValueError: If it is longer than the present one: those positions have not been learned.
+        """
+        if not 1 <= block_size <= self.config.block_size:
+            raise ValueError(
+                f"{type(self).__name__}.crop_block_size: expected 1 to block_size={self.config.block_size}, got "
+                f"{block_size!r}; positions can be cropped but not added"
+            )
+        weight = self.wpe.weight
+        self.wpe.weight = nn.Parameter(weight.detach()[:block_size].clone(), requires_grad=weight.requires_grad)
+        self.wpe.num_embeddings = self.config.block_size = block_size
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Computes the hidden states of a batch of sequences.
+
+        Args:
+            input_ids: (B, T) int64, token ids in [0, V).
+            attention_mask: (B, S), 1 for tokens and 0 for padding; or a prepared 4-D mask of the attention back end.
+            position_ids: (B or 1, T) int64 in [0, block_size). Without them a token's position is the number of
+                unmasked tokens before it, so that padded rows give what the same rows give alone.
+            past_key_values: Keys and values of the tokens before these.
+            inputs_embeds: (B, T, C), token embeddings in place of input_ids.
+            use_cache: Whether to return keys and values; config.use_cache in eval mode and False in training.
+            **kwargs: output_hidden_states, output_attentions, return_dict, and arguments of the attention back end.
+
+        Returns:
+            last_hidden_state (B, T, C) in the model's dtype, and past_key_values if use_cache.
+
+        Raises:
+            ValueError: If a token lies beyond the last learned position, or not exactly one of input_ids and
+                inputs_embeds is given.
+        """
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if inputs is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError(f"{type(self).__name__}: give exactly one of input_ids and inputs_embeds")
+        if use_cache is None:  # a cache that training never reads would cost a copy of all keys and values
+            use_cache = self.config.use_cache and not self.training
+        if self.gradient_checkpointing and self.training:
+            use_cache = False
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        positions = self._resolve_positions(position_ids, attention_mask, past_key_values, inputs)
+        if inputs_embeds is None:
+            inputs_embeds = self.wte(input_ids)  # (B, T, C)
+        hidden_states = self.drop(inputs_embeds + self.wpe(positions))  # (B, T, C)
+
+        # Plain causal attention needs no mask: SDPA's is_causal is nanoGPT's own call and the way to flash kernels.
+        # create_causal_mask would find that out too, but not under torch.compile, where it always makes a mask.
+        is_plain = attention_mask is None and position_ids is None and past_key_values is None
+        causal_mask = None
+        if not (is_plain and self.config._attn_implementation == "sdpa"):
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=hidden_states,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,  # only the caller's: they can mark packed sequences, ours never do
+            )
+
+        for block in self.h:
+            hidden_states = block(
+                hidden_states,
+                attention_mask=causal_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                **kwargs,
+            )
+        hidden_states = self.ln_f(hidden_states)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None
+        )
+
+    def _resolve_positions(
+        self,
+        position_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        inputs: torch.Tensor,
+    ) -> torch.Tensor:
+        """Returns the positions (B or 1, T) of the new tokens, after checking that the model has learned them."""
+        length, device = inputs.shape[1], inputs.device
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if position_ids is not None:
+            positions = position_ids
+        elif attention_mask is not None and attention_mask.ndim == 2:
+            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:].to(device)
+        else:
+            positions = torch.arange(length, device=device)[None] + past_length
+        self._check_positions(positions, past_length + length, is_explicit=position_ids is not None)
+        return positions
+
+    def _check_positions(self, positions: torch.Tensor, end: int | torch.Tensor, is_explicit: bool) -> None:
+        # The shape alone settles nearly every call. The values are read where padding or packing can make a row longer
+        # than its documents, and on a CPU, where reading them is cheap; never while a graph is recorded.
+        if torch.compiler.is_compiling() or (positions.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        if isinstance(end, torch.Tensor):  # a static cache counts on the device; its size was checked by generate
+            end = self.config.block_size
+        if end <= self.config.block_size and not (is_explicit and positions.device.type == "cpu"):
+            return
+        if positions.device.type == "meta" or positions.numel() == 0:
+            return
+        longest = int(positions.max()) + 1
+        if longest > self.config.block_size:
+            raise ValueError(
+                f"{type(self).__name__}: input too long: expected at most block_size={self.config.block_size} tokens, "
+                f"got {longest}; keep the last {self.config.block_size} tokens of the input"
+            )
+
+
+class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, NanoGPTGenerationMixin):
+    """nanoGPT's GPT: the transformer and the language-model head, tied to the token embedding."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+    _tp_plan = {"lm_head": "colwise_rep"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: NanoGPTConfig):
+        super().__init__(config)
+        self.transformer = NanoGPTModel(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.loss_type = "ForCausalLM"  # not in the class name, where Transformers looks for it
+        self.post_init()
+
+    def crop_block_size(self, block_size: int) -> None:
+        """Keeps only the first positions; see NanoGPTModel.crop_block_size."""
+        self.transformer.crop_block_size(block_size)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        shift_labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Computes next-token logits, and the loss if labels are given.
+
+        Args:
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: See NanoGPTModel.
+            labels: (B, T) int64, the input ids again; the model shifts them, as Transformers does. -100, and nanoGPT's
+                -1, are ignored.
+            shift_labels: (B, T) int64, targets already shifted, as nanoGPT's get_batch makes them. They take the place
+                of labels and are not shifted.
+            logits_to_keep: Number of last positions, or index tensor of positions, to compute logits for; 0 for all.
+            **kwargs: num_items_in_batch (the loss becomes a sum divided by it), and what NanoGPTModel takes.
+
+        Returns:
+            loss (mean cross-entropy in nats, float32), logits (B, T or kept, V), past_key_values, and the recorded
+            hidden_states and attentions. With config.loss_chunk_size, a training step with labels has no logits.
+        """
+        outputs: BaseModelOutputWithPast = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits, loss = None, None
+        has_labels = labels is not None or shift_labels is not None
+        if has_labels and self.training and self.config.loss_chunk_size is not None:
+            loss = self._compute_chunked_loss(outputs.last_hidden_state, labels, shift_labels, **kwargs)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(outputs.last_hidden_state[:, kept, :])  # (B, T or kept, V)
+        if has_labels and loss is None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=_ignore_minus_one(labels),
+                shift_labels=_ignore_minus_one(shift_labels),
+                vocab_size=self.config.vocab_size,
+                **kwargs,
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _compute_chunked_loss(
+        self,
+        hidden_states: torch.Tensor,  # (B, T, C)
+        labels: torch.Tensor | None,
+        shift_labels: torch.Tensor | None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Computes the loss some tokens at a time, so that no more than their logits is ever in memory."""
+        if labels is not None and shift_labels is None:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+        assert shift_labels is not None  # forward calls this with one of the two
+        targets = shift_labels.masked_fill(shift_labels == -1, -100).reshape(-1).to(hidden_states.device)  # (B * T)
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])  # (B * T, C)
+        size, weight = self.config.loss_chunk_size, self.lm_head.weight
+        if hasattr(nn, "LinearCrossEntropyOptions") and not torch.is_autocast_enabled(rows.device.type):
+            # Gradients in the forward pass, and no second one; the chunk size it picks itself was 8 times slower.
+            options = nn.LinearCrossEntropyOptions(batch_chunk_size=size)
+            loss = nn.functional.linear_cross_entropy(rows, weight, targets, reduction="sum", options=options)
+        else:  # torch before 2.13: each chunk's logits are computed again in the backward pass
+            pieces = zip(rows.split(size), targets.split(size), strict=True)
+            sums = [checkpoint(_sum_cross_entropy, piece, weight, kept, use_reentrant=False) for piece, kept in pieces]
+            loss = torch.stack(sums).sum()
+        return loss / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+    def to_nanogpt_ckpt(self, ckpt_path: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Writes a checkpoint that nanoGPT's train.py resumes and its sample.py reads.
+
+        Every tensor is written bit for bit, under nanoGPT's names. The file appears under its name only when it is
+        complete; a file that was there before stays whole until then.
+
+        Args:
+            ckpt_path: Path of the ckpt.pt to write. Missing folders are made, as nanoGPT makes its out_dir.
+            **kwargs: `optimizer`, `iter_num`, `best_val_loss` and `config` of the checkpoint. The last three default
+                to those of the checkpoint the model came from, or else to nanoGPT's values before the first step;
+                `optimizer` is a checkpoint's `training_state.optimizer`, what training.read_optimizer takes from an
+                AdamW, or an AdamW state dict in nanoGPT's parameter order; a fresh one by default. Under
+                torch.distributed every process calls this, for sharded tensors, and the first one writes.
+
+        Raises:
+            ConversionError: If the model computes something that nanoGPT cannot (an untied head, a wrapped or
+                quantised layer), or the optimizer state does not fit the model.
+            CheckpointError: If the file cannot be written.
+            ImportError: If the model runs as remote code where hugging-nano-gpt is not installed.
+        """
+        _import_conversion().save_model(self, ckpt_path, **kwargs)
+
+
+class NanoGPTForSequenceClassification(NanoGPTPreTrainedModel):
+    """The transformer with a linear score of each row's last token: classifiers, reward models, critics."""
+
+    def __init__(self, config: NanoGPTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.transformer = NanoGPTModel(config)
+        self.score = nn.Linear(config.n_embd, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """Scores each row at its last token, and computes the loss if labels are given.
+
+        Args:
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: See NanoGPTModel.
+                A row's last token is the last that the 2-D attention_mask leaves in; without a mask, the last that is
+                not config.pad_token_id; without either, the last one.
+            labels: (B,) class ids int64 or values float32, or (B, num_labels); config.problem_type decides.
+
+        Returns:
+            loss, logits (B, num_labels), past_key_values, and the recorded hidden_states and attentions.
+        """
+        outputs: BaseModelOutputWithPast = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.score(outputs.last_hidden_state)  # (B, T, num_labels)
+        rows = torch.arange(logits.shape[0], device=logits.device)
+        pooled_logits = logits[rows, self._find_last_tokens(input_ids, attention_mask, logits)]  # (B, num_labels)
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=pooled_logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=pooled_logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _find_last_tokens(
+        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, logits: torch.Tensor
+    ) -> torch.Tensor | int:
+        length = logits.shape[1]
+        if attention_mask is not None and attention_mask.ndim == 2:
+            is_token = attention_mask[:, -length:] != 0
+        elif input_ids is not None and self.config.pad_token_id is not None:
+            is_token = input_ids != self.config.pad_token_id
+        else:
+            return -1
+        return (is_token.to(logits.device) * torch.arange(length, device=logits.device)).argmax(-1)  # (B,)
+
+
+def _sum_cross_entropy(rows: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    logits = nn.functional.linear(rows, weight).float()
+    return nn.functional.cross_entropy(logits, targets, reduction="sum")
+
+
+def _ignore_minus_one(labels: torch.Tensor | None) -> torch.Tensor | None:
+    """Turns nanoGPT's ignore index -1 into Transformers' -100."""
+    return None if labels is None else labels.masked_fill(labels == -1, -100)
+
+
+def _import_from_package(name: str):
+    """Imports a module of hugging-nano-gpt; returns None where the model runs as remote code without it."""
+    try:  # by name, because remote code may not import a package that its users need not have
+        return importlib.import_module(f"hugging_nano_gpt.{name}")
+    except ModuleNotFoundError:
+        return None
+
+
+def _import_conversion():
+    conversion = _import_from_package("convert.nanogpt")
+    if conversion is None:
+        raise ImportError(
+            "nanoGPT checkpoints are read and written by the package hugging-nano-gpt, which is not installed here; "
+            "run: pip install hugging-nano-gpt"
+        )
+    return conversion
+
+
+__all__ = [
+    "NanoGPTForSequenceClassification",
+    "NanoGPTLMHeadModel",
+    "NanoGPTModel",
+    "NanoGPTPreTrainedModel",
+]

@@ -1,0 +1,121 @@
+"""Serving the page on this machine alone, until Ctrl-C: no other machine is asked for anything, or told anything."""
+
+import os
+import socket
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..convert.inspect import FOLDER, inspect_path
+from ..convert.nanogpt import READING_KWARGS
+from ..demo import CKPT_PATH, META_PATH
+from ..errors import MissingDependencyError, PlaygroundError
+from .markup import CSS, list_facts
+from .page import build_page
+from .sampling import load_sampler
+
+if TYPE_CHECKING:
+    import gradio
+
+HOST = "127.0.0.1"
+
+
+def run_playground(
+    source: str | os.PathLike[str] | None = None,
+    *,
+    port: int = 7860,
+    device: str | None = None,
+    meta_path: str | os.PathLike[str] | None = None,
+    tokenizer: str | None = None,
+    **kwargs: Any,
+) -> None:
+    """Serves a page to try a model in, on 127.0.0.1, until it is interrupted (Ctrl-C).
+
+    Args:
+        source: Checkpoint file of the nanoGPT family, folder that save_pretrained wrote, or Hub id; the bundled
+            character model of Shakespeare by default.
+        port: Port to listen on.
+        device: Device of torch; a GPU where there is one, by default.
+        meta_path: meta.pkl of the model's characters, in place of the tokenizer that belongs to the source.
+        tokenizer: Name, folder or Hub id of a tokenizer, in place of meta_path.
+        **kwargs: What from_nanogpt_ckpt or from_pretrained takes, such as `dtype`, `n_head`, `activation_function`.
+
+    Raises:
+        MissingDependencyError: If Gradio is not installed.
+        PlaygroundError: If the port is taken.
+        CheckpointError: If there is no whole model.
+        TokenizerError: If there is no tokenizer.
+    """
+    _check_gradio()
+    _check_port(port)
+    if source is None:
+        source = CKPT_PATH
+        meta_path = META_PATH if tokenizer is None and meta_path is None else meta_path
+    sampler = load_sampler(source, device=device, meta_path=meta_path, tokenizer=tokenizer, **kwargs)
+    path = Path(source)
+    name = path.resolve().name if path.exists() else str(source)
+    page = build_page(sampler, list_facts(name, _describe(path, kwargs), sampler.model))
+    _serve(page, port)
+
+
+def _check_gradio() -> None:
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError("playground: Gradio is not installed; pip install 'gradio>=6.24'") from error
+
+
+def _check_port(port: int) -> None:
+    """Raises PlaygroundError where nobody can listen: Gradio would say so only after the model is loaded."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((HOST, port))
+        except OSError as error:
+            raise PlaygroundError(
+                f"{HOST}:{port}: cannot be listened on: {error.strerror}; give another port (--port)"
+            ) from error
+
+
+def _describe(path: Path, settings: dict[str, Any]) -> str:
+    """Returns what a source is, in words."""
+    if not path.is_file():
+        return FOLDER if path.is_dir() else "model of the Hub"
+    found = inspect_path(path, **{name: value for name, value in settings.items() if name in READING_KWARGS})
+    return ", ".join(filter(None, (found.kind, found.era)))
+
+
+def _serve(page: "gradio.Blocks", port: int) -> None:
+    """Serves a page until it is interrupted."""
+    try:
+        _launch(page, port)
+        print(f"The playground is at http://{HOST}:{port}; Ctrl-C ends it", flush=True)
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        page.close(verbose=False)
+
+
+def _launch(page: "gradio.Blocks", port: int) -> None:
+    """Starts serving a page in threads, without anything that Gradio would tell or ask other machines."""
+    import gradio as gr
+
+    # Gradio asks its own server whether it is up; a proxy would not find it.
+    for name in ("NO_PROXY", "no_proxy"):
+        os.environ[name] = ",".join(filter(None, (os.environ.get(name), HOST)))
+    page.launch(
+        server_name=HOST,
+        server_port=port,
+        share=False,
+        prevent_thread_lock=True,
+        quiet=True,
+        show_error=True,
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        css=CSS,
+    )

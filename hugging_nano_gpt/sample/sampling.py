@@ -1,0 +1,202 @@
+"""Drawing text as nanoGPT's sample.py does (@ 3adf61e): the same settings, the same seed, the same text.
+
+A prompt is encoded, and every token is written as text as soon as it is drawn. Nothing stops at an end of text.
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+import torch
+from torch import nn
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TextStreamer,
+    TopKLogitsWarper,
+)
+
+from ..convert.source import load_source
+from ..errors import TokenizerError, list_some
+from ..model.configuration_nano_gpt import NanoGPTConfig
+from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
+from ..tokenization.find import load_tokenizer
+
+# What sample.py prints after each sample.
+SEPARATOR = "---------------"
+
+
+def sample_text(
+    source: str | os.PathLike[str],
+    prompt: str = "\n",
+    *,
+    num_samples: int = 10,
+    max_new_tokens: int = 500,
+    temperature: float = 0.8,
+    top_k: int = 200,
+    seed: int = 1337,
+    stride: int = 1,
+    device: str | None = None,
+    meta_path: str | os.PathLike[str] | None = None,
+    tokenizer: str | None = None,
+    stream: TextIO | None = None,
+    **kwargs: Any,
+) -> None:
+    """Draws samples after a prompt and writes them to a stream, a line of dashes after each.
+
+    The defaults are sample.py's.
+
+    Args:
+        source: Checkpoint file of the nanoGPT family, folder that save_pretrained wrote, or Hub id.
+        prompt: Text to go on from.
+        num_samples: Number of samples.
+        max_new_tokens: Length of each in tokens, past block_size too.
+        temperature: Divides the logits; more than 0.
+        top_k: Number of likeliest tokens to choose among, 0 for all.
+        seed: Of the random numbers, used as sample.py uses it: random weights are drawn before the first sample.
+        stride: Tokens dropped at once past block_size; 1 is nanoGPT's way (docs/generation.md).
+        device: Device of torch; a GPU where there is one, by default.
+        meta_path: meta.pkl of the model's characters, in place of the tokenizer that belongs to the source.
+        tokenizer: Name, folder or Hub id of a tokenizer, in place of meta_path.
+        stream: Where to write; standard output by default.
+        **kwargs: What from_nanogpt_ckpt or from_pretrained takes, such as `dtype`, `n_head`, `activation_function`.
+
+    Raises:
+        CheckpointError: If there is no whole model.
+        TokenizerError: If there is no tokenizer, or the prompt has what it does not know.
+    """
+    sampler = load_sampler(source, device=device, meta_path=meta_path, tokenizer=tokenizer, **kwargs)
+    idx = sampler.encode(prompt)
+    stream = sys.stdout if stream is None else stream
+    sampler.seed(seed)
+    for _ in range(num_samples):
+        sampler.draw(
+            idx,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            stride=stride,
+            streamer=_StreamWriter(sampler.tokenizer, stream),
+        )
+        print(SEPARATOR, file=stream)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A model that draws as sample.py does, and the tokenizer of its text. load_sampler makes one.
+
+    Args:
+        model: The model, on its device.
+        tokenizer: Its tokenizer.
+    """
+
+    model: NanoGPTLMHeadModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def encode(self, prompt: str) -> torch.Tensor:
+        """Returns the ids of a prompt, (1, T) int64 on the model's device.
+
+        Raises:
+            TokenizerError: If the prompt has what the tokenizer does not know, or nothing.
+        """
+        return torch.tensor([_encode(self.tokenizer, prompt)], device=self.model.device)
+
+    def seed(self, seed: int) -> None:
+        """Seeds torch's global random numbers as sample.py does: random weights are drawn before the first sample."""
+        _seed_as_sample_py(self.model.config, seed)
+
+    def draw(
+        self,
+        idx: torch.Tensor,
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        top_k: int,
+        stride: int = 1,
+        observe: LogitsProcessor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Draws a sample with torch's global random numbers.
+
+        Args:
+            idx: (1, T) int64, the prompt.
+            max_new_tokens: Tokens to draw, past block_size too.
+            temperature: Divides the logits; more than 0.
+            top_k: Number of likeliest tokens to choose among, 0 for all.
+            stride: Tokens dropped at once past block_size.
+            observe: Is called with the tokens so far (1, T) and the logits (1, V) float32 that the next is drawn from,
+                after temperature and top_k, and returns them.
+            **kwargs: What generate takes, such as `streamer` and `stopping_criteria`.
+        """
+        processors = [TemperatureLogitsWarper(float(temperature))]
+        processors += [TopKLogitsWarper(top_k)] if top_k > 0 else []
+        processors += [observe] if observe is not None else []
+        self.model.generate(
+            idx,
+            max_new_tokens=max_new_tokens,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            logits_processor=LogitsProcessorList(processors),
+            stride=stride,
+            **kwargs,
+        )
+
+
+def load_sampler(
+    source: str | os.PathLike[str],
+    *,
+    device: str | None = None,
+    meta_path: str | os.PathLike[str] | None = None,
+    tokenizer: str | None = None,
+    **kwargs: Any,
+) -> Sampler:
+    """Loads a model and its tokenizer to draw from; see sample_text for what it takes and raises."""
+    model, _ = load_source(source, **kwargs)
+    text_tokenizer = load_tokenizer(model, source, meta_path=meta_path, tokenizer=tokenizer)
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    # What else a folder's generation_config.json holds, sample.py does not know: an end of text, a top_p, a penalty.
+    model.generation_config = GenerationConfig(suppress_tokens=model.generation_config.suppress_tokens)
+    return Sampler(model, text_tokenizer)
+
+
+def _seed_as_sample_py(config: NanoGPTConfig, seed: int) -> None:
+    """Seeds, and draws the random weights that sample.py draws between seeding and sampling, to overwrite them."""
+    C, tokens, positions = config.n_embd, (config.vocab_size, config.n_embd), (config.block_size, config.n_embd)
+    layer = [(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)]  # c_attn, c_proj, c_fc, c_proj
+    torch.manual_seed(seed)
+    for shape in (tokens, positions):
+        nn.Embedding(*shape)
+    for n_out, n_in in layer * config.n_layer:
+        nn.Linear(n_in, n_out, bias=config.bias)
+    nn.Linear(C, config.vocab_size, bias=False)
+    # Then its own initialisation: every matrix, the tied one twice, and the residual projections once more.
+    for shape in (tokens, positions, *layer * config.n_layer, tokens, *(layer[1], layer[3]) * config.n_layer):
+        torch.empty(shape).normal_()
+
+
+class _StreamWriter(TextStreamer):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stream: TextIO):
+        super().__init__(tokenizer)
+        self._stream = stream
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._stream.write(f"{text}\n" if stream_end else text)
+        self._stream.flush()
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    try:
+        ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    except Exception as error:  # `tokenizers` raises nothing narrower, and does not say which character it was
+        unknown = sorted(set(prompt) - tokenizer.get_vocab().keys())
+        raise TokenizerError(
+            f"prompt: expected characters of the model's {len(tokenizer)}, got {list_some(unknown)}; leave them out"
+        ) from error
+    if not ids:
+        raise TokenizerError("prompt: expected at least one token, got none; give some text")
+    return ids

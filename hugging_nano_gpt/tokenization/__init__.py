@@ -1,0 +1,1 @@
+"""nanoGPT's characters and tiktoken's byte pairs as Transformers tokenizers, and back."""

@@ -1,0 +1,128 @@
+"""Finding and loading the tokenizer that belongs to a model: from a meta.pkl, a saved folder, the Hub or by name."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from ..errors import MissingDependencyError, TokenizerError, list_some
+from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
+from .bpe import GPT2_VOCAB_SIZES, build_gpt2_tokenizer, build_tiktoken_tokenizer
+from .characters import build_character_tokenizer, read_meta
+
+
+def find_tokenizer(
+    checkpoint_path: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    vocab_size: int,
+    *,
+    block_size: int | None = None,
+) -> PreTrainedTokenizerFast:
+    """Finds the tokenizer that a checkpoint was trained with, as nanoGPT's sample.py does.
+
+    That is data/<dataset>/meta.pkl, in the folder in which the checkpoint's folder lies or else in the working
+    directory, if it has as many characters as the model has rows. Without one, it is GPT-2's, if the model has
+    GPT-2's vocabulary, which nanoGPT pads to 50304.
+
+    Args:
+        checkpoint_path: Path of the checkpoint, such as out/ckpt.pt.
+        config: train.py's settings, as in TrainingState.config. Only a plain folder name is looked up as a dataset.
+        vocab_size: Rows of the model's embedding.
+        block_size: Longest sequence of the model, as model_max_length.
+
+    Raises:
+        TokenizerError: If there is no tokenizer of that size, or the meta.pkl or GPT-2's files cannot be read.
+        MissingDependencyError: If GPT-2's is needed, is not in the Hub's cache, and tiktoken is not installed.
+    """
+    dataset = config.get("dataset")
+    roots = [Path(checkpoint_path).absolute().parent.parent, Path.cwd()] if _is_folder_name(dataset) else []
+    paths = [root / "data" / str(dataset) / "meta.pkl" for root in roots]
+    tables = {path: read_meta(path) for path in paths if path.is_file()}
+    for table in tables.values():
+        if len(table.characters) == vocab_size:
+            return build_character_tokenizer(table, block_size=block_size)
+    if vocab_size in GPT2_VOCAB_SIZES and not tables:
+        return build_gpt2_tokenizer(block_size=block_size)
+    found = [f"{path} of {len(table.characters)} characters" for path, table in tables.items()]
+    raise TokenizerError(
+        f"{os.fspath(checkpoint_path)}: no tokenizer found: expected a meta.pkl of {vocab_size} characters of the "
+        f"data set {dataset!r}, got {list_some(found) if found else 'none'}; give its path to read_meta, or the "
+        f"encoding to build_tiktoken_tokenizer"
+    )
+
+
+def _is_folder_name(name: Any) -> bool:
+    """Says whether a name from a file that is not trusted stays in the folder it is looked up in."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+
+
+def load_tokenizer(
+    model: NanoGPTLMHeadModel,
+    source: str | os.PathLike[str],
+    *,
+    meta_path: str | os.PathLike[str] | None = None,
+    tokenizer: str | None = None,
+) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer asked for, or the one that belongs to a checkpoint or a folder.
+
+    Raises:
+        TokenizerError: If there is none, both are asked for, or it has more tokens than the model has rows.
+        MissingDependencyError: If it needs tiktoken, which is not installed.
+    """
+    vocab_size, block_size = model.config.vocab_size, model.config.block_size
+    if meta_path is not None and tokenizer is not None:
+        raise TokenizerError(f"{meta_path}: expected a meta.pkl or a tokenizer, got both; leave one out")
+    if meta_path is not None:
+        where, found = os.fspath(meta_path), build_character_tokenizer(read_meta(meta_path), block_size=block_size)
+    elif tokenizer is not None:
+        where, found = tokenizer, _load_named(tokenizer, block_size)
+    elif Path(source).is_file():
+        config = model.nanogpt_training_state.config
+        return find_tokenizer(source, config, vocab_size, block_size=block_size)
+    else:
+        where, found = os.fspath(source), _load_saved(os.fspath(source))
+    check_tokenizer(where, found, vocab_size)
+    return found
+
+
+def find_tokenizer_or_reason(
+    model: NanoGPTLMHeadModel,
+    source: str | os.PathLike[str],
+    *,
+    meta_path: str | os.PathLike[str] | None,
+    tokenizer: str | None,
+) -> tuple[PreTrainedTokenizerBase | None, list[str]]:
+    """Loads the tokenizer as load_tokenizer does; where none was asked for and there is none, returns the reason."""
+    try:
+        return load_tokenizer(model, source, meta_path=meta_path, tokenizer=tokenizer), []
+    except (TokenizerError, MissingDependencyError) as error:
+        if meta_path is not None or tokenizer is not None:
+            raise
+        return None, [str(error)]
+
+
+def check_tokenizer(where: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Raises TokenizerError where a tokenizer has more tokens than the model has rows."""
+    if len(tokenizer) > vocab_size:
+        raise TokenizerError(
+            f"{where}: expected at most {vocab_size} tokens, as the model has rows, got {len(tokenizer)}; give the "
+            f"tokenizer that the model was trained with"
+        )
+
+
+def _load_named(name: str, block_size: int) -> PreTrainedTokenizerBase:
+    if name == "gpt2":
+        return build_gpt2_tokenizer(block_size=block_size)
+    if Path(name).is_dir() or "/" in name:
+        return _load_saved(name)
+    return build_tiktoken_tokenizer(name, block_size=block_size)
+
+
+def _load_saved(name: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # or it may ask on the terminal
+    except Exception as error:  # whatever a tokenizer's files make Transformers raise
+        reason = " ".join(str(error).split())
+        raise TokenizerError(f"{name}: has no tokenizer that can be loaded: {reason}; give one by name") from error

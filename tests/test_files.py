@@ -1,0 +1,349 @@
+"""files.py: whatever happens while a file is written, the old one or the whole new one is under its name.
+
+The writers that are killed at random moments have a seed, which is printed when one fails and can be set:
+KILL_SEED=7 python -m pytest tests/test_files.py
+"""
+
+import contextlib
+import errno
+import os
+import random
+import re
+import signal
+import stat
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from hugging_nano_gpt import CheckpointError, read_checkpoint, write_checkpoint
+from hugging_nano_gpt.checkpoint import nanogpt
+from hugging_nano_gpt.files import open_atomically
+
+from .conftest import assert_same, limit_file_size, limit_time
+
+OLD, NEW = b"old", b"new" * 1000
+KILL_SEED = int(os.environ.get("KILL_SEED", "1337"))
+KILLS = 20
+
+
+@pytest.fixture
+def old_path(tmp_path) -> Path:
+    path = tmp_path / "ckpt.pt"
+    path.write_bytes(OLD)
+    return path
+
+
+@pytest.fixture
+def umask():
+    before = os.umask(0o022)
+    yield os.umask
+    os.umask(before)
+
+
+def write(path, data=NEW):
+    with open_atomically(path) as file:
+        file.write(data)
+
+
+def assert_untouched(path):
+    assert path.read_bytes() == OLD
+    assert list(path.parent.iterdir()) == [path]
+
+
+def assert_written(path):
+    assert path.read_bytes() == NEW
+    assert list(path.parent.iterdir()) == [path]
+
+
+def get_mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("as_type", [str, Path])
+def test_write_over_old_file_replaces_it(old_path, as_type):
+    write(as_type(old_path))
+    assert_written(old_path)
+
+
+def test_write_shows_the_new_file_only_when_complete(old_path):
+    with open_atomically(old_path) as file:
+        file.write(NEW)
+        file.flush()
+        assert old_path.read_bytes() == OLD
+    assert_written(old_path)
+
+
+@pytest.mark.parametrize("error", [ValueError("fault"), KeyboardInterrupt("fault"), SystemExit("fault")], ids=repr)
+def test_write_failing_inside_the_block_keeps_the_old_file(old_path, error):
+    def fail():
+        with open_atomically(old_path) as file:
+            file.write(NEW)
+            raise error
+
+    with pytest.raises(type(error), match="fault"):
+        fail()
+    assert_untouched(old_path)
+
+
+def test_write_failing_without_an_old_file_leaves_nothing(tmp_path):
+    def fail():
+        with open_atomically(tmp_path / "ckpt.pt"):
+            raise ValueError("fault")
+
+    with pytest.raises(ValueError, match="fault"):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_write_beyond_the_room_keeps_the_old_file(old_path):
+    with (
+        limit_file_size(2000),
+        pytest.raises(CheckpointError, match=r"cannot be written: File too large; .* has room"),
+    ):
+        write(old_path)
+    assert_untouched(old_path)
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace", "chmod"])
+def test_write_refused_by_the_system_keeps_the_old_file(old_path, monkeypatch, function):
+    def refuse(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, function, refuse)
+    message = f"{re.escape(str(old_path))}: cannot be written: No space left on device; .*untouched, choose a place"
+    with pytest.raises(CheckpointError, match=message):
+        write(old_path)
+    assert_untouched(old_path)
+
+
+def test_write_where_folders_cannot_be_flushed_succeeds(old_path, monkeypatch):
+    """Some network file systems refuse to flush a folder; by then the file has its name, so nothing has failed."""
+    fsync = os.fsync
+
+    def refuse_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    write(old_path)
+    assert_written(old_path)
+
+
+def test_write_flushes_file_and_folder(old_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(stat.S_ISDIR(os.fstat(descriptor).st_mode)))
+    write(old_path)
+    assert flushed == [False, True]
+
+
+def test_write_through_a_link_replaces_its_target(old_path):
+    folder = old_path.parent / "links"
+    folder.mkdir()
+    link = folder / "latest.pt"
+    link.symlink_to("../ckpt.pt")
+    write(link)
+    assert link.is_symlink()
+    assert old_path.read_bytes() == NEW
+    assert list(folder.iterdir()) == [link]
+
+
+def test_write_through_a_dangling_link_makes_its_target(tmp_path):
+    (tmp_path / "link.pt").symlink_to(tmp_path / "folder" / "ckpt.pt")
+    write(tmp_path / "link.pt")
+    assert (tmp_path / "link.pt").is_symlink()
+    assert_written(tmp_path / "folder" / "ckpt.pt")
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664])
+def test_write_over_old_file_keeps_its_permissions(old_path, umask, mode):
+    old_path.chmod(mode)
+    write(old_path)
+    assert get_mode(old_path) == mode
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_write_new_file_honours_the_umask(tmp_path, umask, mask, mode):
+    umask(mask)
+    write(tmp_path / "ckpt.pt")
+    assert get_mode(tmp_path / "ckpt.pt") == mode
+    assert umask(mask) == mask
+
+
+def test_write_into_missing_folders_makes_them(tmp_path):
+    write(tmp_path / "a" / "b" / "ckpt.pt")
+    assert_written(tmp_path / "a" / "b" / "ckpt.pt")
+
+
+def test_write_under_the_longest_name_succeeds(tmp_path):
+    write(tmp_path / ("x" * 255))
+    assert_written(tmp_path / ("x" * 255))
+
+
+def test_write_over_a_folder_is_refused(tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(
+        CheckpointError, match=r"out: cannot be written: it is a directory.*not a file; .*choose a place"
+    ):
+        write(tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_write_over_a_pipe_is_refused(tmp_path):
+    """So that writing to /dev/null as root does not replace the device for the whole machine."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError, match="pipe: cannot be written"):
+        write(path)
+    assert path.is_fifo()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_write_to_an_impossible_name_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        write(tmp_path / "ckpt\0.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_write_into_a_file_as_folder_is_refused(old_path):
+    with pytest.raises(CheckpointError, match=r"ckpt\.pt/new\.pt: cannot be written: "):
+        write(old_path / "new.pt")
+    assert_untouched(old_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_write_into_a_locked_folder_is_refused(old_path):
+    old_path.parent.chmod(0o500)
+    try:
+        with pytest.raises(CheckpointError, match="cannot be written: Permission denied; "):
+            write(old_path)
+        assert_untouched(old_path)
+    finally:
+        old_path.parent.chmod(0o700)
+
+
+# Killing the writer
+
+forks = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 and newer, as torch has threads
+
+
+@contextlib.contextmanager
+def start_child(work):
+    """Runs work(ready) in a fork of this process, where torch is imported already, and kills it with SIGKILL.
+
+    The block begins when the child calls ready().
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.set_num_threads(1)  # those of the parent are not in the child
+            work(lambda: os.write(writer, b"!"))
+        finally:
+            os._exit(1)
+    try:
+        os.close(writer)
+        assert os.read(reader, 1) == b"!"
+        yield
+    finally:
+        os.close(reader)
+        os.kill(child, signal.SIGKILL)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+@forks
+def test_write_killed_half_way_keeps_the_old_file(old_path):
+    def write_half(ready):
+        with open_atomically(old_path) as file:
+            file.write(NEW[:1000])
+            file.flush()
+            ready()
+            time.sleep(60)
+
+    with limit_time(20), start_child(write_half):
+        pass
+    assert old_path.read_bytes() == OLD
+    write(old_path)
+    assert old_path.read_bytes() == NEW
+
+
+@pytest.fixture
+def both(checkpoint):
+    """Two checkpoints that differ in every tensor and in length."""
+    state = checkpoint.training_state
+    second = replace(
+        checkpoint,
+        state_dict={name: tensor + 1 for name, tensor in checkpoint.state_dict.items()},
+        training_state=replace(state, iter_num=8, config={"notes": "x" * 10_000}),
+    )
+    return checkpoint, second
+
+
+def list_contents(checkpoint):
+    state = checkpoint.training_state
+    optimizer = (state.optimizer.settings, state.optimizer.moments)
+    return checkpoint.state_dict, checkpoint.model_args, state.iter_num, state.best_val_loss, state.config, optimizer
+
+
+def is_same(left, right):
+    try:
+        assert_same(list_contents(left), list_contents(right))
+    except AssertionError:
+        return False
+    return True
+
+
+def write_in_place(checkpoint, path):
+    """Writes as nanoGPT's train.py does."""
+    with path.open("wb") as file:
+        nanogpt.write(checkpoint, file)
+
+
+def kill_writers(write, both, path):
+    """Kills writers of two checkpoints over one path; yields after each which of the two is there, or what else."""
+    parent, rng = os.getpid(), random.Random(KILL_SEED)
+    write(both[0], path)
+    start_s = time.monotonic()
+    write(both[1], path)
+    period_s = time.monotonic() - start_s
+
+    def write_in_turn(ready):
+        ready()
+        while os.getppid() == parent:  # no child outlives the tests
+            for checkpoint in both:
+                write(checkpoint, path)
+
+    for _ in range(KILLS):
+        with start_child(write_in_turn):
+            time.sleep(rng.uniform(0, 4 * period_s))
+        try:
+            found = read_checkpoint(path)
+        except CheckpointError as error:
+            yield str(error)
+        else:
+            yield "first" if is_same(found, both[0]) else "second" if is_same(found, both[1]) else "neither"
+
+
+@forks
+def test_write_checkpoint_killed_at_random_moments_leaves_the_old_or_the_new(both, tmp_path):
+    path = tmp_path / "out" / "ckpt.pt"
+    with limit_time(60):
+        outcomes = list(kill_writers(write_checkpoint, both, path))
+    assert [outcome for outcome in outcomes if outcome not in ("first", "second")] == [], f"KILL_SEED={KILL_SEED}"
+    assert len(outcomes) == KILLS
+    half_written = list(path.parent.glob(".writing-*"))
+    assert half_written, f"no writer was caught at work, with KILL_SEED={KILL_SEED}"
+    assert sorted(path.parent.iterdir()) == sorted([path, *half_written])
+
+
+@forks
+def test_write_in_place_killed_at_random_moments_leaves_neither(both, tmp_path):
+    """Shows that the test above tells a file that is neither from the two."""
+    with limit_time(60):
+        outcomes = list(kill_writers(write_in_place, both, tmp_path / "ckpt.pt"))
+    assert any(re.search("damaged or cut off|an empty file", outcome) for outcome in outcomes), (
+        f"KILL_SEED={KILL_SEED}"
+    )
