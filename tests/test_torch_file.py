@@ -10,6 +10,7 @@ import re
 import sys
 import zipfile
 from collections import Counter, OrderedDict
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import torch
 from hugging_nano_gpt import CheckpointError
 from hugging_nano_gpt.checkpoint import torch_file
 from hugging_nano_gpt.checkpoint.torch_file import TorchFile
+from hugging_nano_gpt.files import open_source
 
 from .conftest import assert_same, limit_time, save
 from .tiny import FIXTURES_DIR
@@ -54,8 +56,14 @@ def has_offsets(request, monkeypatch):
 both_ways = pytest.mark.usefixtures("has_offsets")
 
 
+@contextmanager
+def open_torch_file(path):
+    with open_source(path) as file:
+        yield TorchFile(path, file)
+
+
 def read(path):
-    with TorchFile(path) as file:
+    with open_torch_file(path) as file:
         return file.read_tree(file.contents)
 
 
@@ -162,7 +170,7 @@ def test_read_tensors_stay_when_the_file_is_overwritten(tmp_path):
 def test_read_file_that_changes_while_open_is_refused(tmp_path, size):
     """nanoGPT's train.py saves over its file in place, whoever may be reading it."""
     path = save({"a": MATRIX}, tmp_path)
-    with TorchFile(path) as file:
+    with open_torch_file(path) as file:
         path.write_bytes(bytes(size or path.stat().st_size))
         with pytest.raises(CheckpointError, match=r"damaged or cut off: .*(an early end|a wrong checksum)"):
             file.read_tensors(file.contents)
@@ -365,7 +373,7 @@ def test_read_view_out_of_bounds_is_refused(tmp_path, view):
 )
 def test_read_tensor_that_is_not_plain_is_refused(tmp_path, tensor, message):
     path = save({"a": tensor}, tmp_path)
-    with TorchFile(path) as file, pytest.raises(CheckpointError, match=f"{re.escape(str(path))}: .*{message}"):
+    with open_torch_file(path) as file, pytest.raises(CheckpointError, match=f"{re.escape(str(path))}: .*{message}"):
         file.read_tensors(file.contents)
 
 
@@ -390,7 +398,7 @@ def test_read_shared_lists_take_no_exponential_time(tmp_path):
     for _ in range(60):
         tree = [tree, tree]
     path = save({"a": tree}, tmp_path)
-    with limit_time(3), TorchFile(path) as file:
+    with limit_time(3), open_torch_file(path) as file:
         copied = file.read_tree(file.contents)["a"]
     for _ in range(60):
         copied = copied[0]
@@ -417,12 +425,12 @@ def test_open_path_without_checkpoint_is_refused(tmp_path, make, message):
     path = tmp_path / "file"
     make(path)
     with limit_time(5), pytest.raises(CheckpointError, match=f"^{re.escape(str(path))}: {message}"):
-        TorchFile(path)
+        read(path)
 
 
 def test_open_name_too_long_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="cannot be opened: File name too long; check the path"):
-        TorchFile(tmp_path / ("x" * 300))
+        read(tmp_path / ("x" * 300))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -434,6 +442,6 @@ def test_open_unreadable_file_is_refused(tmp_path, locked):
     hidden.chmod(0)
     try:
         with pytest.raises(CheckpointError, match="cannot be opened: Permission denied; check the path"):
-            TorchFile(path)
+            read(path)
     finally:
         hidden.chmod(0o700)

@@ -7,7 +7,7 @@ GELU; no optimizer is saved.
 
 from typing import Any
 
-from .check import find_key_faults, find_model_faults
+from .check import find_key_faults, find_model_faults, is_tied
 from .contents import NO_VAL_LOSS, Checkpoint, TrainingState
 from .tensors import clean_names
 from .torch_file import TorchFile
@@ -54,9 +54,11 @@ def read(file: TorchFile) -> Checkpoint:
             f"not a whole build-nanogpt checkpoint: {'; '.join(faults)}", "give one as its script wrote it"
         )
     state = TrainingState(contents.get("step", 0), float(contents.get("val_loss", NO_VAL_LOSS)))
+    state_dict = file.read_tensors(names.tensors)
     return Checkpoint(
         model_args=model_args,
-        state_dict=file.read_tensors(names.tensors),
+        state_dict=state_dict,
+        tie_word_embeddings=is_tied(state_dict),
         training_state=state,
         activation_function=ACTIVATION_FUNCTION,
         format=NAME,

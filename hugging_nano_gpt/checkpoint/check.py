@@ -77,6 +77,12 @@ def is_tied(tensors: Mapping[str, torch.Tensor]) -> bool:
     return head is embedding or torch.equal(head, embedding)
 
 
+def find_tying_faults(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Finds an lm_head that is not the token embedding, for what keeps only one of the two."""
+    fault = "lm_head.weight: expected the numbers of transformer.wte.weight, as only one of them is kept, got others"
+    return [] if is_tied(tensors) else [fault]
+
+
 def find_dense_faults(tensors: Mapping[str, Any]) -> list[str]:
     """Finds what is no plain tensor in memory."""
     odd = [name for name, tensor in tensors.items() if not _is_dense(tensor) or tensor.device.type != "cpu"]

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 import torch
 
-from ..files import fail, fail_damaged, measure_bytes, open_source
+from ..files import fail, fail_damaged, measure_bytes
 from .check import find_args_faults
 from .contents import Checkpoint
 from .tensors import iterate_shapes
@@ -34,13 +34,13 @@ _LAYER_KINDS = (
 )
 
 
-def recognise(path: Path) -> bool:
+def recognise(file: BinaryIO) -> bool:
     """Tells whether a file begins as llm.c's checkpoints do."""
-    with open_source(path) as file:
-        return file.read(4) == _MAGIC.to_bytes(4, "little")
+    file.seek(0)
+    return file.read(4) == _MAGIC.to_bytes(4, "little")
 
 
-def read(path: Path) -> Checkpoint:
+def read(path: Path, file: BinaryIO) -> Checkpoint:
     """Reads an llm.c checkpoint, after comparing its header with its length.
 
     Padding rows of the embedding are kept, so that the way back is exact; `n_tokens` says where they begin.
@@ -48,19 +48,19 @@ def read(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: If the header is impossible or the file is not exactly as long as it says.
     """
-    with open_source(path) as file:
-        header = np.frombuffer(file.read(4 * _HEADER_INTS).ljust(4 * _HEADER_INTS, b"\0"), dtype="<i4").tolist()
-        model_args, dtype, n_tokens = _parse_header(path, header)
-        expected, found = 4 * _HEADER_INTS + _count_stored(model_args) * dtype.itemsize, measure_bytes(file)
-        if found != expected:  # settled before anything of the size that the header says is made
-            raise fail_damaged(path, f"{found} bytes where its header says {expected}")
-        shapes = dict(iterate_shapes(model_args))
-        tensors = {}
-        for name in iterate_names(model_args["n_layer"]):
-            tensor = torch.empty(shapes[name], dtype=dtype)
-            if file.readinto(_view_bytes(tensor)) != tensor.nbytes:  # type: ignore[attr-defined]
-                raise fail_damaged(path, "an early end of the file")
-            tensors[name] = tensor
+    file.seek(0)
+    header = np.frombuffer(file.read(4 * _HEADER_INTS).ljust(4 * _HEADER_INTS, b"\0"), dtype="<i4").tolist()
+    model_args, dtype, n_tokens = _parse_header(path, header)
+    expected, found = 4 * _HEADER_INTS + _count_stored(model_args) * dtype.itemsize, measure_bytes(file)
+    if found != expected:  # settled before anything of the size that the header says is made
+        raise fail_damaged(path, f"{found} bytes where its header says {expected}")
+    shapes = dict(iterate_shapes(model_args))
+    tensors = {}
+    for name in iterate_names(model_args["n_layer"]):
+        tensor = torch.empty(shapes[name], dtype=dtype)
+        if file.readinto(_view_bytes(tensor)) != tensor.nbytes:  # type: ignore[attr-defined]
+            raise fail_damaged(path, "an early end of the file")
+        tensors[name] = tensor
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
     return Checkpoint(
         model_args=model_args,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .check import find_model_faults
+from .check import find_model_faults, is_tied
 from .contents import Checkpoint
 from .tensors import clean_names, infer_model_args
 from .torch_file import TorchFile
@@ -47,10 +47,12 @@ def read(file: TorchFile, *, n_head: int | None) -> Checkpoint:
             f"not a whole state dict of minGPT or nanoGPT: {'; '.join(faults)}",
             "give one with nothing added or removed",
         )
+    state_dict = file.read_tensors(names.tensors)
     gelu = "tanh GELU, as minGPT computes" if names.has_masks else "exact GELU, as today's nanoGPT computes"
     return Checkpoint(
         model_args=model_args,
-        state_dict=file.read_tensors(names.tensors),
+        state_dict=state_dict,
+        tie_word_embeddings=is_tied(state_dict),
         activation_function="gelu_new" if names.has_masks else "gelu",
         format=NAME,
         assumptions=(

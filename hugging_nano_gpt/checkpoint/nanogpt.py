@@ -46,11 +46,12 @@ def read(file: TorchFile, *, with_optimizer: bool) -> Checkpoint:
         raise _fail(file, faults)
 
     state_dict = file.read_tensors(names.tensors)
+    tied = is_tied(state_dict)
     optimizer: OptimizerState | None = None
     fault = None
     if contents.get("optimizer") is not None:
         try:
-            optimizer = from_adamw(contents["optimizer"], model_args, is_tied(state_dict))
+            optimizer = from_adamw(contents["optimizer"], model_args, tied)
         except ValueError as error:
             fault = str(error)
     if fault and with_optimizer:
@@ -62,6 +63,7 @@ def read(file: TorchFile, *, with_optimizer: bool) -> Checkpoint:
     return Checkpoint(
         model_args=model_args,
         state_dict=state_dict,
+        tie_word_embeddings=tied,
         training_state=_read_training_state(file, optimizer if with_optimizer else None),
         activation_function=activation_function,
         format=NAME,

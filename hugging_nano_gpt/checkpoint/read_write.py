@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import ConversionError
-from ..files import explain_failed_write, fail, open_atomically
+from ..files import explain_failed_write, fail, open_atomically, open_source
 from ..model.configuration_nano_gpt import ACTIVATION_FUNCTIONS
 from . import build_nanogpt, llmc, mingpt, nanogpt
-from .check import find_dense_faults, find_model_faults, find_number_faults, find_plain_faults, is_tied
+from .check import find_dense_faults, find_model_faults, find_number_faults, find_plain_faults, find_tying_faults
 from .contents import Checkpoint, TrainingState
 from .optimizer import OptimizerState
 from .torch_file import TorchFile
@@ -46,7 +46,12 @@ def read_checkpoint(
         CheckpointError: If the file is missing, damaged, unsafe, incomplete or holds NaN; every fault is listed.
     """
     path = Path(path)
-    checkpoint = llmc.read(path) if llmc.recognise(path) else _read_torch_file(path, n_head, with_optimizer)
+    with open_source(path) as file:
+        if llmc.recognise(file):
+            checkpoint = llmc.read(path, file)
+        else:
+            torch_file = TorchFile(path, file, admitted=build_nanogpt.ADMITTED)
+            checkpoint = _read_torch_file(torch_file, n_head, with_optimizer)
     faults = find_number_faults(checkpoint.state_dict)
     if faults:
         raise fail(path, "; ".join(faults), "the run diverged before it was saved: use an earlier checkpoint")
@@ -81,7 +86,7 @@ def write_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str], *, to
         raise ConversionError(f"{where}: expected a format of {list(_WRITERS)}, got {to!r}; give one of them")
     faults = find_dense_faults(checkpoint.state_dict)
     faults = faults or find_model_faults(checkpoint.model_args, checkpoint.state_dict)
-    faults = faults or find_number_faults(checkpoint.state_dict) + _find_tying_faults(checkpoint)
+    faults = faults or find_number_faults(checkpoint.state_dict) + find_tying_faults(checkpoint.state_dict)
     faults += _find_state_faults(checkpoint.training_state)
     if checkpoint.training_state.optimizer is not None and not faults:
         faults = checkpoint.training_state.optimizer.find_faults(checkpoint.model_args)
@@ -96,27 +101,25 @@ def write_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str], *, to
         raise explain_failed_write(path, "the disk is full or failed") from error
 
 
-def _read_torch_file(path: Path, n_head: int | None, with_optimizer: bool) -> Checkpoint:
-    with TorchFile(path, admitted=build_nanogpt.ADMITTED) as file:
-        if build_nanogpt.recognise(file.contents):
-            return build_nanogpt.read(file)
-        if nanogpt.recognise(file.contents):
-            return nanogpt.read(file, with_optimizer=with_optimizer)
-        if mingpt.recognise(file.contents):
-            return mingpt.read(file, n_head=n_head)
-        kind = type(file.contents).__name__
-        raise file.fail(
-            f"not a checkpoint of the nanoGPT family: expected a dict with 'model' and 'model_args', or a state dict, "
-            f"got {f'a dict of {len(file.contents)} other keys' if isinstance(file.contents, dict) else kind}",
-            "give the file that the training script wrote",
-        )
+def _read_torch_file(file: TorchFile, n_head: int | None, with_optimizer: bool) -> Checkpoint:
+    if build_nanogpt.recognise(file.contents):
+        return build_nanogpt.read(file)
+    if nanogpt.recognise(file.contents):
+        return nanogpt.read(file, with_optimizer=with_optimizer)
+    if mingpt.recognise(file.contents):
+        return mingpt.read(file, n_head=n_head)
+    kind = type(file.contents).__name__
+    raise file.fail(
+        f"not a checkpoint of the nanoGPT family: expected a dict with 'model' and 'model_args', or a state dict, "
+        f"got {f'a dict of {len(file.contents)} other keys' if isinstance(file.contents, dict) else kind}",
+        "give the file that the training script wrote",
+    )
 
 
 def _settle_tying(checkpoint: Checkpoint, wanted: bool | None) -> Checkpoint:
-    """Makes one tensor of two equal matrices, or two of one, as the tying says."""
-    state_dict = dict(checkpoint.state_dict)
+    """Makes one tensor of lm_head and the embedding where they are tied, and two where they are not."""
+    state_dict, is_equal = dict(checkpoint.state_dict), checkpoint.tie_word_embeddings
     head, embedding = state_dict["lm_head.weight"], state_dict["transformer.wte.weight"]
-    is_equal = is_tied(state_dict)
     if wanted and not is_equal:
         raise fail(
             checkpoint.path or Path(),
@@ -148,12 +151,3 @@ def _find_state_faults(state: TrainingState) -> list[str]:
     except RecursionError:
         faults.append("config: expected an end to lists within lists, got none")
     return faults
-
-
-def _find_tying_faults(checkpoint: Checkpoint) -> list[str]:
-    if is_tied(checkpoint.state_dict):
-        return []
-    return [
-        "lm_head.weight: expected the numbers of transformer.wte.weight, because the format ties them and would "
-        "lose one, got others"
-    ]

@@ -86,6 +86,14 @@ class CleanNames:
     faults: list[str]
 
 
+def strip_wrappers(name: str) -> str:
+    """Takes what torch.compile and DistributedDataParallel put before a name off it."""
+    while name.startswith(_WRAPPER_PREFIXES):
+        for prefix in _WRAPPER_PREFIXES:
+            name = name.removeprefix(prefix)
+    return name
+
+
 def clean_names(state_dict: Mapping[Any, Any]) -> CleanNames:
     """Takes off wrapper prefixes, in front of the name only, and leaves out mask buffers, by their exact name."""
     tensors: dict[str, torch.Tensor] = {}
@@ -95,10 +103,7 @@ def clean_names(state_dict: Mapping[Any, Any]) -> CleanNames:
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             faults.append(f"model: expected names and tensors, got {key!r}: {type(value).__name__}")
             continue
-        name = key
-        while name.startswith(_WRAPPER_PREFIXES):
-            for prefix in _WRAPPER_PREFIXES:
-                name = name.removeprefix(prefix)
+        name = strip_wrappers(key)
         if _MASK_BUFFER.fullmatch(name) and value.ndim == 4:
             has_masks = True
         elif name in tensors:

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, cast
 import torch
 
 from ..errors import CheckpointError
-from ..files import fail, fail_damaged, measure_bytes, open_source
+from ..files import fail, fail_damaged, measure_bytes
 from .check import find_oddity
 
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -36,36 +36,26 @@ _N_READERS = 2  # against one: 0.20 s for 0.33 s of a 124M checkpoint on 2 cores
 class TorchFile:
     """A file written by torch.save, opened without executing anything in it and without reading its tensors.
 
-    Use it as a context manager. `contents` is the pickled object; its tensors have a shape and a dtype, and their data
-    is fetched by read_tensors.
+    `contents` is the pickled object; its tensors have a shape and a dtype, and read_tensors fetches their data.
 
     Args:
         path: The file.
+        file: The same, opened by open_source; it has to stay open while tensors are read.
         admitted: Classes that its pickle may name beside tensors and plain Python types, each with the name under
             which it is pickled. They must be harmless to make and to fill with anything.
 
     Raises:
-        CheckpointError: If the file is missing, unreadable, not a torch.save archive, truncated or damaged, or if its
-            pickle names anything but tensors and plain Python types.
+        CheckpointError: If the file is not a torch.save archive, is cut off or damaged, or its pickle names anything
+            but tensors and plain Python types.
     """
 
-    def __init__(self, path: Path, admitted: Sequence[tuple[Callable, str]] = ()):
+    def __init__(self, path: Path, file: BinaryIO, admitted: Sequence[tuple[Callable, str]] = ()):
         self.path = path
-        self._admitted: list[Callable | tuple[Callable, str]] = list(admitted)
-        self._file = self._open()
+        self._file = file
         self._lock = threading.Lock()
-        try:
-            self._records = self._list_records()  # by the offset of their data in the file
-            self.contents: Any = self._unpickle()
-        except BaseException:
-            self._file.close()
-            raise
-
-    def __enter__(self) -> "TorchFile":
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._file.close()
+        self._check_kind()
+        self._records = self._list_records()  # by the offset of their data in the file
+        self.contents: Any = self._unpickle(list(admitted))
 
     def read_tensors(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Reads tensors of `contents` into memory of their own, each stored block once.
@@ -125,17 +115,15 @@ class TorchFile:
     def _fail_damaged(self, reason: object) -> CheckpointError:
         return fail_damaged(self.path, reason)
 
-    def _open(self) -> BinaryIO:
-        file = open_source(self.path)
-        if file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC:
-            return file
-        size = measure_bytes(file)
-        file.close()
-        raise self.fail(
-            f"not a checkpoint: expected a zip archive written by torch.save, or an llm.c .bin, got "
-            f"{f'{size} bytes of something else' if size else 'an empty file'}",
-            "give the file that the training script wrote, and copy it again if the copy was cut off",
-        )
+    def _check_kind(self) -> None:
+        self._file.seek(0)
+        if self._file.read(len(_ZIP_MAGIC)) != _ZIP_MAGIC:
+            size = measure_bytes(self._file)
+            raise self.fail(
+                f"not a checkpoint: expected a zip archive written by torch.save, or an llm.c .bin, got "
+                f"{f'{size} bytes of something else' if size else 'an empty file'}",
+                "give the file that the training script wrote, and copy it again if the copy was cut off",
+            )
 
     def _list_records(self) -> dict[int, zipfile.ZipInfo]:
         records = {}
@@ -159,7 +147,7 @@ class TorchFile:
             raise self._fail_damaged("records longer than the file")
         return records
 
-    def _unpickle(self) -> Any:
+    def _unpickle(self, admitted: list[Callable | tuple[Callable, str]]) -> Any:
         # Checked here because torch.load does not compare checksums: a flipped bit in the pickle could change a shape.
         self._read_small_record("/data.pkl")
         byteorder = self._read_small_record("/byteorder", default=b"little").decode("ascii", "replace")
@@ -170,7 +158,7 @@ class TorchFile:
             )
         try:
             self._file.seek(0)
-            with torch.serialization.safe_globals(self._admitted):
+            with torch.serialization.safe_globals(admitted):
                 contents = torch.load(self._file, map_location="meta", weights_only=True)
                 if any(_get_offset(tensor) is None for _, tensor in _iterate_tensors(contents)):
                     contents = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..checkpoint.check import find_dense_faults, find_model_faults, find_number_faults, is_tied
+from ..checkpoint.check import find_dense_faults, find_model_faults, find_number_faults, find_tying_faults
 from ..checkpoint.tensors import MODEL_ARGS, iterate_shapes
 from ..errors import ConversionError, list_some
 from ..model.configuration_nano_gpt import NanoGPTConfig
@@ -31,8 +31,8 @@ def check_tensors(where: str, config: NanoGPTConfig, tensors: Mapping[str, torch
     faults = find_dense_faults(tensors)
     faults = faults or find_model_faults(list_args(config), tensors)
     faults = faults or find_number_faults(tensors)
-    if not faults and config.tie_word_embeddings and not is_tied(tensors):
-        faults = ["lm_head.weight: expected the numbers of transformer.wte.weight, as it is tied, got others"]
+    if not faults and config.tie_word_embeddings:
+        faults = find_tying_faults(tensors)
     if faults:
         raise ConversionError(f"{where}: cannot be converted: {'; '.join(faults)}; give a whole, plain model")
 

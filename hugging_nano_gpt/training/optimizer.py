@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint.optimizer import OptimizerState, make_fresh_state
+from ..checkpoint.optimizer import OptimizerState, group_by_dimension, make_fresh_state
+from ..checkpoint.tensors import strip_wrappers
 from ..errors import ConversionError, list_some
-
-_WRAPPER_PREFIXES = ("_orig_mod.", "module.")
 
 
 def make_optimizer(
@@ -30,10 +29,7 @@ def make_optimizer(
         ConversionError: If the state has moments of other parameters than the model.
     """
     parameters = {name: parameter for name, parameter in name_parameters(model).items() if parameter.requires_grad}
-    groups = [
-        [name for name, parameter in parameters.items() if parameter.ndim >= 2],
-        [name for name, parameter in parameters.items() if parameter.ndim < 2],
-    ]
+    groups = group_by_dimension(list(parameters), {name: parameter.shape for name, parameter in parameters.items()})
     settings = (make_fresh_state(config or {}) if state is None else state).settings
     is_fused = all(parameter.is_cuda for parameter in parameters.values())
     optimizer = torch.optim.AdamW(
@@ -106,9 +102,8 @@ def read_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Optimi
         raise ConversionError(
             f"optimizer: expected AdamW's moments, got others of {list_some(strange)}; nanoGPT has AdamW"
         )
-    dimensions = {name: parameter.ndim for name, parameter, _ in trained if name}
-    decayed = next(group for name, (_, group) in found.items() if dimensions[name] >= 2)
-    others = next(group for name, (_, group) in found.items() if dimensions[name] < 2)
+    shapes = {name: parameter.shape for name, parameter, _ in trained if name}
+    decayed, others = (found[group[0]][1] for group in group_by_dimension(list(found), shapes))
     return OptimizerState(
         settings=(_plain_settings(decayed), _plain_settings(others)),
         moments={
@@ -127,13 +122,7 @@ def name_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         reshard = getattr(module, "reshard", None)
         if reshard is not None:
             reshard()
-    named = {}
-    for name, parameter in model.named_parameters():
-        while name.startswith(_WRAPPER_PREFIXES):
-            for prefix in _WRAPPER_PREFIXES:
-                name = name.removeprefix(prefix)
-        named[name] = parameter
-    return named
+    return {strip_wrappers(name): parameter for name, parameter in model.named_parameters()}
 
 
 def gather(value: Any) -> torch.Tensor:
