@@ -28,6 +28,8 @@ from transformers import (  # noqa: E402
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    Cache,
+    GenerationMixin,
     Trainer,
     TrainingArguments,
     pipeline,
@@ -57,6 +59,8 @@ def main(folder: Path, n_threads: int) -> None:
     outputs["generated"] = model.generate(idx[:1, :4], max_new_tokens=n_new, do_sample=False)
     pipe = pipeline("text-generation", model=str(folder / "lm"), trust_remote_code=True, device="cpu")
     facts["pipeline"] = pipe("ROMEO:", max_new_tokens=8, do_sample=False)[0]["generated_text"]
+
+    facts["renamed"], facts["broken"] = generate_with_other_caches(model, idx[:1, :4])
 
     facts["module"] = type(model).__module__
     facts["training_state"] = repr(model.nanogpt_training_state)
@@ -93,6 +97,38 @@ def main(folder: Path, n_threads: int) -> None:
 
     save_file(outputs, folder / "outputs.safetensors")
     (folder / "facts.json").write_text(json.dumps(facts))
+
+
+def generate_with_other_caches(model, idx) -> tuple[str, str]:
+    """Returns what generate raises where Transformers renames the cache, and where its caches stop working."""
+    prepare = GenerationMixin.prepare_inputs_for_generation
+
+    def prepare_renamed(self, *args, **kwargs):
+        inputs = prepare(self, *args, **kwargs)
+        return {"kv_store" if isinstance(value, Cache) else name: value for name, value in inputs.items()}
+
+    GenerationMixin.prepare_inputs_for_generation = prepare_renamed
+    try:
+        renamed = catch(model.generate, idx, max_new_tokens=5)
+    finally:
+        GenerationMixin.prepare_inputs_for_generation = prepare
+
+    cache_code = sys.modules[type(model).__module__.replace("modeling", "cache")]
+    newest, update = cache_code.NEWEST_TESTED, cache_code.RoomyLayer.update
+    cache_code.NEWEST_TESTED = (5, 0)
+    cache_code.RoomyLayer.update = lambda self, keys, values, *args, **kwargs: (keys, values)
+    try:
+        broken = catch(model.generate, idx, max_new_tokens=5)
+    finally:
+        cache_code.NEWEST_TESTED, cache_code.RoomyLayer.update = newest, update
+    return renamed, broken
+
+
+def catch(function, *args, **kwargs) -> str:
+    try:
+        return f"no error: {function(*args, **kwargs)}"
+    except (TypeError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def list_files(folder: Path) -> list[str]:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hugging_nano_gpt.demo import CKPT_PATH
+from hugging_nano_gpt.demo import CKPT_PATH, SAMPLES_PATH
 
-from .tiny import FIXTURES_DIR, TORCH_VERSION
+from .tiny import TORCH_VERSION
 
 DOC = (Path(__file__).parent.parent / "docs" / "generation.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", DOC, flags=re.DOTALL)
@@ -26,7 +26,7 @@ def test_generation_md_python_runs_as_written(tmp_path, monkeypatch):
     for block in BLOCKS:
         exec(block, names)
         if block is BLOCKS[0]:
-            recorded = load_file(FIXTURES_DIR / "demo" / "samples.safetensors")
+            recorded = load_file(SAMPLES_PATH)
             assert torch.equal(names["tokens"][0], recorded["samples"][0])
     greedy = names["model"].generate(names["newline"], max_new_tokens=100, do_sample=False)
     assert torch.equal(names["tokens"], greedy)

@@ -45,7 +45,7 @@ from hugging_nano_gpt.model import modeling_nano_gpt
 from .conftest import assert_same
 from .tiny import MODEL_ARGS, make_batch, make_model
 
-CODE_FILES = ["configuration_nano_gpt.py", "generation_nano_gpt.py", "modeling_nano_gpt.py"]
+CODE_FILES = ["cache_nano_gpt.py", "configuration_nano_gpt.py", "generation_nano_gpt.py", "modeling_nano_gpt.py"]
 FILES = sorted([*CODE_FILES, "README.md", "config.json", "generation_config.json", "model.safetensors"])
 PROMPT = "ROMEO:"  # of tests/remote_worker.py too
 # Runs what happens without the package: tests/fresh_venv.sh names a Python that has torch and transformers only.
@@ -127,6 +127,11 @@ def test_remote_code_gives_the_same_bits(remote):
     assert torch.equal(outputs["classifier"], remote.models["classifier"](idx).logits)
     assert torch.equal(outputs["untied"], remote.models["untied"](idx).logits)
     assert not torch.equal(outputs["untied"], outputs["lm"])  # the comparison can fail
+
+
+def test_remote_code_refuses_to_generate_with_caches_it_does_not_know(remote):
+    assert re.match(r"TypeError: NanoGPTModel.forward: the argument 'kv_store' holds", remote.facts["renamed"])
+    assert re.match(r"RuntimeError: .*a cache changes the logits by", remote.facts["broken"])
 
 
 def test_remote_code_generates_past_block_size(remote):

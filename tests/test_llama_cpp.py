@@ -27,7 +27,7 @@ from hugging_nano_gpt import (
     export_model,
     read_meta,
 )
-from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
+from hugging_nano_gpt.demo import CKPT_PATH, META_PATH, SAMPLES_PATH
 
 from .test_bpe import make_encoding, make_gpt2, make_texts
 from .test_family import MEMBERS
@@ -147,7 +147,7 @@ class Demo:
     tokenizer = build_character_tokenizer(read_meta(META_PATH), block_size=128)
     exact = NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH)
     tanh = NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH, activation_function="gelu_new")
-    samples = load_file(FIXTURES_DIR / "demo" / "samples.safetensors")["samples"]
+    samples = load_file(SAMPLES_PATH)["samples"]
 
 
 def compute_perplexity(logits: torch.Tensor, idx: torch.Tensor) -> float:

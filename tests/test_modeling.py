@@ -6,7 +6,7 @@ import inspect
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, StaticCache
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache, StaticCache
 
 from hugging_nano_gpt import (
     NanoGPTConfig,
@@ -70,6 +70,58 @@ def test_left_padded_decoding_with_cache_equals_single_row():
     torch.testing.assert_close(step.logits[0], model(ids[:1, -5:]).logits[0, -2:], **TOLERANCE)
 
 
+@pytest.mark.parametrize("n_cached", [0, 3])
+@pytest.mark.parametrize("fill", [0, 1])
+def test_mask_longer_than_the_text_is_read_from_the_first_column(n_cached, fill):
+    model = make_model()
+    ids, mask = pad_left((5, 12))
+    long_mask = torch.nn.functional.pad(mask, (0, 9), value=fill)
+    expected = model(ids, attention_mask=mask).logits[:, n_cached:]
+    cache = None if n_cached == 0 else DynamicCache(config=model.config)
+    if cache is not None:
+        model(ids[:, :n_cached], attention_mask=long_mask, past_key_values=cache)
+    found = model(ids[:, n_cached:], attention_mask=long_mask, past_key_values=cache).logits
+    torch.testing.assert_close(found[mask[:, n_cached:].bool()], expected[mask[:, n_cached:].bool()], **TOLERANCE)
+
+
+@pytest.mark.parametrize(("n_cached", "columns"), [(0, 11), (3, 9), (3, 11), (3, 1)])
+def test_mask_shorter_than_the_text_is_refused(n_cached, columns):
+    model = make_model()
+    ids, _ = make_batch(2, 12)
+    cache = DynamicCache(config=model.config)
+    if n_cached:
+        model(ids[:, :n_cached], past_key_values=cache)
+    message = rf"a column for each of {n_cached} cached and {12 - n_cached} new tokens, got \(2, {columns}\)"
+    with pytest.raises(ValueError, match=message):
+        model(ids[:, n_cached:], attention_mask=torch.ones(2, columns), past_key_values=cache)
+
+
+@pytest.mark.parametrize("columns", [12, 32])
+def test_mask_with_a_static_cache_is_read_from_the_first_column(columns):
+    model = make_model()
+    ids, mask = pad_left((5, 12))
+    expected = model(ids, attention_mask=mask).logits[:, -1]
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    mask = torch.nn.functional.pad(mask, (0, columns - 12), value=1)
+    model(ids[:, :-1], attention_mask=mask, past_key_values=cache)
+    step = model(ids[:, -1:], attention_mask=mask, past_key_values=cache).logits[:, -1]
+    torch.testing.assert_close(step, expected, **TOLERANCE)
+
+
+def test_classifier_scores_the_last_token_of_a_mask_with_a_cache():
+    torch.manual_seed(0)
+    model = NanoGPTForSequenceClassification(NanoGPTConfig(**MODEL_ARGS)).eval()
+    ids, mask = pad_left((5, 12))
+    ids, mask = ids.flip(1), mask.flip(1)  # padded on the right
+    expected = model(ids, attention_mask=mask).logits
+    for columns in (12, 20):
+        long_mask = torch.nn.functional.pad(mask, (0, columns - 12))
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :3], attention_mask=long_mask, past_key_values=cache)
+        found = model(ids[:, 3:], attention_mask=long_mask, past_key_values=cache).logits
+        torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
 def test_mask_of_ones_equals_no_mask_bitwise():
     model = make_model()
     ids, _ = make_batch(2, 16)
@@ -113,7 +165,7 @@ def test_dropout_modules_set_to_zero_turn_all_dropout_off(implementation):
 @pytest.mark.skipif(TORCH_VERSION < (2, 7), reason="the compiler of torch 2.6 fails on Transformers' code")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's and transformers' own, when they compile it
 def test_flex_attention_equals_sdpa():
-    model = make_model()
+    model = make_model(n_head=1)  # heads of 32: narrower ones are wrong in torch on CPUs without AVX512
     ids, mask = pad_left((5, 16))
     expected = model(ids, attention_mask=mask).logits
     model.set_attn_implementation("flex_attention")
@@ -136,13 +188,21 @@ def test_flex_attention_equals_sdpa():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's and transformers' own, when they compile flex
 @torch.no_grad()  # the backward pass of flex does not run on a CPU
 def test_packed_documents_equal_separate_ones(implementation):
-    model = make_model()
+    model = make_model(n_head=1)
     ids, _ = make_batch(1, 40)  # longer than block_size: only each document has to fit
     separate = torch.cat([model(ids[:, :25]).logits, model(ids[:, 25:]).logits], dim=1)
     positions = torch.cat([torch.arange(25), torch.arange(15)])[None]
     model.set_attn_implementation(implementation)
     packed = model(ids, position_ids=positions, use_cache=False).logits
     torch.testing.assert_close(packed, separate, rtol=0, atol=1e-5)
+
+
+def test_flex_attention_is_refused_where_torch_computes_wrong_numbers(monkeypatch):
+    model = make_model()
+    model.set_attn_implementation("flex_attention")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    with pytest.raises(ValueError, match=r"heads narrower than 32, and these have n_embd / n_head = 8; use .*'sdpa'"):
+        model(make_batch(1, 20)[0], use_cache=False)
 
 
 def test_inputs_embeds_equal_input_ids_bitwise():
@@ -357,8 +417,9 @@ def test_decay_groups_of_trainer_are_those_of_nanogpt():
     ("module", "siblings"),
     [
         ("configuration_nano_gpt", []),
-        ("generation_nano_gpt", []),
-        ("modeling_nano_gpt", ["configuration_nano_gpt", "generation_nano_gpt"]),
+        ("cache_nano_gpt", []),
+        ("generation_nano_gpt", ["cache_nano_gpt"]),
+        ("modeling_nano_gpt", ["cache_nano_gpt", "configuration_nano_gpt", "generation_nano_gpt"]),
     ],
 )
 def test_remote_code_files_import_nothing_else_of_ours(module, siblings):

@@ -6,11 +6,11 @@ from safetensors.torch import load_file
 from transformers import DynamicCache
 
 from hugging_nano_gpt import NanoGPTLMHeadModel
-from hugging_nano_gpt.demo import CKPT_PATH
+from hugging_nano_gpt.demo import CKPT_PATH, SAMPLES_PATH
 from hugging_nano_gpt.model import generation_nano_gpt
 
 from .test_modeling import pad_left
-from .tiny import FIXTURES_DIR, TORCH_VERSION, make_batch, make_model, make_pair
+from .tiny import TORCH_VERSION, make_batch, make_model, make_pair
 
 BLOCK_SIZE = 32  # of the toy models
 CACHES = {
@@ -32,7 +32,7 @@ def cache(request):
 
 @pytest.mark.skipif(TORCH_VERSION < (2, 7), reason="torch 2.6 draws other numbers from the same seed")
 def test_samples_of_nanogpts_sample_py_are_reproduced(demo, cache):
-    recorded = load_file(FIXTURES_DIR / "demo" / "samples.safetensors")  # seed 1337; block_size is 128
+    recorded = load_file(SAMPLES_PATH)  # seed 1337; block_size is 128
     prompt = torch.zeros((1, 1), dtype=torch.long)
     torch.manual_seed(1337)
     for sample in recorded["samples"]:

@@ -41,7 +41,7 @@ class NanoGPTConfig(PreTrainedConfig):
     """
 
     model_type = "hugging_nano_gpt"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {
         "hidden_size": "n_embd",
         "max_position_embeddings": "block_size",

@@ -3,8 +3,8 @@
 nanoGPT reads the last block_size tokens for every token it draws (model.py @ 3adf61e, GPT.generate). Here the KV cache
 does the same work while the text fits. Beyond that, learned positions cannot move inside a cache, so the window is
 read again: for each token, which gives nanoGPT's own numbers, or for every `stride` tokens, which is cheap. Everything
-else is Transformers' GenerationMixin. This file travels with saved models as remote code, so it imports torch and
-transformers, and nothing else of this package.
+else is Transformers' GenerationMixin. This file travels with saved models as remote code, so it imports torch,
+transformers and cache_nano_gpt.py, which travels too.
 """
 
 import functools
@@ -14,10 +14,12 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
+import transformers
 from torch import nn
-from transformers import Cache, DynamicCache, GenerationMixin
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin
 from transformers.utils import logging
+
+from .cache_nano_gpt import CACHE_NAME, RoomyLayer, describe_newest, is_untested
 
 logger = logging.get_logger(__name__)
 
@@ -39,13 +41,60 @@ def document_as(original: Callable) -> Callable[[Method], Method]:
 class NanoGPTGenerationMixin(GenerationMixin):
     """GenerationMixin with nanoGPT's window, and one argument more: `generate(..., stride=n)`."""
 
+    _is_cache_checked = False  # in this process; only where Transformers is newer than the tested ones
+
     @document_as(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any):
+        for name in ("past_key_values", "cache"):  # either name in any Transformers
+            if kwargs.get(name) is None:
+                kwargs.pop(name, None)
+            elif name != CACHE_NAME:
+                kwargs[CACHE_NAME] = kwargs.pop(name)
         # Without a cache the kernels stay nanoGPT's, bit for bit; and a compiled model has kernels of its own.
         is_cached = _get_setting("use_cache", self, args, kwargs) is not False
         is_compiled = _get_setting("compile_config", self, args, kwargs) is not None
+        if is_cached and is_untested():
+            self._check_cache_once()
         with _use_decoding_kernels(self) if is_cached and not is_compiled else nullcontext():
             return super().generate(*args, **kwargs)
+
+    def _check_cache_once(self) -> None:
+        """Compares this model's logits with a cache and without, on the first cached generate of a process.
+
+        It is for a Transformers that nobody has tried: a change of its caches can give other tokens without an error.
+
+        Raises:
+            RuntimeError: If the logits differ by more than rounding can explain.
+        """
+        if NanoGPTGenerationMixin._is_cache_checked or self.config.block_size == 1:
+            return
+        generator = torch.Generator().manual_seed(1337)  # no number is drawn from the caller's generator
+        n_new = min(4, self.config.block_size - 1)
+        length = min(8, self.config.block_size - n_new)
+        prompt = torch.randint(self.config.vocab_size, (1, length), generator=generator).to(self.device)
+        settings = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        own_config = self.generation_config  # type: ignore[has-type]
+        self.generation_config = GenerationConfig()
+        NanoGPTGenerationMixin._is_cache_checked = True  # for the call that follows
+        try:
+            output = self.generate(prompt, max_new_tokens=n_new, **settings)
+            with torch.no_grad():
+                uncached = self(output.sequences[:, :-1], use_cache=False).logits[0, length - 1 :].float()
+        except BaseException:
+            NanoGPTGenerationMixin._is_cache_checked = False
+            raise
+        finally:
+            self.generation_config = own_config
+        tolerance = math.sqrt(torch.finfo(self.dtype).eps) * uncached.abs().max()
+        difference = (torch.cat(output.logits).float() - uncached).abs().max()
+        if not difference <= tolerance:
+            NanoGPTGenerationMixin._is_cache_checked = False
+            raise RuntimeError(
+                f"{type(self).__name__}.generate: a cache changes the logits by {difference:.3g}, where at most "
+                f"{tolerance:.3g} was expected. Transformers {transformers.__version__} is newer than this model's "
+                f"code was tested with ({describe_newest()}); generate(..., use_cache=False) goes on without a cache, "
+                f"or install an older Transformers"
+            )
 
     def prepare_inputs_for_generation(
         self,
@@ -56,6 +105,7 @@ class NanoGPTGenerationMixin(GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
         stride: int = 1,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Selects what the next forward pass reads; see GenerationMixin.
@@ -66,6 +116,7 @@ class NanoGPTGenerationMixin(GenerationMixin):
                 is filled again once every `stride` tokens, and a token sees block_size - stride + 1 to block_size
                 tokens.
         """
+        cache = past_key_values if cache is None else cache
         length, position_ids = input_ids.shape[1], kwargs.get("position_ids")
         has_all_tokens = position_ids is None or position_ids.shape[-1] == length
         n_padding = 0
@@ -76,7 +127,7 @@ class NanoGPTGenerationMixin(GenerationMixin):
             return super().prepare_inputs_for_generation(
                 input_ids,
                 next_sequence_length=next_sequence_length,
-                past_key_values=past_key_values,
+                **{CACHE_NAME: cache},
                 attention_mask=attention_mask,
                 inputs_embeds=inputs_embeds,
                 is_first_iteration=is_first_iteration,
@@ -88,15 +139,15 @@ class NanoGPTGenerationMixin(GenerationMixin):
         if window_mask is not None and is_new_window and window_mask.all():
             window_mask = None
         kwargs["position_ids"] = None
-        if past_key_values is not None:
+        if cache is not None:
             kwargs["position_ids"] = _count_positions(input_ids[:, start:], window_mask)
             if is_new_window:
-                _empty_cache(past_key_values)
+                _empty_cache(cache)
                 next_sequence_length = None
         return super().prepare_inputs_for_generation(
             input_ids[:, start:],
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
+            **{CACHE_NAME: cache},
             attention_mask=window_mask,
             **kwargs,
         )
@@ -145,7 +196,7 @@ class NanoGPTGenerationMixin(GenerationMixin):
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         is_new = type(cache) is DynamicCache and cache.get_seq_length() == 0 and not cache.offloading
         if is_new and not getattr(cache, "_is_user_defined", False) and _decodes_on_cpu(self):
             cache.layers = [RoomyLayer(max_cache_length) for _ in range(self.config.n_layer)]
@@ -212,50 +263,6 @@ class NanoGPTGenerationMixin(GenerationMixin):
                 f"{max_new_tokens or 'any number of'} new; shorten it, or use generate, which goes on past block_size"
             )
         return room if max_new_tokens is None else max_new_tokens
-
-
-class RoomyLayer(DynamicLayer):
-    """A cache layer whose tensors have room to grow, so that a new token does not copy the ones before it.
-
-    It keeps half-precision keys and values in float32: CPUs attend to those several times faster.
-
-    Args:
-        max_length: Tokens that the layer is expected to hold in the end.
-    """
-
-    def __init__(self, max_length: int):
-        super().__init__()
-        self.max_length = max_length
-        self._buffers: list[torch.Tensor | None] = [None, None]  # of keys and values, (B, H, room, D) each
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends keys and values (B, H, T, D), and returns all of them (B, H, S, D)."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start = self.get_seq_length()
-        self.keys: torch.Tensor = self._append(0, self.keys, key_states, start)
-        self.values: torch.Tensor = self._append(1, self.values, value_states, start)
-        return self.keys, self.values
-
-    def _append(self, index: int, old: torch.Tensor, new: torch.Tensor, start: int) -> torch.Tensor:
-        end, buffer = start + new.shape[2], self._buffers[index]
-        # Beam search and others put another tensor in the place of our view; cropping leaves a shorter view.
-        if (
-            buffer is None
-            or len(buffer) != len(new)
-            or buffer.shape[2] < end
-            or (start > 0 and old.data_ptr() != buffer.data_ptr())
-        ):
-            room = max(end, min(2 * end, self.max_length))
-            dtype = torch.promote_types(new.dtype, torch.float32)
-            buffer = new.new_empty((*new.shape[:2], room, new.shape[3]), dtype=dtype)
-            if start > 0:
-                buffer[:, :, :start] = old
-            self._buffers[index] = buffer
-        buffer[:, :, start:end] = new
-        return buffer[:, :, :end]
 
 
 def _count_padding(attention_mask: torch.Tensor | None) -> int:

@@ -3,7 +3,7 @@
 Modules carry nanoGPT's names and layouts and the arithmetic follows its order, so in training and in inference every
 number equals nanoGPT's bit for bit. What Transformers adds (caches, attention back ends, padding, recorded outputs)
 stays out of the way when it is not asked for. This file travels with saved models as remote code, so it imports
-torch, transformers and the two files that travel with it, and nothing else of this package.
+torch, transformers and the files that travel with it, and nothing else of this package.
 
 Shapes: B batch, T tokens, S keys (cached + T), C n_embd, H heads, D head size = C / H, V vocabulary.
 """
@@ -35,6 +35,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from .cache_nano_gpt import CACHE_NAME, take_cache
 from .configuration_nano_gpt import NanoGPTConfig
 from .generation_nano_gpt import NanoGPTGenerationMixin, document_as
 
@@ -87,7 +88,7 @@ class NanoGPTAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,  # (B, T, C)
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # vLLM's Transformers backend reads and rewrites this source: the split by a literal 3-tuple, the -1 heads, the
@@ -101,8 +102,8 @@ class NanoGPTAttention(nn.Module):
         value = value.view(head_shape).transpose(1, 2)
         dtype = query.dtype
 
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, S, D)
+        if cache is not None:  # the cache of continuous batching also changes the back end's arguments
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)  # (B, H, S, D)
             query = query.to(key.dtype)  # a cache may be more precise than the model is
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -161,7 +162,7 @@ class NanoGPTPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _no_split_modules = ["NanoGPTBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -275,52 +276,63 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Computes the hidden states of a batch of sequences.
 
         Args:
             input_ids: (B, T) int64, token ids in [0, V).
-            attention_mask: (B, S), 1 for tokens and 0 for padding; or a prepared 4-D mask of the attention back end.
+            attention_mask: (B, S), 1 for tokens and 0 for padding, columns after S are left out; or a prepared 4-D
+                mask of the attention back end.
             position_ids: (B or 1, T) int64 in [0, block_size). Without them a token's position is the number of
                 unmasked tokens before it, so that padded rows give what the same rows give alone.
-            past_key_values: Keys and values of the tokens before these.
+            past_key_values, cache: Keys and values of the tokens before these, under the old or the new name.
             inputs_embeds: (B, T, C), token embeddings in place of input_ids.
             use_cache: Whether to return keys and values; config.use_cache in eval mode and False in training.
             **kwargs: output_hidden_states, output_attentions, return_dict, and arguments of the attention back end.
 
         Returns:
-            last_hidden_state (B, T, C) in the model's dtype, and past_key_values if use_cache.
+            last_hidden_state (B, T, C) in the model's dtype, and the keys and values if use_cache: past_key_values,
+            called cache since Transformers 5.24.
 
         Raises:
-            ValueError: If a token lies beyond the last learned position, or not exactly one of input_ids and
-                inputs_embeds is given.
+            TypeError: If an argument of another name holds keys and values.
+            ValueError: If a token lies beyond the last learned position, if not exactly one of input_ids and
+                inputs_embeds is given, if a 2-D attention_mask leaves columns out, or if a cache with tokens in it
+                meets gradient checkpointing.
         """
+        cache = take_cache(self, past_key_values, cache, kwargs)
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         if inputs is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError(f"{type(self).__name__}: give exactly one of input_ids and inputs_embeds")
         if use_cache is None:  # a cache that training never reads would cost a copy of all keys and values
             use_cache = self.config.use_cache and not self.training
         if self.gradient_checkpointing and self.training:
-            use_cache = False
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            _refuse_filled_cache(self, cache)
+            use_cache, cache = False, None
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
 
-        positions = self._resolve_positions(position_ids, attention_mask, past_key_values, inputs)
+        past_length = 0 if cache is None or not hasattr(cache, "get_seq_length") else cache.get_seq_length()
+        attention_mask = _select_columns(self, attention_mask, past_length, inputs.shape[1])
+        positions = self._resolve_positions(position_ids, attention_mask, past_length, inputs)
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)  # (B, T, C)
         hidden_states = self.drop(inputs_embeds + self.wpe(positions))  # (B, T, C)
 
         # Plain causal attention needs no mask: SDPA's is_causal is nanoGPT's own call and the way to flash kernels.
         # create_causal_mask would find that out too, but not under torch.compile, where it always makes a mask.
-        is_plain = attention_mask is None and position_ids is None and past_key_values is None
+        if self.config._attn_implementation == "flex_attention":
+            _refuse_narrow_flex_heads(self, inputs_embeds)
+        is_plain = attention_mask is None and position_ids is None and cache is None
         causal_mask = None
         if not (is_plain and self.config._attn_implementation == "sdpa"):
             causal_mask = create_causal_mask(
                 config=self.config,
                 inputs_embeds=hidden_states,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
+                **{CACHE_NAME: cache},
                 position_ids=position_ids,  # only the caller's: they can mark packed sequences, ours never do
             )
 
@@ -328,29 +340,28 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
             hidden_states = block(
                 hidden_states,
                 attention_mask=causal_mask,
-                past_key_values=past_key_values,
+                cache=cache,
                 position_ids=position_ids,
                 **kwargs,
             )
         hidden_states = self.ln_f(hidden_states)
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None
-        )
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache if use_cache else None})
 
     def _resolve_positions(
         self,
         position_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
+        past_length: int | torch.Tensor,
         inputs: torch.Tensor,
     ) -> torch.Tensor:
         """Returns the positions (B or 1, T) of the new tokens, after checking that the model has learned them."""
         length, device = inputs.shape[1], inputs.device
-        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         if position_ids is not None:
             positions = position_ids
         elif attention_mask is not None and attention_mask.ndim == 2:
-            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:].to(device)
+            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0).to(device)  # (B, S)
+            if positions.shape[1] != length:
+                positions = positions[:, torch.arange(length, device=device) + past_length]
         else:
             positions = torch.arange(length, device=device)[None] + past_length
         self._check_positions(positions, past_length + length, is_explicit=position_ids is not None)
@@ -405,12 +416,14 @@ class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, NanoGPTGenerationMixin):
         shift_labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Computes next-token logits, and the loss if labels are given.
 
         Args:
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: See NanoGPTModel.
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cache: See
+                NanoGPTModel.
             labels: (B, T) int64, the input ids again; the model shifts them, as Transformers does. -100, and nanoGPT's
                 -1, are ignored.
             shift_labels: (B, T) int64, targets already shifted, as nanoGPT's get_batch makes them. They take the place
@@ -429,6 +442,7 @@ class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, NanoGPTGenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             **kwargs,
         )
         logits, loss = None, None
@@ -449,7 +463,7 @@ class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, NanoGPTGenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -522,12 +536,14 @@ class NanoGPTForSequenceClassification(NanoGPTPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
         """Scores each row at its last token, and computes the loss if labels are given.
 
         Args:
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: See NanoGPTModel.
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cache: See
+                NanoGPTModel.
                 A row's last token is the last that the 2-D attention_mask leaves in; without a mask, the last that is
                 not config.pad_token_id; without either, the last one.
             labels: (B,) class ids int64 or values float32, or (B, num_labels); config.problem_type decides.
@@ -542,11 +558,15 @@ class NanoGPTForSequenceClassification(NanoGPTPreTrainedModel):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             **kwargs,
         )
         logits = self.score(outputs.last_hidden_state)  # (B, T, num_labels)
         rows = torch.arange(logits.shape[0], device=logits.device)
-        pooled_logits = logits[rows, self._find_last_tokens(input_ids, attention_mask, logits)]  # (B, num_labels)
+        cache = past_key_values if cache is None else cache
+        start = 0 if cache is None else int(cache.get_seq_length()) - logits.shape[1]  # the new tokens' first column
+        last_tokens = self._find_last_tokens(input_ids, attention_mask, start, logits)
+        pooled_logits = logits[rows, last_tokens]  # (B, num_labels)
 
         loss = None
         if labels is not None:
@@ -554,22 +574,60 @@ class NanoGPTForSequenceClassification(NanoGPTPreTrainedModel):
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=pooled_logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
     def _find_last_tokens(
-        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, logits: torch.Tensor
+        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, start: int, logits: torch.Tensor
     ) -> torch.Tensor | int:
         length = logits.shape[1]
         if attention_mask is not None and attention_mask.ndim == 2:
-            is_token = attention_mask[:, -length:] != 0
+            is_token = attention_mask[:, start : start + length] != 0
         elif input_ids is not None and self.config.pad_token_id is not None:
             is_token = input_ids != self.config.pad_token_id
         else:
             return -1
         return (is_token.to(logits.device) * torch.arange(length, device=logits.device)).argmax(-1)  # (B,)
+
+
+def _select_columns(
+    model: nn.Module, attention_mask: torch.Tensor | None, past_length: int | torch.Tensor, length: int
+) -> torch.Tensor | None:
+    """Returns the columns (B, S) of a 2-D mask that stand for the cached and the new tokens; other masks as they are.
+
+    A mask may be longer, as those that are made once for a whole text are. A shorter one leaves open which tokens it
+    speaks of.
+    """
+    if attention_mask is None or attention_mask.ndim != 2 or isinstance(past_length, torch.Tensor):
+        return attention_mask  # a static cache counts on the device, and its masks are as long as it is
+    n_columns = past_length + length
+    if attention_mask.shape[1] < n_columns:
+        raise ValueError(
+            f"{type(model).__name__}: attention_mask: expected a column for each of {past_length} cached and {length} "
+            f"new tokens, got {tuple(attention_mask.shape)}; give the mask of the whole text"
+        )
+    return attention_mask[:, :n_columns]
+
+
+def _refuse_narrow_flex_heads(model: NanoGPTModel, inputs: torch.Tensor) -> None:
+    # Seen in torch 2.13 and 2.14 with AVX2: numbers off by 2.6, or NaN, where T is no multiple of the kernel's block.
+    head_dim = model.config.n_embd // model.config.n_head
+    if inputs.device.type == "cpu" and head_dim < 32 and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        raise ValueError(
+            f"{type(model).__name__}: torch's flex_attention computes wrong numbers on this CPU for heads narrower "
+            f"than 32, and these have n_embd / n_head = {head_dim}; use attn_implementation='sdpa'"
+        )
+
+
+def _refuse_filled_cache(model: nn.Module, cache: Cache | None) -> None:
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ValueError(
+            f"{type(model).__name__}: gradient checkpointing computes each block twice and would add to the cache "
+            f"twice; expected no cached tokens while training, got {int(cache.get_seq_length())}; leave the "
+            f"cache out, or turn gradient checkpointing off"
+        )
 
 
 def _sum_cross_entropy(rows: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

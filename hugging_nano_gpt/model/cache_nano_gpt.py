@@ -1,0 +1,122 @@
+"""Keys and values of earlier tokens: the names that Transformers gives them, and the layers that hold them on a CPU.
+
+Transformers 5.24 renamed `past_key_values` to `cache` in forward, generate, masks and outputs. A forward pass that
+does not know the name sees one token at a time and gives other numbers without a word. So both names are taken here,
+and keys and values under any other name are refused. No other file that travels with saved models asks for a version.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+import transformers
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+# What this Transformers calls keys and values, in the outputs of a model and in what it hands to one.
+CACHE_NAME = (
+    "past_key_values"
+    if any(field.name == "past_key_values" for field in dataclasses.fields(BaseModelOutputWithPast))
+    else "cache"
+)
+
+# The newest minor release of Transformers that the tests have run with; pyproject.toml admits no newer one.
+NEWEST_TESTED = (5, 24)
+
+
+def take_cache(model: torch.nn.Module, past_key_values: Any, cache: Any, kwargs: dict[str, Any]) -> Any:
+    """Returns the keys and values that a forward pass was given, under whichever name.
+
+    Args:
+        model: Whose forward it is, for the messages.
+        past_key_values: The argument of that name.
+        cache: The argument of that name. Before Transformers 5.24 it held the paged cache of continuous batching,
+            which the attention back ends take out of kwargs: it is put back there.
+        kwargs: The other arguments.
+
+    Raises:
+        TypeError: If both are given, if one is no Cache, or if another argument holds keys and values.
+    """
+    where = f"{type(model).__name__}.forward"
+    if CACHE_NAME != "cache" and cache is not None and not hasattr(cache, "get_seq_length"):
+        kwargs["cache"], cache = cache, None
+    if past_key_values is not None and cache is not None:
+        raise TypeError(f"{where}: past_key_values and cache are two names of the same argument; give one")
+    found = past_key_values if cache is None else cache
+    if isinstance(found, tuple | list):
+        raise TypeError(f"{where}: {CACHE_NAME}: expected a Cache, got a {type(found).__name__}; use DynamicCache()")
+    for name, value in kwargs.items():
+        if name != "cache" and _holds_keys_and_values(value):
+            raise TypeError(
+                f"{where}: the argument {name!r} holds keys and values, which this code knows as past_key_values or "
+                f"cache; read without them, tokens would be wrong. Transformers {transformers.__version__} is newer "
+                f"than this model's code was tested with ({describe_newest()}); install an older one, update the "
+                f"code, or use use_cache=False"
+            )
+    return found
+
+
+def describe_newest() -> str:
+    """Returns the newest tested Transformers as messages name it."""
+    return f"up to {NEWEST_TESTED[0]}.{NEWEST_TESTED[1]}"
+
+
+def is_untested() -> bool:
+    """Tells whether this Transformers is newer than the newest one that the tests have run with."""
+    major, minor = transformers.__version__.split(".")[:2]
+    return (int(major), int(minor)) > NEWEST_TESTED
+
+
+def _holds_keys_and_values(value: Any) -> bool:
+    if isinstance(value, Cache):
+        return True
+    layer = value[0] if isinstance(value, tuple | list) and value else None  # ((keys, values) of a layer, ...)
+    return isinstance(layer, tuple | list) and len(layer) > 0 and isinstance(layer[0], torch.Tensor)
+
+
+class RoomyLayer(DynamicLayer):
+    """A cache layer whose tensors have room to grow, so that a new token does not copy the ones before it.
+
+    It keeps half-precision keys and values in float32: CPUs attend to those several times faster.
+
+    Args:
+        max_length: Tokens that the layer is expected to hold in the end.
+    """
+
+    def __init__(self, max_length: int):
+        super().__init__()
+        self.max_length = max_length
+        self._buffers: list[torch.Tensor | None] = [None, None]  # of keys and values, (B, H, room, D) each
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends keys and values (B, H, T, D), and returns all of them (B, H, S, D)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        self.keys: torch.Tensor = self._append(0, self.keys, key_states, start)
+        self.values: torch.Tensor = self._append(1, self.values, value_states, start)
+        return self.keys, self.values
+
+    def _append(self, index: int, old: torch.Tensor, new: torch.Tensor, start: int) -> torch.Tensor:
+        end, buffer = start + new.shape[2], self._buffers[index]
+        # Beam search and others put another tensor in the place of our view; cropping leaves a shorter view.
+        if (
+            buffer is None
+            or len(buffer) != len(new)
+            or buffer.shape[2] < end
+            or (start > 0 and old.data_ptr() != buffer.data_ptr())
+        ):
+            room = max(end, min(2 * end, self.max_length))
+            dtype = torch.promote_types(new.dtype, torch.float32)
+            buffer = new.new_empty((*new.shape[:2], room, new.shape[3]), dtype=dtype)
+            if start > 0:
+                buffer[:, :, :start] = old
+            self._buffers[index] = buffer
+        buffer[:, :, start:end] = new
+        return buffer[:, :, :end]
+
+
+__all__ = ["CACHE_NAME", "NEWEST_TESTED", "RoomyLayer", "describe_newest", "is_untested", "take_cache"]
