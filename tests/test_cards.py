@@ -11,6 +11,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from hugging_nano_gpt import CheckpointError, NanoGPTConfig, NanoGPTLMHeadModel
 from hugging_nano_gpt.convert import card as module
+from hugging_nano_gpt.convert.facts import count_model_parameters
 from hugging_nano_gpt.demo import CKPT_PATH
 
 from .conftest import limit_file_size
@@ -23,7 +24,7 @@ from .tiny import MODEL_ARGS, make_model
 )
 def test_parameters_are_counted_as_they_are(make):
     model = make()
-    without_positions, total = module._count_parameters(model.config, type(model).__name__)
+    without_positions, total = count_model_parameters(model.config, type(model).__name__)
     assert total == model.num_parameters()
     positions = getattr(model, "transformer", model).wpe.weight
     assert without_positions == total - positions.numel()  # model.py @ 3adf61e, get_num_params
@@ -34,7 +35,14 @@ def test_card_tells_shape_training_and_limits(tmp_path):
     card = module.make_card(model)
     for row in ("layers | 3", "heads | 3", "block size | 128 tokens", "vocabulary | 65 tokens", "biases | no"):
         assert f"| {row} |" in card
-    for text in ("338,688", "350,976", "5,000 iterations", "1.6176", "| `learning_rate` | 0.001 |", "to_nanogpt_ckpt"):
+    for text in (
+        "338,688",
+        "350,976",
+        "| iteration | 5,000 |",
+        "| validation loss | 1.6176 |",
+        "| `learning_rate` | 0.001 |",
+        "to_nanogpt_ckpt",
+    ):
         assert text in card
     assert "trust_remote_code=True" in card
     data = ModelCard(card).data
@@ -68,7 +76,7 @@ def test_card_of_gpt2_vocabulary_and_tanh_gelu_says_so():
     with torch.device("meta"):
         card = module.make_card(NanoGPTLMHeadModel(config))
     assert "50,304 is the size that nanoGPT uses for GPT-2's" in card
-    assert "tanh formula" in card
+    assert "tanh GELU" in card
     assert "differ slightly" in card
 
 

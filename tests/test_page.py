@@ -23,7 +23,7 @@ from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 from hugging_nano_gpt.sample import page
 from hugging_nano_gpt.sample import playground as server
 from hugging_nano_gpt.sample.markup import draw_bars, draw_facts, draw_text, list_facts
-from hugging_nano_gpt.sample.sampling import load_sampler
+from hugging_nano_gpt.sample.sampling import Sampler, load_sampler
 from hugging_nano_gpt.sample.streaming import Candidate, stream_steps
 
 from .test_streaming import sample
@@ -34,14 +34,16 @@ SETTINGS = {"temperature": 0.8, "top_k": 5, "seed": 1337}
 FACTS = {
     "model": "ckpt.pt",
     "kind": "nanoGPT checkpoint, since 2023-05-06",
-    "parameters": "350,976",
     "layers": "3",
     "heads": "3",
     "width": "96",
-    "block_size": "128",
-    "vocabulary": "65",
-    "activation": "exact GELU",
+    "block size": "128 tokens",
+    "vocabulary": "65 tokens",
     "biases": "no",
+    "dropout": "0.0",
+    "activation": "exact GELU, nanoGPT's since June 2023",
+    "output layer": "tied to the token embedding",
+    "parameters": "350,976, or 338,688 as nanoGPT counts, without the positions",
     "iteration": "5,000",
     "validation loss": "1.6176",
     "computes on": "cpu, float32",
@@ -144,7 +146,7 @@ def test_facts_of_a_folder_and_of_the_hub_are_those_of_its_model(served, tmp_pat
 
 
 def test_facts_before_the_first_evaluation_say_so():
-    facts = list_facts("ckpt.pt", "nanoGPT checkpoint", make_model())
+    facts = list_facts("ckpt.pt", Sampler(make_model(), None, "nanoGPT checkpoint"))
     assert (facts["iteration"], facts["validation loss"], facts["biases"]) == ("0", "not measured", "yes")
 
 
@@ -154,7 +156,11 @@ def test_playground_reads_as_it_is_told(served, tmp_path):
         tmp_path / "mine.pt", port=find_port(), meta_path=META_PATH, dtype="bfloat16", activation_function="gelu_new"
     )
     ((sampler, facts, _),) = served
-    changed = {"model": "mine.pt", "activation": "tanh GELU", "computes on": "cpu, bfloat16"}
+    changed = {
+        "model": "mine.pt",
+        "activation": "tanh GELU, nanoGPT's before June 2023",
+        "computes on": "cpu, bfloat16",
+    }
     assert facts == {**FACTS, **changed}
     assert sampler.model.config.activation_function == "gelu_new"
 

@@ -8,8 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import constants
 
-from hugging_nano_gpt import CheckpointError, NanoGPTLMHeadModel, VerifyReport, verify_loss, verify_models
+from hugging_nano_gpt import (
+    CheckpointError,
+    NanoGPTLMHeadModel,
+    VerifyReport,
+    export_gpt2,
+    verify_against_nanogpt,
+    verify_loss,
+    verify_models,
+)
 from hugging_nano_gpt.convert import pretrained
 from hugging_nano_gpt.demo import CKPT_PATH
 from hugging_nano_gpt.verify.compare import describe_difference, have_same_bits, measure_difference
@@ -265,7 +274,7 @@ def test_hub_id_is_loaded_by_our_class_alone(folder, monkeypatch):
     monkeypatch.setattr(pretrained, "PreTrainedConfig", SimpleNamespace(get_config_dict=lambda source: (fields, {})))
     report = verify_models("someone/model-1.0", "someone/model-1.0")
     assert report.is_equal
-    assert report.left == "someone/model-1.0 (from the hub)"
+    assert report.left == "someone/model-1.0 (model of the Hub, iteration 7)"
     assert asked == [("someone/model-1.0", None)] * 2
 
 
@@ -281,10 +290,41 @@ def test_hub_out_of_reach_is_one_line(ckpt_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("source", ["missing.pt", "out/missing.pt", "missing", "./a/b"])
+@pytest.mark.parametrize("source", ["missing.pt", "out/missing.pt", "./a/b", "/a/b", "a/b/c"])
 def test_missing_file_is_not_looked_for_on_the_hub(ckpt_path, source):
     with pytest.raises(CheckpointError, match="cannot be opened: No such file"):
         verify_models(ckpt_path, source)
+
+
+@pytest.mark.parametrize("gpt2", ["gpt2", "openai-community/gpt2"])
+def test_gpt2_is_taken_by_its_name_on_the_hub(gpt2, ckpt_path, tmp_path, monkeypatch):
+    snapshot = tmp_path / f"models--{gpt2.replace('/', '--')}" / "snapshots" / "0123"
+    export_gpt2(NanoGPTLMHeadModel.from_nanogpt_ckpt(ckpt_path), snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("0123")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    report = verify_models(ckpt_path, gpt2)
+    assert report.is_equal
+    assert report.right == f"{gpt2} (model of the Hub, iteration 7)"
+
+
+@pytest.mark.parametrize("setting", [{"n_head": 4}, {"activation_function": "gelu_new"}])
+def test_settings_of_files_are_refused_without_a_file(setting, ckpt_path, folder):
+    (name,) = setting
+    (ckpt_path.parent / "model.py").touch()
+    for verify in (
+        lambda: verify_models(folder, folder, **setting),
+        lambda: verify_against_nanogpt(folder, ckpt_path.parent, **setting),
+        lambda: verify_loss(folder, TRACE_DIR, **setting),
+    ):
+        with pytest.raises(CheckpointError, match=f"'{name}' cannot be set: expected none for a folder"):
+            verify()
+
+
+def test_settings_of_files_are_heeded_beside_a_folder(ckpt_path, folder):
+    report = verify_models(folder, ckpt_path, activation_function="gelu_new")
+    assert find_wrong(report)["activation"].startswith("gelu and gelu_new")
 
 
 def change_config(folder: Path, **fields) -> None:

@@ -78,9 +78,12 @@ def is_tied(tensors: Mapping[str, torch.Tensor]) -> bool:
 
 
 def find_tying_faults(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Finds an lm_head that is not the token embedding, for what keeps only one of the two."""
-    fault = "lm_head.weight: expected the numbers of transformer.wte.weight, as only one of them is kept, got others"
-    return [] if is_tied(tensors) else [fault]
+    """Finds an lm_head that is not the token embedding, where only one of the two is kept."""
+    if is_tied(tensors):
+        return []
+    return [
+        "lm_head.weight: expected the numbers of transformer.wte.weight, as they are tied and one is lost, got others"
+    ]
 
 
 def find_dense_faults(tensors: Mapping[str, Any]) -> list[str]:

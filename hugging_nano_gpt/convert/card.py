@@ -5,7 +5,6 @@ write. It claims no license: only the user knows that. A README.md that is there
 """
 
 import contextlib
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,10 +14,9 @@ from typing import Any, NamedTuple
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..checkpoint.contents import NO_VAL_LOSS
-from ..checkpoint.tensors import MODEL_ARGS, count_parameters
 from ..files import open_atomically
-from ..tokenization.bpe import GPT2_VOCAB_SIZES
+from ..model.configuration_nano_gpt import GPT2_VOCAB_SIZES
+from .facts import CLASSIFIER, LANGUAGE_MODEL, describe_model, describe_training
 from .nanogpt import read_training_state
 
 _FILE_NAME = "README.md"
@@ -35,16 +33,8 @@ class _Kind(NamedTuple):
 
 _KINDS = {
     "NanoGPTModel": _Kind("transformer without a head", "AutoModel", "feature-extraction"),
-    "NanoGPTLMHeadModel": _Kind("language model", "AutoModelForCausalLM", "text-generation"),
-    "NanoGPTForSequenceClassification": _Kind(
-        "sequence classifier", "AutoModelForSequenceClassification", "text-classification"
-    ),
-}
-
-_ACTIVATIONS = {
-    "gelu": "exact GELU, nanoGPT's since June 2023",
-    "gelu_new": "GELU by the tanh formula, as in nanoGPT before June 2023",
-    "gelu_pytorch_tanh": "GELU by torch's tanh approximation",
+    LANGUAGE_MODEL: _Kind("language model", "AutoModelForCausalLM", "text-generation"),
+    CLASSIFIER: _Kind("sequence classifier", "AutoModelForSequenceClassification", "text-classification"),
 }
 
 # train.py's settings that decide what is learned, in its order (train.py @ 3adf61e). The shape is in another table.
@@ -102,7 +92,7 @@ def make_card(model: PreTrainedModel, tags: Sequence[str] = ()) -> str:
         "A model of [nanoGPT](https://github.com/karpathy/nanoGPT)'s architecture as a Transformers model, with "
         "nanoGPT's tensors under nanoGPT's names.",
         "## Architecture",
-        _make_table(_describe_shape(model, class_name)),
+        _make_table({**describe_model(config, class_name), "dtype": str(model.dtype).removeprefix("torch.")}),
         *_describe_training(config),
         "## Loading",
         *_describe_loading(config, class_name),
@@ -120,57 +110,23 @@ def make_card(model: PreTrainedModel, tags: Sequence[str] = ()) -> str:
     return "\n\n".join([f"---\n{data}\n---", *sections]) + "\n"
 
 
-def _count_parameters(config: PreTrainedConfig, class_name: str) -> tuple[int, int]:
-    has_own_head = class_name == "NanoGPTLMHeadModel" and not config.tie_word_embeddings
-    without_positions, total = count_parameters({n: getattr(config, n) for n in MODEL_ARGS}, not has_own_head)
-    n_scores = config.num_labels * config.n_embd if class_name == "NanoGPTForSequenceClassification" else 0
-    return without_positions + n_scores, total + n_scores
-
-
-def _describe_shape(model: PreTrainedModel, class_name: str) -> dict[str, Any]:
-    config = model.config
-    without_positions, total = _count_parameters(config, class_name)
-    rows = {
-        "layers": config.n_layer,
-        "heads": config.n_head,
-        "width (`n_embd`)": config.n_embd,
-        "block size": f"{config.block_size:,} tokens",
-        "vocabulary": f"{config.vocab_size:,} tokens",
-        "biases": "yes" if config.bias else "no",
-        "activation": _ACTIVATIONS[config.activation_function],
-    }
-    if class_name == "NanoGPTLMHeadModel":
-        rows["output layer"] = "tied to the token embedding" if config.tie_word_embeddings else "has its own weights"
-    if class_name == "NanoGPTForSequenceClassification":
-        rows["labels"] = config.num_labels
-    return {
-        **rows,
-        "parameters as nanoGPT counts them, without the position embedding": f"{without_positions:,}",
-        "parameters in all": f"{total:,}",
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-
-
 def _describe_training(config: PreTrainedConfig) -> list[str]:
     state = read_training_state(config)
     if state.iter_num == 0 and not state.config:
         return []
-    loss = state.best_val_loss
-    has_loss = math.isfinite(loss) and loss < NO_VAL_LOSS
-    sections = [
-        "## Training",
-        f"The nanoGPT checkpoint that this model comes from was written after {state.iter_num:,} iterations, "
-        + (f"with a best validation loss of {loss:.4f} nats per token" if has_loss else "with no validation loss")
-        + ". Training since then, if there was any, is not recorded here.",
-    ]
     settings = {f"`{name}`": state.config[name] for name in _SETTINGS if name in state.config}
-    return [*sections, "Its settings:", _make_table(settings)] if settings else sections
+    return [
+        "## Training",
+        "Where the run stood that wrote the nanoGPT checkpoint of this model, and its settings. The loss is in nats "
+        "per token. Training since then, if there was any, is not recorded here.",
+        _make_table({**describe_training(state), **settings}),
+    ]
 
 
 def _describe_loading(config: PreTrainedConfig, class_name: str) -> list[str]:
     auto_class = _KINDS[class_name].auto_class
     back = ""
-    if class_name == "NanoGPTLMHeadModel" and config.tie_word_embeddings:
+    if class_name == LANGUAGE_MODEL and config.tie_word_embeddings:
         back = '\nmodel.to_nanogpt_ckpt("ckpt.pt")  # what nanoGPT\'s train.py resumes and its sample.py reads'
     return [
         "With Transformers alone, running the three Python files beside this one (`trust_remote_code`), which import "
@@ -184,7 +140,7 @@ def _describe_loading(config: PreTrainedConfig, class_name: str) -> list[str]:
 
 
 def _list_limits(model: PreTrainedModel, class_name: str) -> list[str]:
-    config, is_language_model = model.config, class_name == "NanoGPTLMHeadModel"
+    config, is_language_model = model.config, class_name == LANGUAGE_MODEL
     limits = [f"It reads at most {config.block_size:,} tokens at once."]
     if is_language_model:
         limits[0] += " `generate` goes on past that with the last of them, as nanoGPT does."
@@ -205,7 +161,7 @@ def _list_limits(model: PreTrainedModel, class_name: str) -> list[str]:
             "nanoGPT trains base models. Unless it was tuned since, the model continues text, follows no "
             "instructions, and was taught neither to be right nor to be harmless."
         )
-    if class_name == "NanoGPTForSequenceClassification":
+    if class_name == CLASSIFIER:
         limits.append("nanoGPT trains no classifiers: the scores mean what training in Transformers has made of them.")
     if is_language_model and not config.tie_word_embeddings:
         limits.append("It cannot go back to nanoGPT, which ties the output layer to the token embedding.")

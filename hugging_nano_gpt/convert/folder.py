@@ -73,13 +73,13 @@ def convert_to_folder(
     folder = Path(folder)
     check_place(folder, overwrite)
     check_other_place(source, folder)
-    model, assumptions = load_source(source, **kwargs)
-    found, reasons = find_tokenizer_or_reason(model, source, meta_path=meta_path, tokenizer=tokenizer)
+    loaded = load_source(source, **kwargs)
+    found, reasons = find_tokenizer_or_reason(loaded.model, source, meta_path=meta_path, tokenizer=tokenizer)
     with open_folder(folder) as temporary:
-        model.save_pretrained(temporary, max_shard_size=max_shard_size)
+        loaded.model.save_pretrained(temporary, max_shard_size=max_shard_size)
         if found is not None:
             found.save_pretrained(temporary)
-    return Conversion(folder, model, found, (*assumptions, *reasons))
+    return Conversion(folder, loaded.model, found, (*loaded.notes, *reasons))
 
 
 def convert_to_checkpoint(

@@ -9,21 +9,15 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..checkpoint.contents import NO_VAL_LOSS
+from ..checkpoint.contents import NO_VAL_LOSS, TrainingState
 from ..checkpoint.read_write import read_checkpoint
-from ..checkpoint.tensors import MODEL_ARGS, count_parameters
 from ..errors import CheckpointError, list_some
 from ..model.configuration_nano_gpt import NanoGPTConfig
-from .nanogpt import read_training_state
+from .facts import count_model_parameters, describe_model, describe_training
+from .nanogpt import make_config, read_training_state
+from .source import FILE_KINDS, FOLDER
+from .tensors import list_args
 
-_KINDS = {
-    "nanogpt": "nanoGPT checkpoint",
-    "mingpt": "minGPT checkpoint",
-    "build_nanogpt": "build-nanogpt checkpoint",
-    "llmc": "llm.c checkpoint",
-}
-FOLDER = "folder of Transformers"
-ACTIVATIONS = {"gelu": "exact GELU", "gelu_new": "tanh GELU", "gelu_pytorch_tanh": "tanh GELU as torch computes it"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -34,7 +28,6 @@ class Inspection:
     Args:
         path: The file or folder.
         kind: What it is, in words.
-        era: Which nanoGPT wrote it, as far as the file tells; empty if there is nothing to tell.
         size_bytes: Size of the file, or of all files of the folder.
         model_args: nanoGPT's seven model_args.
         activation_function: The activation, in NanoGPTConfig's terms.
@@ -44,15 +37,15 @@ class Inspection:
         n_params_total: All parameters.
         iter_num: Optimizer updates made.
         best_val_loss: Lowest validation loss seen, in nats per token, or None before the first evaluation.
+        config: train.py's settings.
+        era: Which nanoGPT wrote it, as far as the file tells; empty if there is nothing to tell.
         has_optimizer: Whether there is an optimizer state.
         has_tokenizer: Whether there is a tokenizer; only folders have one.
-        config: train.py's settings.
         assumptions: What is not recorded and was assumed.
     """
 
     path: str
     kind: str
-    era: str
     size_bytes: int
     model_args: dict[str, Any]
     activation_function: str
@@ -62,30 +55,30 @@ class Inspection:
     n_params_total: int
     iter_num: int
     best_val_loss: float | None
-    has_optimizer: bool
-    has_tokenizer: bool
     config: dict[str, Any]
-    assumptions: tuple[str, ...]
+    era: str = ""
+    has_optimizer: bool = False
+    has_tokenizer: bool = False
+    assumptions: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields as plain JSON types."""
         return asdict(self)
 
     def __str__(self) -> str:
-        args = self.model_args
-        loss = "not measured" if self.best_val_loss is None else f"{self.best_val_loss:.4f}"
-        optimizer = "with" if self.has_optimizer else "without"
-        settings = ", ".join(f"{name}={value!r}" for name, value in self.config.items())
+        config = NanoGPTConfig(
+            **self.model_args,
+            activation_function=self.activation_function,
+            tie_word_embeddings=self.tie_word_embeddings,
+        )
+        loss = NO_VAL_LOSS if self.best_val_loss is None else self.best_val_loss
         rows = {
             "what": f"{self.kind}{f', {self.era}' if self.era else ''}, {self.size_bytes / 1e6:,.1f} MB",
-            "model": f"{args['n_layer']} layers, {args['n_head']} heads, width {args['n_embd']}, "
-            f"block_size {args['block_size']}, vocab_size {args['vocab_size']}",
-            "layers": f"{'with' if args['bias'] else 'without'} biases, dropout {args['dropout']}, "
-            f"{ACTIVATIONS[self.activation_function]}, lm_head {'' if self.tie_word_embeddings else 'not '}tied",
-            "parameters": f"{self.n_params:,} as nanoGPT counts them (without positions), {self.n_params_total:,} in "
-            f"all, {', '.join(self.dtypes)}",
-            "training": f"iteration {self.iter_num:,}, best validation loss {loss}, {optimizer} optimizer state",
-            "settings": settings or "none",
+            **describe_model(config),
+            "dtype": ", ".join(self.dtypes),
+            **describe_training(TrainingState(self.iter_num, loss)),
+            "optimizer state": "yes" if self.has_optimizer else "no",
+            "settings": ", ".join(f"{name}={value!r}" for name, value in self.config.items()) or "none",
             "tokenizer": "yes" if self.has_tokenizer else "no",
         }
         if self.kind != FOLDER:
@@ -110,55 +103,50 @@ def inspect_path(path: str | os.PathLike[str], **kwargs: Any) -> Inspection:
 
 
 def _wrap(name: str, text: str) -> str:
-    return textwrap.fill(text, 100, initial_indent=f"{name:<11}", subsequent_indent=" " * 11, break_long_words=False)
+    indent = " " * len(f"{'validation loss':<17}")
+    return textwrap.fill(text, 100, initial_indent=f"{name:<17}", subsequent_indent=indent, break_long_words=False)
 
 
 def _inspect_file(path: Path, **kwargs: Any) -> Inspection:
     checkpoint = read_checkpoint(path, with_optimizer=False, **kwargs)
-    state = checkpoint.training_state
-    n_params, n_params_total = count_parameters(checkpoint.model_args, checkpoint.tie_word_embeddings)
-    return Inspection(
+    return _make_inspection(
+        make_config(checkpoint),
+        checkpoint.training_state,
         path=os.fspath(path),
-        kind=_KINDS[checkpoint.format],
+        kind=FILE_KINDS[checkpoint.format],
         era=checkpoint.era,
         size_bytes=path.stat().st_size,
-        model_args={name: checkpoint.model_args[name] for name in MODEL_ARGS},
-        activation_function=checkpoint.activation_function,
-        tie_word_embeddings=checkpoint.tie_word_embeddings,
         dtypes=tuple(sorted({str(t.dtype).removeprefix("torch.") for t in checkpoint.state_dict.values()})),
-        n_params=n_params,
-        n_params_total=n_params_total,
-        iter_num=state.iter_num,
-        best_val_loss=None if state.best_val_loss >= NO_VAL_LOSS else state.best_val_loss,
         has_optimizer=checkpoint.has_optimizer,
-        has_tokenizer=False,
-        config=state.config,
         assumptions=checkpoint.assumptions,
     )
 
 
 def _inspect_folder(folder: Path) -> Inspection:
     config = _read_config(folder)
-    state = read_training_state(config)
-    model_args = {name: getattr(config, name) for name in MODEL_ARGS}
-    n_params, n_params_total = count_parameters(model_args, config.tie_word_embeddings)
-    return Inspection(
+    return _make_inspection(
+        config,
+        read_training_state(config),
         path=os.fspath(folder),
         kind=FOLDER,
-        era="",
         size_bytes=sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
-        model_args=model_args,
+        dtypes=_read_dtypes(folder),
+        has_tokenizer=all((folder / name).is_file() for name in _TOKENIZER_FILES),
+    )
+
+
+def _make_inspection(config: NanoGPTConfig, state: TrainingState, **fields: Any) -> Inspection:
+    n_params, n_params_total = count_model_parameters(config)
+    return Inspection(
+        model_args=list_args(config),
         activation_function=config.activation_function,
         tie_word_embeddings=config.tie_word_embeddings,
-        dtypes=_read_dtypes(folder),
         n_params=n_params,
         n_params_total=n_params_total,
         iter_num=state.iter_num,
         best_val_loss=None if state.best_val_loss >= NO_VAL_LOSS else state.best_val_loss,
-        has_optimizer=False,
-        has_tokenizer=all((folder / name).is_file() for name in _TOKENIZER_FILES),
         config=state.config,
-        assumptions=(),
+        **fields,
     )
 
 

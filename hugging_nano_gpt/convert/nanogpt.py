@@ -18,9 +18,8 @@ from ..checkpoint.optimizer import OptimizerState, from_adamw
 from ..checkpoint.read_write import read_checkpoint, write_checkpoint
 from ..checkpoint.tensors import MODEL_ARGS
 from ..errors import ConversionError, list_some
-from ..model.configuration_nano_gpt import NanoGPTConfig
-from ..tokenization.bpe import GPT2_TOKENS, GPT2_VOCAB_SIZES
-from .tensors import export_state_dict, refuse_changed_layers
+from ..model.configuration_nano_gpt import GPT2_TOKENS, GPT2_VOCAB_SIZES, NanoGPTConfig
+from .tensors import export_state_dict, list_args, refuse_changed_layers
 
 logger = logging.get_logger(__name__)
 
@@ -59,12 +58,7 @@ def make_model(model_class: type[Model], path: str | os.PathLike[str], checkpoin
             f"{os.fspath(path)}: {list_some(fixed)} cannot be set: expected the shapes of the checkpoint's tensors, "
             f"{[checkpoint.model_args[name] for name in fixed]}, got {[kwargs[name] for name in fixed]}; leave it out"
         )
-    settings = {**checkpoint.model_args, **{name: kwargs.pop(name) for name in _CONFIG_KWARGS if name in kwargs}}
-    config = NanoGPTConfig(
-        activation_function=checkpoint.activation_function,
-        tie_word_embeddings=checkpoint.tie_word_embeddings,
-        **settings,
-    )
+    config = make_config(checkpoint, **{name: kwargs.pop(name) for name in _CONFIG_KWARGS if name in kwargs})
     model: Model = model_class.from_pretrained(
         None, config=config, state_dict=_select_tensors(model_class, checkpoint), **kwargs
     )
@@ -73,6 +67,18 @@ def make_model(model_class: type[Model], path: str | os.PathLike[str], checkpoin
     if model.can_generate():
         _set_special_tokens(model, checkpoint)
     return model
+
+
+def make_config(checkpoint: Checkpoint, **settings: Any) -> NanoGPTConfig:
+    """Makes the configuration of a checkpoint's model, with other settings of it in place of the checkpoint's."""
+    return NanoGPTConfig(
+        **{
+            **checkpoint.model_args,
+            "activation_function": checkpoint.activation_function,
+            "tie_word_embeddings": checkpoint.tie_word_embeddings,
+            **settings,
+        }
+    )
 
 
 def save_model(
@@ -87,7 +93,7 @@ def save_model(
     """Writes a model to a checkpoint file; see NanoGPTLMHeadModel.to_nanogpt_ckpt."""
     refuse_changed_layers(model, path)
     state: TrainingState = getattr(model, "nanogpt_training_state", TrainingState())
-    model_args = {name: getattr(model.config, name) for name in MODEL_ARGS}
+    model_args = list_args(model.config)
     settings = state.config if config is None else dict(config)
     state = TrainingState(
         iter_num=state.iter_num if iter_num is None else int(iter_num),

@@ -1,53 +1,93 @@
-"""What a user names, a checkpoint file, a saved folder or a model of the Hub, becomes a model. Nothing is executed."""
+"""What a user names becomes a model: a checkpoint file, a saved folder, or a model of the Hub. Nothing is executed."""
 
 import os
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import GPT2Config
 
-from ..checkpoint.read_write import Checkpoint, read_checkpoint
+from ..checkpoint.contents import Checkpoint
+from ..checkpoint.read_write import read_checkpoint
 from ..errors import CheckpointError, list_some
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from .gpt2 import import_gpt2
 from .nanogpt import READING_KWARGS, make_model
 from .pretrained import load_whole_model, read_model_type
 
-# By these a checkpoint that is not there is told from a Hub id.
-FILE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
+# In words, by Checkpoint.format.
+FILE_KINDS = {
+    "nanogpt": "nanoGPT checkpoint",
+    "mingpt": "minGPT checkpoint",
+    "build_nanogpt": "build-nanogpt checkpoint",
+    "llmc": "llm.c checkpoint",
+}
+FOLDER = "folder of Transformers"
+
+# A name in the form of a Hub id that ends like this is a file that is missing, and is not looked for on the Hub.
+_FILE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
-def load_source(source: str | os.PathLike[str], **kwargs: Any) -> tuple[NanoGPTLMHeadModel, list[str]]:
-    """Loads a language model from what a user names: a checkpoint file, a saved folder or a model of the Hub.
+@dataclass(frozen=True)
+class Source:
+    """A model, and where it is from.
 
     Args:
-        source: Path or Hub id. A name that is no path is a Hub id, unless it ends as checkpoint files do.
-        **kwargs: What from_nanogpt_ckpt takes, for a file, or from_pretrained, for the others.
+        model: The model.
+        kind: What the user named, in words.
+        checkpoint: What the model was made from, without its optimizer; None for a folder and the Hub.
+    """
 
-    Returns:
-        The model, and what was assumed about it, a sentence each.
+    model: NanoGPTLMHeadModel
+    kind: str
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was assumed about a file, a sentence each."""
+        assumptions = () if self.checkpoint is None else self.checkpoint.assumptions
+        return tuple(f"assumed: {assumption}" for assumption in assumptions)
+
+
+def names_file(source: str | os.PathLike[str]) -> bool:
+    """Tells whether a user means a checkpoint file, be it there or not, and no folder or Hub id."""
+    path = Path(source)
+    is_hub_id = _HUB_ID.fullmatch(os.fspath(source)) is not None and path.suffix not in _FILE_SUFFIXES
+    return not path.is_dir() and (path.exists() or not is_hub_id)
+
+
+def load_source(source: str | os.PathLike[str], **kwargs: Any) -> Source:
+    """Loads a language model from what a user names.
+
+    Args:
+        source: Path of a checkpoint file or a saved folder, or Hub id.
+        **kwargs: What from_nanogpt_ckpt takes, for a file, or from_pretrained, for the others. Values of None count as
+            not given.
 
     Raises:
         CheckpointError: If there is no whole model, or a folder is asked to be read in another way than it records.
+        ConversionError: If it is a GPT-2 that nanoGPT cannot express.
     """
-    path = Path(source)
     reading = {name: value for name in READING_KWARGS if (value := kwargs.pop(name, None)) is not None}
-    if not path.is_dir() and (path.exists() or path.suffix in FILE_SUFFIXES):
-        checkpoint = read_checkpoint(path, with_optimizer=False, **reading)
-        return make_model(NanoGPTLMHeadModel, path, checkpoint, **kwargs), list_assumptions(checkpoint)
+    if names_file(source):
+        checkpoint = read_checkpoint(source, with_optimizer=False, **reading)
+        kind = ", ".join(filter(None, (FILE_KINDS[checkpoint.format], checkpoint.era)))
+        return Source(make_model(NanoGPTLMHeadModel, source, checkpoint, **kwargs), kind, checkpoint)
     if reading:
         raise CheckpointError(
             f"{source}: {list_some(reading)} cannot be set: expected none for a folder, which records its own, got "
             f"{list(reading.values())}; leave it out"
         )
-    return load_folder(source, **kwargs), []
+    return Source(load_folder(source, **kwargs), FOLDER if Path(source).is_dir() else "model of the Hub")
 
 
 def load_folder(source: str | os.PathLike[str], **kwargs: Any) -> NanoGPTLMHeadModel:
-    """Loads a saved folder or a model of the Hub: a whole language model in safetensors, and nothing is executed.
+    """Loads a whole language model in safetensors from a saved folder or the Hub.
 
     Args:
-        source: A folder that save_pretrained wrote, or a Hub id; GPT-2 is taken in by import_gpt2.
+        source: A folder that save_pretrained wrote, or a Hub id; import_gpt2 takes GPT-2 in.
         **kwargs: What from_pretrained takes; the dtype is that of the files by default.
 
     Raises:
@@ -57,8 +97,3 @@ def load_folder(source: str | os.PathLike[str], **kwargs: Any) -> NanoGPTLMHeadM
     if read_model_type(source) == GPT2Config.model_type:
         return import_gpt2(source, **kwargs)
     return load_whole_model(NanoGPTLMHeadModel, source, **kwargs)
-
-
-def list_assumptions(checkpoint: Checkpoint) -> list[str]:
-    """Lists what was assumed about a checkpoint, for people to read."""
-    return [f"assumed: {assumption}" for assumption in checkpoint.assumptions]

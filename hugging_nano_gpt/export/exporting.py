@@ -61,8 +61,8 @@ def export_model(
             f"{out}: expected a file type for 'gguf' alone, got {file_type!r} for {to!r}; leave it out"
         )
     check_other_place(source, out)
-    model, notes = load_source(source, **kwargs)
-    found, reasons = find_tokenizer_or_reason(model, source, meta_path=meta_path, tokenizer=tokenizer)
+    loaded = load_source(source, **kwargs)
+    found, reasons = find_tokenizer_or_reason(loaded.model, source, meta_path=meta_path, tokenizer=tokenizer)
     options = {} if file_type is None else {"file_type": file_type}
-    lost = _EXPORTERS[to](model, out, tokenizer=found, overwrite=overwrite, **options)
-    return Conversion(Path(out), model, found, (*notes, *reasons, *lost))
+    lost = _EXPORTERS[to](loaded.model, out, tokenizer=found, overwrite=overwrite, **options)
+    return Conversion(Path(out), loaded.model, found, (*loaded.notes, *reasons, *lost))

@@ -11,6 +11,10 @@ from transformers import PreTrainedConfig
 # minGPT and llm.c; build-nanogpt uses torch's own tanh GELU, which rounds differently from the formula written out.
 ACTIVATION_FUNCTIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh")
 
+# GPT-2's vocabulary: its tokens, and its rows in a model, also where nanoGPT pads them (train.py @ 3adf61e).
+GPT2_TOKENS = 50257
+GPT2_VOCAB_SIZES = (GPT2_TOKENS, 50304)
+
 
 class NanoGPTConfig(PreTrainedConfig):
     """Holds the shape of a nanoGPT model.

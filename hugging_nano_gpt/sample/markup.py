@@ -5,9 +5,8 @@ Names and tokens come from files that are not trusted, so every text is escaped.
 
 from html import escape
 
-from ..checkpoint.contents import NO_VAL_LOSS
-from ..convert.inspect import ACTIVATIONS
-from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
+from ..convert.facts import describe_model, describe_training
+from .sampling import Sampler
 from .streaming import Candidate
 
 CSS = """
@@ -30,28 +29,19 @@ CSS = """
 """
 
 
-def list_facts(name: str, kind: str, model: NanoGPTLMHeadModel) -> dict[str, str]:
+def list_facts(name: str, sampler: Sampler) -> dict[str, str]:
     """Returns what model it is: names and values, for people to read.
 
     Args:
         name: Of its file or folder, or its Hub id.
-        kind: What that is.
-        model: The model.
+        sampler: The model and where it is from.
     """
-    config, state = model.config, model.nanogpt_training_state
+    model = sampler.model
     return {
         "model": name,
-        "kind": kind,
-        "parameters": f"{model.num_parameters():,}",
-        "layers": str(config.n_layer),
-        "heads": str(config.n_head),
-        "width": str(config.n_embd),
-        "block_size": f"{config.block_size:,}",
-        "vocabulary": f"{config.vocab_size:,}",
-        "activation": ACTIVATIONS[config.activation_function],
-        "biases": "yes" if config.bias else "no",
-        "iteration": f"{state.iter_num:,}",
-        "validation loss": "not measured" if state.best_val_loss >= NO_VAL_LOSS else f"{state.best_val_loss:.4f}",
+        "kind": sampler.kind,
+        **describe_model(model.config),
+        **describe_training(model.nanogpt_training_state),
         "computes on": f"{model.device}, {str(model.dtype).removeprefix('torch.')}",
     }
 

@@ -6,8 +6,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..convert.inspect import FOLDER, inspect_path
-from ..convert.nanogpt import READING_KWARGS
 from ..demo import CKPT_PATH, META_PATH
 from ..errors import MissingDependencyError, PlaygroundError
 from .markup import CSS, list_facts
@@ -54,8 +52,7 @@ def run_playground(
     sampler = load_sampler(source, device=device, meta_path=meta_path, tokenizer=tokenizer, **kwargs)
     path = Path(source)
     name = path.resolve().name if path.exists() else str(source)
-    page = build_page(sampler, list_facts(name, _describe(path, kwargs), sampler.model))
-    _serve(page, port)
+    _serve(build_page(sampler, list_facts(name, sampler)), port)
 
 
 def _check_gradio() -> None:
@@ -75,14 +72,6 @@ def _check_port(port: int) -> None:
             raise PlaygroundError(
                 f"{HOST}:{port}: cannot be listened on: {error.strerror}; give another port (--port)"
             ) from error
-
-
-def _describe(path: Path, settings: dict[str, Any]) -> str:
-    """Returns what a source is, in words."""
-    if not path.is_file():
-        return FOLDER if path.is_dir() else "model of the Hub"
-    found = inspect_path(path, **{name: value for name, value in settings.items() if name in READING_KWARGS})
-    return ", ".join(filter(None, (found.kind, found.era)))
 
 
 def _serve(page: "gradio.Blocks", port: int) -> None:

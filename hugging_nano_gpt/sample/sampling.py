@@ -92,10 +92,12 @@ class Sampler:
     Args:
         model: The model, on its device.
         tokenizer: Its tokenizer.
+        kind: What the model was loaded from, in words.
     """
 
     model: NanoGPTLMHeadModel
     tokenizer: PreTrainedTokenizerBase
+    kind: str
 
     def encode(self, prompt: str) -> torch.Tensor:
         """Returns the ids of a prompt, (1, T) int64 on the model's device.
@@ -156,12 +158,13 @@ def load_sampler(
     **kwargs: Any,
 ) -> Sampler:
     """Loads a model and its tokenizer to draw from; see sample_text for what it takes and raises."""
-    model, _ = load_source(source, **kwargs)
+    loaded = load_source(source, **kwargs)
+    model = loaded.model
     text_tokenizer = load_tokenizer(model, source, meta_path=meta_path, tokenizer=tokenizer)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     # What else a folder's generation_config.json holds, sample.py does not know: an end of text, a top_p, a penalty.
     model.generation_config = GenerationConfig(suppress_tokens=model.generation_config.suppress_tokens)
-    return Sampler(model, text_tokenizer)
+    return Sampler(model, text_tokenizer, loaded.kind)
 
 
 def _seed_as_sample_py(config: NanoGPTConfig, seed: int) -> None:

@@ -19,15 +19,14 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from ..errors import MissingDependencyError, TokenizerError, list_some
+from ..model.configuration_nano_gpt import GPT2_TOKENS
 
 if TYPE_CHECKING:
     import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
 
-# GPT-2's vocabulary, whole and as nanoGPT pads it (train.py @ 3adf61e), and the two names it has on the Hub.
-GPT2_TOKENS = 50257
-GPT2_VOCAB_SIZES = (GPT2_TOKENS, 50304)
+# The two names that GPT-2 has on the Hub.
 _GPT2_REPOSITORIES = ("openai-community/gpt2", "gpt2")
 
 # Characters on which two readings of a pattern part ways: spaces and line ends of every kind, digits and letters in

@@ -8,8 +8,9 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..errors import MissingDependencyError, TokenizerError, list_some
+from ..model.configuration_nano_gpt import GPT2_VOCAB_SIZES
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
-from .bpe import GPT2_VOCAB_SIZES, build_gpt2_tokenizer, build_tiktoken_tokenizer
+from .bpe import build_gpt2_tokenizer, build_tiktoken_tokenizer
 from .characters import build_character_tokenizer, read_meta
 
 

@@ -75,14 +75,14 @@ def verify_loss(
         CheckpointError: If the model cannot be loaded.
         DataError: If the data cannot be read, or has tokens that the model does not.
     """
-    side = load_side(path, activation_function, n_head)
+    side = load_side(path, activation_function=activation_function, n_head=n_head)
     side.model.to("cuda" if torch.cuda.is_available() else "cpu")
     state: TrainingState = side.model.nanogpt_training_state
     recorded_iters = _get_count(state, "eval_iters", _EVAL_ITERS)
     batch_size = _get_count(state, "batch_size", _BATCH_SIZE)
     iters = eval_iters or recorded_iters
     current = side.model.config.activation_function
-    is_open = side.checkpoint is not None and activation_function is None and current == "gelu"
+    is_open = side.source.checkpoint is not None and activation_function is None and current == "gelu"
 
     def estimate(split: str, name: str) -> _Estimate:
         progress(f"{split}.bin, {name}: {iters} batches of {batch_size} windows")

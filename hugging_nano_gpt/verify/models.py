@@ -2,6 +2,7 @@
 
 import os
 
+from ..convert.source import names_file
 from .compare import compare_models, compare_numbers
 from .report import VerifyReport
 from .sides import Side, load_side, make_batches
@@ -30,7 +31,9 @@ def verify_models(
     Raises:
         CheckpointError: If one of them cannot be loaded.
     """
-    sides = [load_side(source, activation_function, n_head) for source in (left, right)]
+    reading = {"activation_function": activation_function, "n_head": n_head}
+    has_file = names_file(left) or names_file(right)  # without one, nothing heeds these, and load_source refuses them
+    sides = [load_side(s, **(reading if names_file(s) or not has_file else {})) for s in (left, right)]
     checks = compare_models(*sides)
     configs = [side.model.config for side in sides]
     notes = [note for name, side in zip(("left", "right"), sides, strict=True) for note in list_notes(name, side)]
@@ -47,4 +50,4 @@ def verify_models(
 
 def list_notes(name: str, side: Side) -> list[str]:
     """Lists what was assumed about a side."""
-    return [f"{name}: {assumption}" for assumption in side.assumptions]
+    return [f"{name}: {note}" for note in side.source.notes]

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..checkpoint.tensors import MODEL_ARGS
+from ..convert.tensors import list_args
 from ..errors import VerifyError, list_some
 from ..model.configuration_nano_gpt import ACTIVATION_FUNCTIONS
 from . import computing
@@ -57,7 +57,7 @@ def verify_against_nanogpt(
     folder = Path(nanogpt_dir).resolve()
     if not (folder / "model.py").is_file():
         raise VerifyError(f"{nanogpt_dir}: expected a checkout of nanoGPT, got no model.py in it; give its folder")
-    side = load_side(path, activation_function, n_head)
+    side = load_side(path, activation_function=activation_function, n_head=n_head)
     notes, config = list_notes("left", side), side.model.config
     if side.model.dtype != torch.float32:
         notes.append(f"left: {side.model.dtype} weights, computed in float32 on both sides")
@@ -86,7 +86,7 @@ def _run_theirs(
     for i, (idx, targets) in enumerate(batches):
         tensors |= {f"idx/{i}": idx, f"targets/{i}": targets}
     request = {
-        "model_args": {name: getattr(side.model.config, name) for name in MODEL_ARGS},
+        "model_args": list_args(side.model.config),
         "is_tied": side.is_tied,
         "n_batches": len(batches),
         "n_threads": torch.get_num_threads(),
