@@ -21,6 +21,7 @@ from hugging_nano_gpt import (
 )
 from hugging_nano_gpt.convert import pretrained
 from hugging_nano_gpt.demo import CKPT_PATH
+from hugging_nano_gpt.model.cache_nano_gpt import RoomyLayer
 from hugging_nano_gpt.verify.compare import describe_difference, have_same_bits, measure_difference
 
 from .conftest import save
@@ -76,9 +77,28 @@ def test_every_pairing_of_one_model_is_equal(ckpt_path, folder, pair):
     names = [check.name for check in report.checks]
     assert names[:6] == ["sizes", "activation", "tying", "names", "dtypes", "tensors"]
     assert [name for name in names if name.startswith("logits")] == ["logits 2x1", "logits 2x17", "logits 2x32"]
-    assert names[-2:] == ["gradients", "greedy tokens"]
+    assert names[-4:] == ["gradients", "greedy tokens", "cached, left", "cached, right"]
     assert {check.largest_difference for check in report.checks} == {None, 0.0}
     assert str(report).endswith(f"Equal: {len(names)} of {len(names)} checks passed.")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_broken_cache_is_found_on_its_side(ckpt_path, folder, monkeypatch, dtype):
+    NanoGPTLMHeadModel.from_pretrained(folder, dtype=dtype).save_pretrained(folder)
+    assert find_wrong(verify_models(folder, folder)) == {}
+    monkeypatch.setattr(RoomyLayer, "update", lambda self, keys, values, *args, **kwargs: (keys, values))
+    wrong = find_wrong(verify_models(folder, folder))
+    assert list(wrong) == ["cached, left", "cached, right"]
+    assert re.fullmatch(r"row \d differs from token \d+ on: .* the left side draws other.*", wrong["cached, left"])
+    generate = NanoGPTLMHeadModel.generate
+    sides = []
+
+    def generate_well_on_the_right(model, *args, **kwargs):
+        sides.append(model)
+        return generate(model, *args, use_cache=len(sides) == 1, **kwargs)
+
+    monkeypatch.setattr(NanoGPTLMHeadModel, "generate", generate_well_on_the_right)
+    assert list(find_wrong(verify_models(folder, folder))) == ["cached, left"]
 
 
 @pytest.mark.parametrize("name", ["nanogpt-2022-12-28-fe804286", "nanogpt-head-compiled", "mingpt"])

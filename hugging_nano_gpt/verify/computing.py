@@ -45,8 +45,8 @@ def compute_numbers(
         with_gradients: Whether to compute the loss's gradient with respect to every parameter.
 
     Returns:
-        "logits/BxT" (B, T, V) and "loss/BxT" () of each batch, "tokens" (B, N_GREEDY) int64, and "gradient/<name>"
-        in the shape of the parameter.
+        "logits/BxT" (B, T, V) and "loss/BxT" () of each batch, "tokens" (B, N_GREEDY) int64, "margins" (B, N_GREEDY)
+        float32, and "gradient/<name>" in the shape of the parameter.
     """
     numbers = {}
     with torch.no_grad():
@@ -55,7 +55,7 @@ def compute_numbers(
             logits, loss = forward(idx, targets)
             # Copies: a view of a larger block could not be saved, nor kept without it.
             numbers[f"logits/{size}"], numbers[f"loss/{size}"] = logits.clone(), loss.clone()
-        numbers["tokens"] = _continue_greedily(forward, batches[0][0][:, :1], block_size)
+        numbers["tokens"], numbers["margins"] = _continue_greedily(forward, batches[0][0][:, :1], block_size)
     if with_gradients:
         loss = forward(*batches[-1])[1]
         loss.backward()
@@ -63,13 +63,20 @@ def compute_numbers(
     return numbers
 
 
-def _continue_greedily(forward: Forward, idx: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Appends the likeliest token N_GREEDY times, without a cache, and returns them; the context is cropped as
-    nanoGPT's generate crops it. Its generate(top_k=1) draws among equals, which argmax does not."""
+def _continue_greedily(forward: Forward, idx: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Appends the likeliest token N_GREEDY times, without a cache; the context is cropped as nanoGPT's generate crops
+    it. Its generate(top_k=1) draws among equals, which argmax does not.
+
+    Returns:
+        The tokens, and by how much the logit of each exceeds the next one, as a part of the largest in magnitude.
+    """
+    margins = []
     for _ in range(N_GREEDY):
-        logits, _ = forward(idx[:, -block_size:], None)
-        idx = torch.cat([idx, logits[:, -1:].argmax(-1)], dim=1)
-    return idx[:, 1:].clone()
+        logits = forward(idx[:, -block_size:], None)[0][:, -1].float()  # (B, V)
+        first, second = logits.topk(2).values.unbind(-1) if logits.shape[-1] > 1 else (logits[:, 0],) * 2
+        margins.append((first - second) / logits.abs().amax(-1))
+        idx = torch.cat([idx, logits.argmax(-1, keepdim=True)], dim=1)
+    return idx[:, 1:].clone(), torch.stack(margins, dim=1)
 
 
 def main() -> None:

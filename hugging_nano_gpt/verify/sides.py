@@ -1,17 +1,19 @@
 """One of two models to compare: loaded, computing, and the batches that both compute on."""
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from transformers import GenerationConfig
 from transformers.activations import ACT2FN
 
 from ..convert.source import Source, load_source
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel, NanoGPTMLP
-from .computing import Batches, compute_numbers
+from .computing import N_GREEDY, Batches, compute_numbers
 
 # Rows of each batch, and its seed.
 _N_ROWS = 2
@@ -47,14 +49,24 @@ class Side:
         return self.model.lm_head.weight is self.model.transformer.wte.weight
 
     def compute(self, batches: Batches, with_gradients: bool) -> dict[str, torch.Tensor]:
-        """Computes what compute_numbers does."""
+        """Computes what compute_numbers does, and "cached tokens" (B, N_GREEDY) int64, as generate draws them."""
 
         def forward(idx: torch.Tensor, targets: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
             outputs = self.model(idx, shift_labels=targets, use_cache=False)  # without a cache: nanoGPT's own call
             return outputs.logits, outputs.loss
 
         named_parameters = self.model.named_parameters()
-        return compute_numbers(forward, named_parameters, batches, self.model.config.block_size, with_gradients)
+        numbers = compute_numbers(forward, named_parameters, batches, self.model.config.block_size, with_gradients)
+        return {**numbers, "cached tokens": self._generate(batches[0][0][:, :1])}
+
+    def _generate(self, idx: torch.Tensor) -> torch.Tensor:
+        settings, self.model.generation_config = self.model.generation_config, GenerationConfig()
+        logging.disable(logging.WARNING)  # that a text goes past a small block_size
+        try:  # without the folder's own settings, which may suppress tokens or end early
+            return self.model.generate(idx, max_new_tokens=N_GREEDY, do_sample=False)[:, 1:]
+        finally:
+            logging.disable(logging.NOTSET)
+            self.model.generation_config = settings
 
     @contextlib.contextmanager
     def computing_with(self, activation_function: str) -> Iterator[None]:
