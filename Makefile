@@ -16,13 +16,33 @@ VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 VLLM_PLUGIN := $(VLLM_VENV)/plugin/.ready
 
-.PHONY: demo test clients exports vllm check fix examples bench gpu clean
+# Made without constraints.txt, so they hold what pip gives today: the newest of everything, and the oldest Transformers.
+# Only torch is pinned, to a build for CPUs. Brought up to date at every run.
+NEWEST_VENV := .venv-newest
+OLDEST_VENV := .venv-oldest
+TRANSFORMERS_RANGE := $(shell sed -n 's/.*"\(transformers>=[^"]*\)".*/\1/p' pyproject.toml)
+OLDEST_TRANSFORMERS := $(shell echo '$(TRANSFORMERS_RANGE)' | sed 's/>=\([0-9.]*\),.*/==\1.*/')
+# What the package relies on in other libraries: numbers, tokens in every way of drawing, remote code, Trainer, TRL.
+CONTRACT := tests/test_exactness.py tests/test_cache.py tests/test_modeling.py tests/test_generation.py tests/test_window.py tests/test_streaming.py tests/test_hub.py tests/test_training.py tests/test_trl.py
+
+.PHONY: demo test newest oldest clients exports vllm check fix examples bench gpu clean
 
 demo: $(READY)
 	$(VENV)/bin/hugging-nano-gpt demo
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest
+
+newest: VERSIONS := '$(TRANSFORMERS_RANGE)'
+oldest: VERSIONS := '$(OLDEST_TRANSFORMERS)'
+newest: CONTRACT_VENV := $(NEWEST_VENV)
+oldest: CONTRACT_VENV := $(OLDEST_VENV)
+newest oldest:
+	test -d $(CONTRACT_VENV) || $(PYTHON) -m venv $(CONTRACT_VENV)
+	grep '^torch==' constraints.txt > $(CONTRACT_VENV)/torch.txt
+	$(CONTRACT_VENV)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --constraint $(CONTRACT_VENV)/torch.txt --editable '.[dev]' $(VERSIONS)
+	$(CONTRACT_VENV)/bin/python -c 'import torch, transformers; print("torch", torch.__version__, "transformers", transformers.__version__)'
+	$(CONTRACT_VENV)/bin/python -m pytest $(CONTRACT)
 
 clients: $(CLIENTS_READY)
 	$(CLIENTS_VENV)/bin/python -m pytest tests/test_quantization.py tests/test_lm_eval.py tests/test_peft.py
@@ -72,7 +92,7 @@ gpu:
 	$(PYTHON) -m pytest -m gpu
 
 clean:
-	rm -rf $(VENV) $(CLIENTS_VENV) $(EXPORTS_VENV) $(VLLM_VENV)
+	rm -rf $(VENV) $(NEWEST_VENV) $(OLDEST_VENV) $(CLIENTS_VENV) $(EXPORTS_VENV) $(VLLM_VENV)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set it with PYTHON=...")'
