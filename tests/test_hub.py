@@ -40,12 +40,12 @@ from hugging_nano_gpt import (
 )
 from hugging_nano_gpt.convert import nanogpt as conversion
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
-from hugging_nano_gpt.model import modeling_nano_gpt
+from hugging_nano_gpt.model import modeling_nano_gpt, persistence_nano_gpt
 
 from .conftest import assert_same
 from .tiny import MODEL_ARGS, make_batch, make_model
 
-CODE_FILES = ["cache_nano_gpt.py", "configuration_nano_gpt.py", "generation_nano_gpt.py", "modeling_nano_gpt.py"]
+CODE_FILES = [f"{name}_nano_gpt.py" for name in ("cache", "configuration", "generation", "modeling", "persistence")]
 FILES = sorted([*CODE_FILES, "README.md", "config.json", "generation_config.json", "model.safetensors"])
 PROMPT = "ROMEO:"  # of tests/remote_worker.py too
 # Runs what happens without the package: tests/fresh_venv.sh names a Python that has torch and transformers only.
@@ -157,7 +157,7 @@ def test_remote_code_saved_again_works_again(remote):
     assert torch.equal(remote.outputs["third"], remote.outputs["lm"])
     assert torch.equal(remote.outputs["again_base"], remote.outputs["lm_hidden"])
     for name in ("again", "again-base", "third", "trained"):
-        assert read_json(remote.folder / name / "config.json")["auto_map"] == modeling_nano_gpt.AUTO_MAP
+        assert read_json(remote.folder / name / "config.json")["auto_map"] == persistence_nano_gpt.AUTO_MAP
     assert torch.equal(
         NanoGPTLMHeadModel.from_pretrained(remote.folder / "third")(remote.idx).logits, remote.outputs["lm"]
     )
@@ -228,20 +228,20 @@ def test_folder_has_all_files_and_all_auto_classes(model_class, tmp_path):
     assert all((tmp_path / name).read_bytes() == (MODEL_DIR / name).read_bytes() for name in CODE_FILES)
     config = read_json(tmp_path / "config.json")
     assert config["architectures"] == [model_class.__name__]
-    assert config["auto_map"] == modeling_nano_gpt.AUTO_MAP
+    assert config["auto_map"] == persistence_nano_gpt.AUTO_MAP
 
 
 def test_auto_map_names_every_class_and_keeps_what_others_put_there(model, tmp_path):
-    names = {name.partition(".")[2] for name in modeling_nano_gpt.AUTO_MAP.values()}
+    names = {name.partition(".")[2] for name in persistence_nano_gpt.AUTO_MAP.values()}
     assert names == {model_class.__name__ for model_class in [NanoGPTConfig, *CLASSES]}
-    assert {f"{name.partition('.')[0]}.py" for name in modeling_nano_gpt.AUTO_MAP.values()} < set(CODE_FILES)
+    assert {f"{name.partition('.')[0]}.py" for name in persistence_nano_gpt.AUTO_MAP.values()} < set(CODE_FILES)
     model.config.auto_map = {
         "AutoModel": "someone/repo--modeling_nano_gpt.NanoGPTModel",
         "AutoTokenizer": ["a.B", None],
     }
     model.save_pretrained(tmp_path)
     assert read_json(tmp_path / "config.json")["auto_map"] == {
-        **modeling_nano_gpt.AUTO_MAP,
+        **persistence_nano_gpt.AUTO_MAP,
         "AutoTokenizer": ["a.B", None],
     }
 

@@ -419,7 +419,11 @@ def test_decay_groups_of_trainer_are_those_of_nanogpt():
         ("configuration_nano_gpt", []),
         ("cache_nano_gpt", []),
         ("generation_nano_gpt", ["cache_nano_gpt"]),
-        ("modeling_nano_gpt", ["cache_nano_gpt", "configuration_nano_gpt", "generation_nano_gpt"]),
+        ("persistence_nano_gpt", ["generation_nano_gpt"]),
+        (
+            "modeling_nano_gpt",
+            ["cache_nano_gpt", "configuration_nano_gpt", "generation_nano_gpt", "persistence_nano_gpt"],
+        ),
     ],
 )
 def test_remote_code_files_import_nothing_else_of_ours(module, siblings):

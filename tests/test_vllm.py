@@ -15,7 +15,7 @@ import torch
 
 from hugging_nano_gpt import NanoGPTLMHeadModel
 from hugging_nano_gpt.export import vllm as module
-from hugging_nano_gpt.model import modeling_nano_gpt
+from hugging_nano_gpt.model import modeling_nano_gpt, persistence_nano_gpt
 
 from .tiny import make_batch, make_model
 
@@ -96,7 +96,7 @@ def test_base_model_computes_as_vllm_calls_it():
     """One row of packed tokens as embeddings, positions of its own, no cache, and a tuple back."""
     model = make_model()
     base = getattr(model, NanoGPTLMHeadModel.base_model_prefix)
-    assert type(base).__name__ == modeling_nano_gpt.AUTO_MAP["AutoModel"].rpartition(".")[2]
+    assert type(base).__name__ == persistence_nano_gpt.AUTO_MAP["AutoModel"].rpartition(".")[2]
     assert base._supports_attention_backend
     assert [layer.attn.layer_idx for layer in base.h] == [0, 1]
     ids, _ = make_batch(1, 9)

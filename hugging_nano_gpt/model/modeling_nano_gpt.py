@@ -8,22 +8,16 @@ torch, transformers and the files that travel with it, and nothing else of this 
 Shapes: B batch, T tokens, S keys (cached + T), C n_embd, H heads, D head size = C / H, V vocabulary.
 """
 
-import contextlib
-import functools
-import importlib
 import math
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -37,15 +31,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_nano_gpt import CACHE_NAME, take_cache
 from .configuration_nano_gpt import NanoGPTConfig
-from .generation_nano_gpt import NanoGPTGenerationMixin, document_as
-
-# Where a saved folder has the class for each Auto class; vLLM asks for AutoModel whatever was saved.
-AUTO_MAP = {
-    "AutoConfig": "configuration_nano_gpt.NanoGPTConfig",
-    "AutoModel": "modeling_nano_gpt.NanoGPTModel",
-    "AutoModelForCausalLM": "modeling_nano_gpt.NanoGPTLMHeadModel",
-    "AutoModelForSequenceClassification": "modeling_nano_gpt.NanoGPTForSequenceClassification",
-}
+from .generation_nano_gpt import NanoGPTGenerationMixin
+from .persistence_nano_gpt import NanoGPTPersistence, NanoGPTWayBackMixin
 
 
 def eager_attention_forward(
@@ -155,8 +142,8 @@ class NanoGPTBlock(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.ln_2(hidden_states))
 
 
-class NanoGPTPreTrainedModel(PreTrainedModel):
-    """What all nanoGPT models share: initialisation, loading, and what they support."""
+class NanoGPTPreTrainedModel(NanoGPTPersistence):
+    """What all nanoGPT models share: initialisation, and what they support."""
 
     config_class = NanoGPTConfig
     base_model_prefix = "transformer"
@@ -177,57 +164,6 @@ class NanoGPTPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if getattr(module, "is_residual_projection", False):
             init.normal_(module.weight, mean=0.0, std=0.02 / math.sqrt(2 * self.config.n_layer))
-
-    @classmethod
-    def from_nanogpt_ckpt(cls, ckpt_path: str | os.PathLike[str], **kwargs: Any):
-        """Loads a checkpoint that nanoGPT's train.py wrote.
-
-        Every tensor is taken over bit for bit; nothing in the file is executed, and the optimizer state in it is not
-        read. The model is in eval mode, as after from_pretrained, and is independent of the file from then on.
-
-        Args:
-            ckpt_path: Path of the ckpt.pt.
-            **kwargs: `dropout`, `activation_function`, token ids and label settings go into the configuration in
-                place of the checkpoint's; everything else is passed to from_pretrained (dtype, device_map,
-                attn_implementation, quantization_config, ...). The default dtype is the checkpoint's.
-
-        Returns:
-            A model of this class. Its `nanogpt_training_state` holds the checkpoint's iter_num, best_val_loss and
-            config, and `name_or_path` the path.
-
-        Raises:
-            CheckpointError: If the file is not a complete, undamaged nanoGPT checkpoint; every fault is listed.
-            ImportError: If the model runs as remote code where hugging-nano-gpt is not installed.
-        """
-        return _import_conversion().load_model(cls, ckpt_path, **kwargs)
-
-    @functools.cached_property
-    def nanogpt_training_state(self):
-        """A TrainingState: where the nanoGPT run stood that this model came from. None without hugging-nano-gpt."""
-        conversion = _import_from_package("convert.nanogpt")
-        return None if conversion is None else conversion.read_training_state(self.config)
-
-    @document_as(PreTrainedModel.save_pretrained)
-    def save_pretrained(self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args, **kwargs):
-        # Also in place of entries that point to the repository of the Hub that the model came from.
-        self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **AUTO_MAP}
-        hub = _import_from_package("convert.card")
-        with contextlib.nullcontext() if hub is None else hub.keep_card(self, save_directory):
-            super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-        if self.should_save_on_this_rank(is_main_process):
-            self._add_code_and_card(save_directory)
-
-    def _upload_modified_files(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any):
-        self._add_code_and_card(working_dir)  # the upload is part of save_pretrained, so it does not wait for the end
-        return super()._upload_modified_files(working_dir, *args, **kwargs)
-
-    def _add_code_and_card(self, folder: str | os.PathLike[str]) -> None:
-        if not (Path(folder) / "config.json").is_file():  # an adapter, which loads onto another folder
-            return
-        custom_object_save(NanoGPTPreTrainedModel, folder)  # copies this file and those that it imports relatively
-        hub = _import_from_package("convert.card")
-        if hub is not None:
-            hub.write_card(self, folder)
 
 
 class NanoGPTModel(NanoGPTPreTrainedModel):
@@ -386,7 +322,7 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
             )
 
 
-class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, NanoGPTGenerationMixin):
+class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, NanoGPTWayBackMixin, NanoGPTGenerationMixin):
     """nanoGPT's GPT: the transformer and the language-model head, tied to the token embedding."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
@@ -492,28 +428,6 @@ class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, NanoGPTGenerationMixin):
             sums = [checkpoint(_sum_cross_entropy, piece, weight, kept, use_reentrant=False) for piece, kept in pieces]
             loss = torch.stack(sums).sum()
         return loss / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
-
-    def to_nanogpt_ckpt(self, ckpt_path: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Writes a checkpoint that nanoGPT's train.py resumes and its sample.py reads.
-
-        Every tensor is written bit for bit, under nanoGPT's names. The file appears under its name only when it is
-        complete; a file that was there before stays whole until then.
-
-        Args:
-            ckpt_path: Path of the ckpt.pt to write. Missing folders are made, as nanoGPT makes its out_dir.
-            **kwargs: `optimizer`, `iter_num`, `best_val_loss` and `config` of the checkpoint. The last three default
-                to those of the checkpoint the model came from, or else to nanoGPT's values before the first step;
-                `optimizer` is a checkpoint's `training_state.optimizer`, what training.read_optimizer takes from an
-                AdamW, or an AdamW state dict in nanoGPT's parameter order; a fresh one by default. Under
-                torch.distributed every process calls this, for sharded tensors, and the first one writes.
-
-        Raises:
-            ConversionError: If the model computes something that nanoGPT cannot (an untied head, a wrapped or
-                quantised layer), or the optimizer state does not fit the model.
-            CheckpointError: If the file cannot be written.
-            ImportError: If the model runs as remote code where hugging-nano-gpt is not installed.
-        """
-        _import_conversion().save_model(self, ckpt_path, **kwargs)
 
 
 class NanoGPTForSequenceClassification(NanoGPTPreTrainedModel):
@@ -638,24 +552,6 @@ def _sum_cross_entropy(rows: torch.Tensor, weight: torch.Tensor, targets: torch.
 def _ignore_minus_one(labels: torch.Tensor | None) -> torch.Tensor | None:
     """Turns nanoGPT's ignore index -1 into Transformers' -100."""
     return None if labels is None else labels.masked_fill(labels == -1, -100)
-
-
-def _import_from_package(name: str):
-    """Imports a module of hugging-nano-gpt; returns None where the model runs as remote code without it."""
-    try:  # by name, because remote code may not import a package that its users need not have
-        return importlib.import_module(f"hugging_nano_gpt.{name}")
-    except ModuleNotFoundError:
-        return None
-
-
-def _import_conversion():
-    conversion = _import_from_package("convert.nanogpt")
-    if conversion is None:
-        raise ImportError(
-            "nanoGPT checkpoints are read and written by the package hugging-nano-gpt, which is not installed here; "
-            "run: pip install hugging-nano-gpt"
-        )
-    return conversion
 
 
 __all__ = [
