@@ -33,6 +33,7 @@ from hugging_nano_gpt import (
     NanoGPTForSequenceClassification,
     NanoGPTLMHeadModel,
     NanoGPTModel,
+    TrainingState,
     build_character_tokenizer,
     read_checkpoint,
     read_meta,
@@ -336,9 +337,14 @@ def test_saving_md_python_runs_as_written(tmp_path, monkeypatch):
 
 
 def test_state_can_be_left_out(model, tmp_path):
+    assert model.nanogpt_training_state.iter_num > 0
     model.config.nanogpt_training_state = None
-    model.save_pretrained(tmp_path)
-    assert "learning_rate" not in (tmp_path / "README.md").read_text() + (tmp_path / "config.json").read_text()
+    assert model.nanogpt_training_state == TrainingState()
+    model.save_pretrained(tmp_path / "folder")
+    written = [(tmp_path / "folder" / name).read_text() for name in ("README.md", "config.json")]
+    assert "learning_rate" not in "".join(written)
+    model.to_nanogpt_ckpt(tmp_path / "ckpt.pt")
+    assert read_checkpoint(tmp_path / "ckpt.pt", with_optimizer=False).training_state == TrainingState()
 
 
 def list_files(folder):

@@ -155,7 +155,7 @@ def _make_gpt2(model: NanoGPTLMHeadModel, folder: Path) -> GPT2LMHeadModel:
     tensors, config = take_tensors(os.fspath(folder), model), model.config
     gpt2_config = make_gpt2_config(config)
     gpt2_config.nanogpt_bias = config.bias  # for the way back, as nanogpt_training_state is
-    gpt2_config.nanogpt_training_state = config.nanogpt_training_state
+    gpt2_config.nanogpt_training_state = config.to_dict()["nanogpt_training_state"]
     selected = select_tensors(tensors, {**list_args(config), "bias": True}, config.tie_word_embeddings)
     gpt2: GPT2LMHeadModel = GPT2LMHeadModel.from_pretrained(None, config=gpt2_config, state_dict=_transpose(selected))
     gpt2.generation_config = copy_settings(model)

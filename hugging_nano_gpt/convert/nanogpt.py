@@ -6,19 +6,18 @@ nothing is initialised that the checkpoint then overwrites. The classmethods of 
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..checkpoint.contents import Checkpoint, TrainingState
+from ..checkpoint.contents import NO_VAL_LOSS, Checkpoint, TrainingState
 from ..checkpoint.optimizer import OptimizerState, from_adamw
 from ..checkpoint.read_write import read_checkpoint, write_checkpoint
 from ..checkpoint.tensors import MODEL_ARGS
 from ..errors import ConversionError, list_some
-from ..model.configuration_nano_gpt import GPT2_TOKENS, GPT2_VOCAB_SIZES, NanoGPTConfig
+from ..model.configuration_nano_gpt import GPT2_TOKENS, GPT2_VOCAB_SIZES, NanoGPTConfig, is_exact_in_json
 from .tensors import export_state_dict, list_args, refuse_changed_layers
 
 logger = logging.get_logger(__name__)
@@ -92,7 +91,7 @@ def save_model(
 ) -> None:
     """Writes a model to a checkpoint file; see NanoGPTLMHeadModel.to_nanogpt_ckpt."""
     refuse_changed_layers(model, path)
-    state: TrainingState = getattr(model, "nanogpt_training_state", TrainingState())
+    state = read_training_state(model.config)
     model_args = list_args(model.config)
     settings = state.config if config is None else dict(config)
     state = TrainingState(
@@ -112,10 +111,8 @@ def save_model(
 
 
 def remember_training_state(model: PreTrainedModel, state: TrainingState) -> None:
-    """Lets a model, and the folders it is saved to, remember a training state, but for the optimizer's."""
-    model.nanogpt_training_state = replace(state, optimizer=None)
-    kept = {name: value for name, value in state.config.items() if _is_exact_in_json({name: value})}
-    lost = [name for name in state.config if name not in kept]
+    """Keeps a training state, but for the optimizer's, in the configuration of a model, and so in saved folders."""
+    lost = [name for name, value in state.config.items() if not is_exact_in_json({name: value})]
     if lost:
         logger.warning(
             f"{model.name_or_path}: config: save_pretrained will leave out {list_some(lost)}: expected what JSON "
@@ -124,27 +121,18 @@ def remember_training_state(model: PreTrainedModel, state: TrainingState) -> Non
     model.config.nanogpt_training_state = {
         "iter_num": state.iter_num,
         "best_val_loss": state.best_val_loss,
-        "config": kept,
+        "config": dict(state.config),
     }
 
 
 def read_training_state(config: PreTrainedConfig) -> TrainingState:
-    """Returns the training state that the configuration of a saved model remembers, if any."""
+    """Returns the training state that a configuration keeps, or that of a run before its first update."""
     kept = getattr(config, "nanogpt_training_state", None) or {}
-    state = TrainingState()
     return TrainingState(
-        iter_num=kept.get("iter_num", state.iter_num),
-        best_val_loss=float(kept.get("best_val_loss", state.best_val_loss)),
-        config=dict(kept.get("config", state.config)),
+        iter_num=kept.get("iter_num", 0),
+        best_val_loss=float(kept.get("best_val_loss", NO_VAL_LOSS)),
+        config=dict(kept.get("config", {})),
     )
-
-
-def _is_exact_in_json(value: Any) -> bool:
-    if type(value) is dict:
-        return all(type(key) is str and _is_exact_in_json(item) for key, item in value.items())
-    if type(value) is list:
-        return all(_is_exact_in_json(item) for item in value)
-    return value is None or type(value) in (bool, int, float, str)
 
 
 def _is_main_process() -> bool:

@@ -5,6 +5,8 @@ nanoGPT changed in June 2023 without recording it, and the fields that Transform
 This file travels with saved models as remote code, so it imports nothing else of this package.
 """
 
+from typing import Any
+
 from transformers import PreTrainedConfig
 
 # nanoGPT computes exact GELU since 2023-06-14 (karpathy/nanoGPT f08abb45) and the tanh approximation before it, as do
@@ -38,7 +40,8 @@ class NanoGPTConfig(PreTrainedConfig):
         bos_token_id: First token of a document, if the vocabulary has one.
         eos_token_id: Token that ends a document, if the vocabulary has one.
         pad_token_id: Token that fills up batches, if the vocabulary has one.
-        nanogpt_training_state: The checkpoint's iter_num, best_val_loss and config, for to_nanogpt_ckpt.
+        nanogpt_training_state: The checkpoint's iter_num, best_val_loss and config, for to_nanogpt_ckpt. Of config, a
+            saved folder keeps what JSON holds exactly. None forgets them.
 
     Raises:
         ValueError: If a value is impossible; the message lists every such value and why.
@@ -91,6 +94,17 @@ class NanoGPTConfig(PreTrainedConfig):
             raise ValueError(f"{type(self).__name__}: impossible values: {'; '.join(faults)}")
         super().__post_init__(**kwargs)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as they are saved."""
+        fields = super().to_dict()
+        state = fields.get("nanogpt_training_state")
+        if state is not None:
+            config = {
+                name: value for name, value in state.get("config", {}).items() if is_exact_in_json({name: value})
+            }
+            fields["nanogpt_training_state"] = {**state, "config": config}
+        return fields
+
     def _find_faults(self) -> list[str]:
         sizes = {name: getattr(self, name) for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")}
         bad_sizes = {n: v for n, v in sizes.items() if not isinstance(v, int) or isinstance(v, bool) or v < 1}
@@ -114,6 +128,15 @@ class NanoGPTConfig(PreTrainedConfig):
                 f"nanoGPT computes another, got {self.activation_function!r}"
             )
         return faults
+
+
+def is_exact_in_json(value: Any) -> bool:
+    """Tells whether JSON gives a value back as it is."""
+    if type(value) is dict:
+        return all(type(key) is str and is_exact_in_json(item) for key, item in value.items())
+    if type(value) is list:
+        return all(is_exact_in_json(item) for item in value)
+    return value is None or type(value) in (bool, int, float, str)
 
 
 __all__ = ["NanoGPTConfig"]

@@ -6,7 +6,6 @@ remote code.
 """
 
 import contextlib
-import functools
 import importlib
 import os
 from pathlib import Path
@@ -52,7 +51,7 @@ class NanoGPTPersistence(PreTrainedModel):
         """
         return _import_conversion().load_model(cls, ckpt_path, **kwargs)
 
-    @functools.cached_property
+    @property
     def nanogpt_training_state(self):
         """A TrainingState: where the nanoGPT run stood that this model came from. None without hugging-nano-gpt."""
         conversion = _import_from_package("convert.nanogpt")
