@@ -1,12 +1,9 @@
-"""The commands convert, back, inspect and generate as the installed program: output, errors, exit codes."""
+"""The commands convert, back, export, inspect and generate: output, errors, exit codes."""
 
 import importlib.util
 import io
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ from transformers import GenerationConfig, GPT2LMHeadModel
 
 import hugging_nano_gpt_cli
 from hugging_nano_gpt import (
+    CheckpointError,
     NanoGPTLMHeadModel,
     TokenizerError,
     build_tiktoken_tokenizer,
@@ -27,44 +25,30 @@ from hugging_nano_gpt import (
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
 from .conftest import assert_same
+from .programs import PROGRAM, run_command, run_program
 from .reference import ReferenceGPT
 from .test_bpe import make_encoding
 from .tiny import make_model
 
-PROGRAM = Path(sys.executable).with_name("hugging-nano-gpt")
 DOCS_DIR = Path(__file__).parent.parent / "docs"
-
-
-def run(*arguments, text="", cwd=None):
-    environment = {**os.environ, "COLUMNS": "200", "TERM": "dumb", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [PROGRAM, *map(str, arguments)],
-        input=text,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env=environment,
-        cwd=cwd,
-    )
 
 
 @pytest.mark.parametrize(
     "command", ["convert", "back", "export", "inspect", "verify", "generate", "playground", "demo"]
 )
 def test_help_of_each_command_names_its_arguments(command):
-    result = run(command, "--help")
+    result = run_command(command, "--help")
     assert (result.returncode, result.stderr) == (0, "")
     assert f"hugging-nano-gpt {command}" in result.stdout
 
 
 def test_convert_and_back_are_bitwise(tmp_path):
-    result = run("convert", CKPT_PATH, tmp_path / "folder", "--meta", META_PATH, "--max-shard-size", "1MB")
+    result = run_command("convert", CKPT_PATH, tmp_path / "folder", "--meta", META_PATH, "--max-shard-size", "1MB")
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith(
         f"Wrote {tmp_path / 'folder'}: 350,976 parameters, float32, and a tokenizer of 65 "
     )
-    result = run("back", tmp_path / "folder", tmp_path / "out" / "ckpt.pt")
+    result = run_command("back", tmp_path / "folder", tmp_path / "out" / "ckpt.pt")
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout == (
         f"Wrote {tmp_path / 'out' / 'ckpt.pt'}: 350,976 parameters, iteration 5,000, a fresh optimizer state\n"
@@ -76,10 +60,10 @@ def test_convert_and_back_are_bitwise(tmp_path):
 
 def test_convert_refuses_to_overwrite_without_force(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    result = run("convert", CKPT_PATH, tmp_path)
+    result = run_command("convert", CKPT_PATH, tmp_path)
     assert (result.returncode, result.stdout) == (1, "")
     assert re.fullmatch(rf"error: {tmp_path}: is not empty: .*--force.*\n", result.stderr)
-    result = run("convert", CKPT_PATH, tmp_path, "--force", "--dtype", "bfloat16", "--activation", "gelu_new")
+    result = run_command("convert", CKPT_PATH, tmp_path, "--force", "--dtype", "bfloat16", "--activation", "gelu_new")
     assert result.returncode == 0
     assert "no tokenizer found" in result.stdout
     found = inspect_path(tmp_path)
@@ -88,7 +72,7 @@ def test_convert_refuses_to_overwrite_without_force(tmp_path):
 
 def test_export_to_gpt2_writes_what_stock_gpt2_loads(tmp_path):
     folder = tmp_path / "gpt2"
-    result = run("export", CKPT_PATH, folder, "--to", "gpt2", "--meta", META_PATH, "--dtype", "bfloat16")
+    result = run_command("export", CKPT_PATH, folder, "--to", "gpt2", "--meta", META_PATH, "--dtype", "bfloat16")
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.splitlines() == [
         f"Wrote {folder}: 350,976 parameters, bfloat16, and a tokenizer of 65 tokens",
@@ -100,17 +84,17 @@ def test_export_to_gpt2_writes_what_stock_gpt2_loads(tmp_path):
     idx = torch.arange(65)[None]
     # float: bfloat16 rounds more than the order of the sums differs
     torch.testing.assert_close(stock.float()(idx).logits, model.float()(idx).logits, rtol=0, atol=1e-5)
-    result = run("export", CKPT_PATH, folder, "--to", "gpt2")
+    result = run_command("export", CKPT_PATH, folder, "--to", "gpt2")
     assert (result.returncode, result.stdout) == (1, "")
     assert re.fullmatch(rf"error: {folder}: is not empty: .*--force.*\n", result.stderr)
-    assert run("export", CKPT_PATH, folder, "--to", "gpt2", "--force").returncode == 0
+    assert run_command("export", CKPT_PATH, folder, "--to", "gpt2", "--force").returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == ["gpt2"]
 
 
 def test_inspect_prints_for_people_and_as_json():
-    result = run("inspect", CKPT_PATH)
+    result = run_command("inspect", CKPT_PATH)
     assert (result.returncode, result.stdout) == (0, f"{inspect_path(CKPT_PATH)}\n")
-    result = run("inspect", CKPT_PATH, "--json")
+    result = run_command("inspect", CKPT_PATH, "--json")
     assert json.loads(result.stdout) == json.loads(json.dumps(inspect_path(CKPT_PATH).to_json()))
 
 
@@ -125,25 +109,30 @@ def test_inspect_prints_for_people_and_as_json():
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_errors_take_one_line_and_no_traceback(arguments, message, tmp_path):
-    result = run(*arguments, cwd=tmp_path)
+    result = run_command(*arguments, cwd=tmp_path)
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.startswith(f"error: {message}")
     assert result.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_debug_shows_the_traceback(tmp_path):
-    result = run("--debug", "inspect", "missing.pt", cwd=tmp_path)
-    assert result.returncode == 1
-    assert "Traceback" in result.stderr
+def test_installed_program_ends_with_one_line_on_stderr_and_1(tmp_path):
+    """A process of its own, so that nothing but the line is there: no traceback, no warning of an import."""
+    result = run_program(PROGRAM, "inspect", tmp_path / "missing.pt")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert re.fullmatch(rf"error: {tmp_path}/missing\.pt: cannot be opened: .*\n", result.stderr)
 
 
-def test_error_that_is_not_ours_takes_one_line_too(monkeypatch, capsys):
+def test_debug_lets_the_error_through_for_its_traceback(tmp_path):
+    with pytest.raises(CheckpointError, match=r"^missing\.pt: cannot be opened"):
+        run_command("--debug", "inspect", "missing.pt", cwd=tmp_path)
+    assert run_command("inspect", "missing.pt", cwd=tmp_path).returncode == 1  # the next command is told anew
+
+
+def test_error_that_is_not_ours_takes_one_line_too(monkeypatch):
     monkeypatch.setattr(hugging_nano_gpt_cli, "_set_up_transformers", lambda **_: 1 / 0)
-    monkeypatch.setattr(sys, "argv", ["hugging-nano-gpt", "demo"])
-    with pytest.raises(SystemExit, match=r"^1$"):
-        hugging_nano_gpt_cli.main()
-    assert capsys.readouterr().err == "error: ZeroDivisionError: division by zero; --debug shows where\n"
+    result = run_command("demo")
+    assert result == (1, "", "error: ZeroDivisionError: division by zero; --debug shows where\n")
 
 
 @pytest.mark.parametrize(
@@ -160,7 +149,7 @@ def test_error_that_is_not_ours_takes_one_line_too(monkeypatch, capsys):
     ids=" ".join,
 )
 def test_wrong_usage_exits_with_2(arguments):
-    assert run(*arguments).returncode == 2
+    assert run_command(*arguments).returncode == 2
 
 
 def sample(*args, **kwargs):
@@ -175,9 +164,10 @@ def test_generate_prints_what_sample_text_does(tmp_path):
     expected = sample(
         tmp_path / "folder", "ROMEO:", num_samples=2, max_new_tokens=140, seed=5, top_k=0, temperature=0.9
     )
-    result = run("generate", tmp_path / "folder", "ROMEO:", *options)
+    result = run_command("generate", tmp_path / "folder", "ROMEO:", *options)
     assert (result.returncode, result.stderr, result.stdout) == (0, "", expected)
-    assert run("generate", CKPT_PATH, "--meta", META_PATH, *options, text="ROMEO:").stdout == expected
+    result = run_program(PROGRAM, "generate", CKPT_PATH, "--meta", META_PATH, *options, text="ROMEO:")
+    assert (result.returncode, result.stderr, result.stdout) == (0, "", expected)
     assert expected.count("ROMEO:") >= 2
 
 
@@ -251,7 +241,7 @@ def test_cli_md_is_what_the_program_says():
     spec.loader.exec_module(module)
     page = (DOCS_DIR / "cli.md").read_text()
     assert page == module.make_page(), "run: python docs/make_cli.py"
-    help_pages = {command: run(command, "--help").stdout for command in re.findall(r"^## (\w+)", page, re.M)}
+    help_pages = {command: run_command(command, "--help").stdout for command in re.findall(r"^## (\w+)", page, re.M)}
     for command, section in re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", page, re.M | re.S):
         for option in re.findall(r"`(--[\w-]+)", section):
             assert option in help_pages[command]

@@ -1,0 +1,80 @@
+"""The command line run in this process, which costs no import of torch, and as the installed program.
+
+In this process it gets what the program gets: arguments, standard input, and streams of its own, to which Transformers
+and the package log. Python's warnings are errors here as in every test.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, TextIO
+from unittest import mock
+
+from transformers.utils import logging as transformers_logging
+
+import hugging_nano_gpt_cli
+
+PROGRAM = Path(sys.executable).with_name("hugging-nano-gpt")
+
+# A busy machine has taken 12 s for a process with torch, which takes 4.
+TIMEOUT_S = 120
+
+ENVIRONMENT = {"COLUMNS": "200", "TERM": "dumb"}
+
+
+class Result(NamedTuple):
+    """What a program leaves behind."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_program(*command: object, text: str = "") -> Result:
+    """Runs a command in a process of its own."""
+    settings = {"capture_output": True, "text": True, "timeout": TIMEOUT_S, "env": {**os.environ, **ENVIRONMENT}}
+    done = subprocess.run([*map(str, command)], input=text, check=False, **settings)
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def run_command(*arguments: object, text: str = "", cwd: Path | None = None) -> Result:
+    """Runs the command line in this process, and leaves the process as it was."""
+    argv, stdin = ["hugging-nano-gpt", *map(str, arguments)], io.StringIO(text)
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with (
+        contextlib.chdir(cwd or Path.cwd()),
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+        mock.patch.multiple(sys, argv=argv, stdin=stdin),
+        mock.patch.dict(os.environ, ENVIRONMENT),
+        _log_to(stderr),
+    ):
+        try:
+            hugging_nano_gpt_cli.main()
+        except SystemExit as end:
+            return Result(end.code or 0, stdout.getvalue(), stderr.getvalue())
+    raise AssertionError("the command line did not exit")
+
+
+@contextlib.contextmanager
+def _log_to(stream: TextIO) -> Iterator[None]:
+    """Lets a stream get what a new process logs to stderr, and undoes what a command sets."""
+    loggers = [logging.getLogger(name) for name in (None, "transformers", "hugging_nano_gpt")]
+    levels = [logger.level for logger in loggers]
+    handler = logging.StreamHandler(stream)
+    handler.setLevel(logging.WARNING)
+    transformers_logging.warning_once.cache_clear()
+    for logger in loggers[:2]:  # Transformers' does not hand on to the first
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+        transformers_logging.enable_progress_bar()
