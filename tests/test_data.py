@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from hugging_nano_gpt import DataError, NanoGPTError
 from hugging_nano_gpt.training import FixedOffsetSampler, RandomOffsetSampler, TokenDataset, collate_windows
+from hugging_nano_gpt.training.data import check_ids
 
 MAGIC, VERSION = 20240520, 1
 BLOCK_SIZE = 8
@@ -69,13 +70,6 @@ def test_file_of_one_window_and_its_last_target_is_long_enough(tmp_path, write):
     dataset = TokenDataset(write(tmp_path / "train.bin", tokens), BLOCK_SIZE)
     assert len(dataset) == 1
     assert_batch_holds(collate_windows([dataset[0]]), [0], tokens)
-
-
-def test_shard_with_another_magic_number_is_a_plain_file(tmp_path):
-    """The header is told by its magic number alone: without it its 512 uint16 are tokens."""
-    dataset = TokenDataset(write_shard(tmp_path / "train.bin", magic=MAGIC + 1), BLOCK_SIZE)
-    assert len(dataset) == 512 + len(TOKENS) - BLOCK_SIZE
-    assert_batch_holds(collate_windows([dataset[512]]), [0])
 
 
 @pytest.mark.parametrize("offset", [-1, 492, 10**9])
@@ -223,3 +217,26 @@ def test_file_that_is_not_whole_is_refused(tmp_path, write, message):
     with pytest.raises(DataError, match=r"train\.bin: .*" + message) as caught:
         TokenDataset(path, BLOCK_SIZE)
     assert isinstance(caught.value, NanoGPTError)
+
+
+@pytest.mark.parametrize(
+    ("input_ids", "shift_labels", "wrong"),
+    [
+        ([0, 64], [64, 0], None),
+        ([0, 65], [65, 0], 65),
+        ([0, 1], [1, 65], 65),  # in the last target alone
+        ([-1, 1], [1, 0], -1),
+        ([2**31, 1], [1, 0], 2**31),
+        ([0, 1], [1, -100], None),  # a target that is ignored
+    ],
+)
+def test_ids_that_the_model_does_not_have_are_refused(input_ids, shift_labels, wrong):
+    batch = {"input_ids": torch.tensor([input_ids, [0, 0]]), "shift_labels": torch.tensor([[0, 0], shift_labels])}
+    if wrong is None:
+        check_ids(batch, 65, "train.bin")
+        return
+    message = (
+        rf"^train\.bin: does not fit the model: expected token ids below vocab_size=65, got {wrong}; give the data"
+    )
+    with pytest.raises(DataError, match=message):
+        check_ids(batch, 65, "train.bin")

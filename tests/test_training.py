@@ -7,14 +7,16 @@ between them (2 micro-steps an update, 2 CPU threads).
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
-from hugging_nano_gpt import ConversionError, NanoGPTLMHeadModel, read_checkpoint
+from hugging_nano_gpt import ConversionError, DataError, NanoGPTLMHeadModel, read_checkpoint
 from hugging_nano_gpt.demo import CKPT_PATH
 from hugging_nano_gpt.training import (
+    FixedOffsetSampler,
     NanoGPTCheckpointCallback,
     NanoGPTSchedule,
     NanoGPTTrainer,
@@ -224,6 +226,22 @@ def test_evaluate_logs_both_losses_under_nanogpts_names(tmp_path):
     assert metrics["val/loss"] == pytest.approx(START.training_state.best_val_loss, abs=0.1)  # 5 random batches each
     assert trainer.best_val_loss == min(metrics["val/loss"], START.training_state.best_val_loss)
     assert trainer.model.training is False
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<i4"])
+def test_ids_that_the_model_does_not_have_are_refused_before_they_train(tmp_path, dtype):
+    tokens = np.zeros(100, dtype=dtype)
+    tokens[50] = 31
+    np.save(tmp_path / "tokens.npy", tokens)
+    trainer = make_trainer(tmp_path, load_start(), STEPS[:1])
+    trainer.train_dataset = TokenDataset(tmp_path / "tokens.npy", 32)
+    trainer._train_batch_sampler = FixedOffsetSampler([[0, 60], [18, 60]])
+    message = r"tokens\.npy: does not fit the model: expected token ids below vocab_size=31, got 31; give the data"
+    with pytest.raises(DataError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    with pytest.raises(DataError, match=message):
+        trainer.evaluate()
 
 
 def test_schedule_equals_the_recorded_one_exactly():

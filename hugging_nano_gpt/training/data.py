@@ -1,11 +1,11 @@
-"""Token files as nanoGPT and llm.c write them, sampled as nanoGPT does and served to Trainer.
+"""Windows of a token file, sampled as nanoGPT does and served to Trainer.
 
 A data set is every window of block_size tokens in a file, by its offset; samplers choose the offsets. The file is
 mapped anew in each process, so that DataLoader workers share nothing but the page cache.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from ..errors import DataError
-
-# llm.c's headered shards (karpathy/llm.c dev/data/data_common.py): 256 little-endian int32, then uint16 tokens.
-_LLMC_MAGIC = 20240520
-_LLMC_VERSION = 1
-_HEADER_BYTES = 1024
-_TOKEN_BYTES = 2
+from .token_file import measure_token_file
 
 # nanoGPT seeds each process with 1337 + its rank (train.py @ 3adf61e).
 NANOGPT_SEED = 1337
@@ -28,30 +23,37 @@ NANOGPT_SEED = 1337
 class TokenDataset(Dataset):
     """Every window of a token file: item i is tokens i to i + block_size and the same one further.
 
-    Takes nanoGPT's train.bin and val.bin (uint16, no header) and llm.c's .bin shards, told by their first bytes.
+    Takes nanoGPT's train.bin and val.bin (uint16, no header), llm.c's .bin shards, of Llama 3's tokens too, and .npy
+    files of one row of integers, told apart by their first bytes.
 
     Args:
         path: The file.
         block_size: Tokens of a window.
 
     Raises:
-        DataError: If the file is missing, is not whole, or is shorter than one window and its last target.
+        DataError: If the file is missing, is not whole, looks like no token file, or is shorter than one window and
+            its last target.
     """
 
     def __init__(self, path: str | os.PathLike[str], block_size: int):
         self.path = Path(path)
         self.block_size = block_size
-        self._offset, self._n_tokens = _measure(self.path)
-        if self._n_tokens <= block_size:
+        self._layout = measure_token_file(self.path)
+        if self.n_tokens <= block_size:
             raise DataError(
-                f"{self.path}: too short: expected more than block_size={block_size} tokens, got {self._n_tokens}; "
+                f"{self.path}: too short: expected more than block_size={block_size} tokens, got {self.n_tokens}; "
                 f"give a longer file or a smaller block_size"
             )
         self._tokens: np.memmap | None = None
 
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens in the file."""
+        return self._layout.n_tokens
+
     def __len__(self) -> int:
         """Returns the number of windows: nanoGPT draws its offsets below it."""
-        return self._n_tokens - self.block_size
+        return self.n_tokens - self.block_size
 
     def __getitem__(self, offset: int) -> dict[str, torch.Tensor]:
         """Returns input_ids and shift_labels, (block_size,) int64 each, of the window that begins at an offset."""
@@ -65,7 +67,8 @@ class TokenDataset(Dataset):
 
     def _map(self) -> np.memmap:
         if self._tokens is None:
-            self._tokens = np.memmap(self.path, dtype="<u2", mode="r", offset=self._offset, shape=(self._n_tokens,))
+            offset, dtype, n_tokens = self._layout
+            self._tokens = np.memmap(self.path, dtype=dtype, mode="r", offset=offset, shape=(n_tokens,))
         return self._tokens
 
 
@@ -130,23 +133,16 @@ def collate_windows(windows: Sequence[dict[str, torch.Tensor]]) -> dict[str, tor
     return {name: torch.stack([window[name] for window in windows]) for name in ("input_ids", "shift_labels")}
 
 
-def _measure(path: Path) -> tuple[int, int]:
-    """Returns where the tokens begin and how many there are."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            header = np.frombuffer(file.read(_HEADER_BYTES).ljust(_HEADER_BYTES, b"\0"), dtype="<i4")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be opened: {error.strerror}; run the data set's prepare.py") from error
-    if header[0] != _LLMC_MAGIC:
-        if size % _TOKEN_BYTES:
-            raise DataError(f"{path}: expected uint16 tokens, got an odd number of bytes, {size}; write it again")
-        return 0, size // _TOKEN_BYTES
-    version, n_tokens = int(header[1]), int(header[2])
-    expected = _HEADER_BYTES + n_tokens * _TOKEN_BYTES
-    if version != _LLMC_VERSION or size != expected:
+def check_ids(batch: Mapping[str, torch.Tensor], vocab_size: int, where: object) -> None:
+    """Refuses a batch of windows, still on the CPU, with ids that the model does not have: on a GPU they are no error.
+
+    Raises:
+        DataError: If there are any; it names the place that the batch is from.
+    """
+    lowest, highest = (int(id_) for id_ in batch["input_ids"].aminmax())
+    highest = max(highest, int(batch["shift_labels"].max()))
+    if lowest < 0 or highest >= vocab_size:
         raise DataError(
-            f"{path}: expected an llm.c shard of version {_LLMC_VERSION} and {expected} bytes, got version {version} "
-            f"and {size} bytes; write it again"
+            f"{where}: does not fit the model: expected token ids below vocab_size={vocab_size}, got "
+            f"{lowest if lowest < 0 else highest}; give the data that the model was trained on"
         )
-    return _HEADER_BYTES, n_tokens

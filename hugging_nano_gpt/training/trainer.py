@@ -6,8 +6,9 @@ replay of a recorded nanoGPT run ends at the same bits.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from ..checkpoint.contents import TrainingState
 from ..convert.nanogpt import save_model
-from .data import NANOGPT_SEED, RandomOffsetSampler, TokenDataset, collate_windows
+from .data import NANOGPT_SEED, RandomOffsetSampler, TokenDataset, check_ids, collate_windows
 from .optimizer import load_moments, make_optimizer, read_optimizer
 from .schedule import NanoGPTSchedule
 
@@ -179,10 +180,20 @@ class NanoGPTTrainer(Trainer):
         return DataLoader(
             dataset,
             batch_sampler=batch_sampler,
-            collate_fn=collate_windows,
+            collate_fn=partial(
+                _collate_checked, vocab_size=self.model.config.vocab_size, where=getattr(dataset, "path", dataset)
+            ),
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
+
+
+def _collate_checked(
+    windows: Sequence[dict[str, torch.Tensor]], vocab_size: int, where: object
+) -> dict[str, torch.Tensor]:
+    batch = collate_windows(windows)
+    check_ids(batch, vocab_size, where)
+    return batch
 
 
 class NanoGPTCheckpointCallback(TrainerCallback):

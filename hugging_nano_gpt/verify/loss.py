@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.contents import NO_VAL_LOSS, TrainingState
-from ..errors import DataError
 from ..model.configuration_nano_gpt import NanoGPTConfig
 from .models import list_notes
 from .report import Check, VerifyReport
@@ -124,17 +123,12 @@ def _iterate_batches(
     path: Path, config: NanoGPTConfig, batch_size: int, n_batches: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     # Here, because that package imports Trainer, for which every import of this one would wait.
-    from ..training.data import NANOGPT_SEED, RandomOffsetSampler, TokenDataset, collate_windows
+    from ..training.data import NANOGPT_SEED, RandomOffsetSampler, TokenDataset, check_ids, collate_windows
 
     dataset = TokenDataset(path, config.block_size)
     for offsets in RandomOffsetSampler(dataset, batch_size, n_batches, NANOGPT_SEED):
         batch = collate_windows([dataset[offset] for offset in offsets])
-        highest = max(int(tokens.max()) for tokens in batch.values())
-        if highest >= config.vocab_size:
-            raise DataError(
-                f"{path}: does not fit the model: expected token ids below vocab_size={config.vocab_size}, got "
-                f"{highest}; give the data that the model was trained on"
-            )
+        check_ids(batch, config.vocab_size, path)
         yield batch
 
 

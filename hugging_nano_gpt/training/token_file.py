@@ -1,0 +1,131 @@
+"""What a token file holds: nanoGPT's, llm.c's shards and NumPy's arrays are told apart by their first bytes.
+
+nanoGPT's own file is uint16 tokens and nothing else, so anything could be read as one. What looks like another thing
+is refused: text, tokens of more bytes, archives. Whoever knows better saves the tokens as .npy, which keeps the type.
+"""
+
+import codecs
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..errors import DataError
+
+# llm.c's shards (karpathy/llm.c dev/data/data_common.py): 256 little-endian int32, magic, version and number of tokens
+# first and hardly more, then the tokens: GPT-2's or Llama 3's.
+_SHARDS: dict[int, tuple[int, np.dtype]] = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
+_HEADER_BYTES = 1024
+_MAGIC_DATES = range(2024_01_01, 2040_01_01)  # llm.c's magic numbers are the dates of its formats
+_USED_INTS = 16
+
+_NPY_MAGIC = b"\x93NUMPY"
+
+# How files begin that hold no bare tokens.
+_OTHERS = {
+    b"PK\x03\x04": "an archive (zip, npz or torch.save)",
+    b"PAR1": "a Parquet file",
+    b"ARROW1": "an Arrow file",
+    b"\x1f\x8b\x08": "a gzip file",
+    b"\x28\xb5\x2f\xfd": "a zstd file",
+    b"\x89HDF": "an HDF5 file",
+    b"\x80\x04\x95": "a pickle",
+}
+
+# So much of a file is looked at, and at least so many pairs of tokens have to look like halves of wider ones.
+_HEAD_BYTES = 65536
+_LEAST_PAIRS = 32
+
+# Upper halves of uint32 tokens are below this in vocabularies up to 262,144.
+_UPPER_HALVES = 4
+
+_SAVE_AS_NPY = "np.save the tokens to a .npy file, which records their type"
+
+
+class TokenLayout(NamedTuple):
+    """Where the tokens of a file lie: from a byte on, so many, of a type."""
+
+    offset: int
+    dtype: np.dtype
+    n_tokens: int
+
+
+def measure_token_file(path: Path) -> TokenLayout:
+    """Returns where the tokens of a file lie.
+
+    Raises:
+        DataError: If the file is missing or not whole, or looks like no token file.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be opened: {error.strerror}; run the data set's prepare.py") from error
+    if head.startswith(_NPY_MAGIC):
+        return _measure_npy(path, size)
+    header = np.frombuffer(head[:_HEADER_BYTES].ljust(_HEADER_BYTES, b"\0"), dtype="<i4")
+    if header[0] in _SHARDS:
+        return _measure_shard(path, size, header)
+    strange = _find_strangeness(head, header)
+    if strange:
+        raise DataError(f"{path}: expected uint16 tokens, got {strange}")
+    dtype = np.dtype("<u2")
+    if size % dtype.itemsize:
+        raise DataError(f"{path}: expected uint16 tokens, got an odd number of bytes, {size}; write it again")
+    return TokenLayout(0, dtype, size // dtype.itemsize)
+
+
+def _measure_shard(path: Path, size: int, header: np.ndarray) -> TokenLayout:
+    magic, version, n_tokens = header[:3].tolist()
+    known, dtype = _SHARDS[magic]
+    expected = _HEADER_BYTES + n_tokens * dtype.itemsize
+    if version != known or size != expected:
+        raise DataError(
+            f"{path}: expected an llm.c shard of version {known} and {expected} bytes, got version {version} "
+            f"and {size} bytes; write it again"
+        )
+    return TokenLayout(_HEADER_BYTES, dtype, n_tokens)
+
+
+def _measure_npy(path: Path, size: int) -> TokenLayout:
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, OSError, EOFError) as error:
+        raise DataError(
+            f"{path}: not a whole .npy file: expected one row of integers, got {error}; write it again"
+        ) from error
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise DataError(
+            f"{path}: expected one row of integers, got {array.dtype} of shape {array.shape}; write the token ids in "
+            f"one row"
+        )
+    if size != array.offset + array.nbytes:
+        raise DataError(
+            f"{path}: expected a .npy file of {array.offset + array.nbytes} bytes, got {size} bytes; write it again"
+        )
+    return TokenLayout(array.offset, array.dtype, len(array))
+
+
+def _find_strangeness(head: bytes, header: np.ndarray) -> str | None:
+    """Says what a file seems to be that is not uint16 tokens, and what to do then."""
+    for start, name in _OTHERS.items():
+        if head.startswith(start):
+            return f"{name}; {_SAVE_AS_NPY}"
+    if header[0] in _MAGIC_DATES and not header[_USED_INTS:].any():
+        return f"a file of llm.c's with magic number {header[0]}; give a shard of tokens"
+    if _is_text(head):
+        return "text; run the data set's prepare.py, which encodes it"
+    halves = np.frombuffer(head[: len(head) // 4 * 4], dtype="<u2")
+    if len(halves) >= 2 * _LEAST_PAIRS and halves[1::2].max() < _UPPER_HALVES and halves[::2].max() >= _USED_INTS:
+        return f"every second one below {_UPPER_HALVES}, as in tokens of 4 or 8 bytes; {_SAVE_AS_NPY}"
+    return None
+
+
+def _is_text(head: bytes) -> bool:
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)  # takes a character cut off at the end
+    except UnicodeDecodeError:
+        return False
+    return bool(text) and re.search(r"[\x00-\x08\x0e-\x1f]", text) is None
