@@ -23,7 +23,7 @@ class GPTConfig:
     """Stands in for build-nanogpt's dataclass while its file is read: it takes the fields and does nothing."""
 
 
-ADMITTED = [(GPTConfig, "__main__.GPTConfig")]
+ADMITTED = {"__main__.GPTConfig": GPTConfig}
 
 
 def recognise(contents: Any) -> bool:
