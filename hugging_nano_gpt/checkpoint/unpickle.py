@@ -1,4 +1,4 @@
-"""The pickle in a torch.save file, read without executing anything: plain Python types, and tensors without their data.
+"""The pickle in a torch.save file, read without executing anything: plain Python types, and tensors without data.
 
 torch.load(weights_only=True) is not used. Its list of admitted names belongs to the whole process, so that threads
 take names from each other, and what it makes of an odd file changes with torch. Here a name stands for something of
@@ -11,7 +11,7 @@ import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -108,8 +108,9 @@ class _NumpyDtype:
         self.code, self.byteorder = code, "="
 
 
-class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
-    dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+class _Unpickler(pickle._Unpickler):
+    stack: list[Any]
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
     for _opcode in (pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.PERSID):
         del dispatch[_opcode[0]]
 
@@ -205,7 +206,7 @@ def _encode(text: str, encoding: str) -> bytes:
 
 def _make_number(dtype: _NumpyDtype, data: bytes) -> Any:
     """Makes a plain Python number of a numpy scalar."""
-    return np.frombuffer(data, np.dtype(dtype.code).newbyteorder(dtype.byteorder), count=1)[0].item()
+    return np.frombuffer(data, np.dtype(dtype.byteorder + dtype.code), count=1)[0].item()
 
 
 # By the names under which torch.save pickles them.

@@ -1,0 +1,167 @@
+"""checkpoint/unpickle.py: what torch.save writes is read, in any thread; what else a pickle says does nothing."""
+
+import contextlib
+import pickle
+import pickletools
+import resource
+import struct
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from hugging_nano_gpt import CheckpointError, read_checkpoint
+from hugging_nano_gpt.checkpoint.torch_file import TorchFile
+from hugging_nano_gpt.checkpoint.unpickle import Foreign, unpickle
+from hugging_nano_gpt.files import open_source
+
+from .conftest import assert_same, limit_time, save
+from .tiny import FIXTURES_DIR
+
+BUILD_NANOGPT = FIXTURES_DIR / "build-nanogpt" / "model_05000.pt"
+
+
+def read(path, **kwargs):
+    with open_source(path) as file:
+        opened = TorchFile(path, file, **kwargs)
+        return opened.read_tree(opened.contents)
+
+
+@pytest.mark.parametrize("n_threads", [2, 8])
+def test_build_nanogpt_files_are_read_in_threads(n_threads):
+    """The list of names that torch admits is the process's: each thread took the others' names off it."""
+    expected = read_checkpoint(BUILD_NANOGPT).state_dict
+    with ThreadPoolExecutor(n_threads) as threads:
+        for found in threads.map(read_checkpoint, [BUILD_NANOGPT] * 6 * n_threads):
+            assert_same(found.state_dict, expected)
+
+
+def test_reading_leaves_what_torch_admits_alone(monkeypatch):
+    admitted = torch.serialization.get_safe_globals()
+    monkeypatch.setattr(torch.serialization, "add_safe_globals", lambda names: pytest.fail(f"{names} were admitted"))
+    read_checkpoint(BUILD_NANOGPT)
+    assert torch.serialization.get_safe_globals() == admitted
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_plain_values_of_every_protocol_are_read(tmp_path, protocol):
+    values = {
+        "a": [None, True, -(2**70), 0.1, float("inf"), "\u00e9\U0001f642", b"\x00\xff", (), (1, 2, 3, 4), {1, 2}],
+        "b": {"x": torch.float16, "y": torch.Size([2, 3]), "z": torch.device("cpu"), "c": 2j},
+        ("key", 1): {"float8": torch.zeros(3, dtype=torch.float8_e4m3fn).view(torch.uint8), "t": torch.ones(2, 2)},
+    }
+    path = tmp_path / "ckpt.pt"
+    torch.save(values, path, pickle_protocol=protocol)
+    assert_same(read(path), values)
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        np.float64(2.5),
+        np.float32(0.1),
+        np.float16(-1),
+        np.int64(-7),
+        np.uint8(200),
+        np.bool_(True),
+        np.dtype(">f4").type(3),
+    ],
+    ids=lambda number: number.dtype.name,
+)
+def test_numpy_scalars_become_plain_numbers(tmp_path, number):
+    found = read(save({"best_val_loss": number}, tmp_path))["best_val_loss"]
+    assert type(found) is type(number.item())
+    assert found == number.item()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "float8_e5m2", "uint16", "complex64"])
+def test_tensors_of_every_dtype_are_read(tmp_path, dtype):
+    tensor = torch.arange(1, 7).to(getattr(torch, dtype)).reshape(2, 3)
+    found = read(save({"a": tensor}, tmp_path))["a"]
+    assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+    assert torch.equal(found.view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_parameters_with_attributes_are_read(tmp_path):
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.is_residual_projection = True
+    assert_same(read(save({"a": parameter}, tmp_path)), {"a": torch.ones(2)})
+
+
+class Call:
+    """Is pickled as a call of a function, or as an object that is then filled."""
+
+    def __init__(self, function, *args, state=None):
+        self.reduced = (function, args) if state is None else (function, args, state)
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def touch(path):
+    raise AssertionError(f"{path} was touched")
+
+
+@pytest.mark.parametrize("state", [None, {"a": 1}, [1, 2]], ids=["called", "filled", "filled with a list"])
+def test_an_unknown_name_is_refused_and_does_nothing(tmp_path, state):
+    path = save({"a": Call(touch, tmp_path / "canary", state=state)}, tmp_path)
+    with pytest.raises(CheckpointError, match=r"could run code: .*got the names? .*tests.test_unpickle.touch"):
+        read(path)
+    assert isinstance(read(path, takes_foreign=True)["a"], Foreign)
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"}r" + struct.pack("<I", 2**32 - 1) + b".",  # a place in the memo that C would make room up to
+        b"c__builtin__\nbytearray\n\x8a\x05\x00\x00\x00\x00\x01\x85R.",
+        b"ctorch\nTensor\n\x8a\x05\x00\x00\x00\x00\x01\x85R.",
+        b"ctorch\nzeros\n\x8a\x05\x00\x00\x00\x00\x01\x85R.",
+        b"]" + b"2\x86" * 40 + b"0ctorch.serialization\n_get_layout\nh\x00\x85R.",
+        b"\x8e" + struct.pack("<Q", 2**62) + b".",
+    ],
+    ids=["memo", "bytearray", "tensor", "zeros", "repr", "bytes"],
+)
+def test_pickles_that_ask_for_memory_or_time_get_none(pickled):
+    peak_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with limit_time(5), contextlib.suppress(Exception):
+        unpickle(b"\x80\x02" + pickled, {})
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_before) * 1024 < 100e6
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"ccollections\nOrderedDict\nN}U\x01xK\x01s\x86b.",
+        b"ctorch._utils\n_rebuild_tensor_v2\n}U\x08__code__Nsb.",
+        b"ctorch\nFloatStorage\n}U\x05dtypeNsb.",
+        b"\x82\x01.",
+        b"(ctorch\nSize\no.",
+        b"P0\n.",
+    ],
+    ids=["class", "function", "storage", "extension", "obj", "text id"],
+)
+def test_pickles_cannot_change_what_they_name(pickled):
+    with pytest.raises((pickle.UnpicklingError, KeyError)):
+        unpickle(b"\x80\x02" + pickled, {})
+
+
+def test_no_name_stands_for_what_runs_code():
+    """Every name of the interpreter's own that a pickle may use, asked for one by one."""
+    for module in (
+        "builtins",
+        "__builtin__",
+        "os",
+        "posix",
+        "subprocess",
+        "importlib",
+        "functools",
+        "operator",
+        "torch",
+    ):
+        for name in ("eval", "exec", "getattr", "system", "Popen", "import_module", "partial", "load", "attrgetter"):
+            found, names = unpickle(f"c{module}\n{name}\n.".encode(), {})
+            assert isinstance(found, Foreign)
+            assert names == [f"{module}.{name}"]
+    assert len(list(pickletools.genops(b"cos\nsystem\n."))) == 2  # what is asked for above is a pickle's own spelling
