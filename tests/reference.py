@@ -63,6 +63,20 @@ class ReferenceGPT(nn.Module):
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
         self.lm_head.weight = self.transformer["wte"].weight
 
+    def draw_weights(self) -> None:
+        """Draws fresh weights: every module's, children first and the tied matrix twice, then the c_proj once more."""
+        for module in self._list_children_first(self):
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(parameter, std=0.02 / (2 * len(self.transformer["h"])) ** 0.5)
+
+    def _list_children_first(self, module: nn.Module) -> list[nn.Module]:
+        return [below for child in module.children() for below in self._list_children_first(child)] + [module]
+
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Returns logits (B, T, V) and, with targets (B, T) of which -1 is ignored, the mean cross-entropy."""
         positions = torch.arange(idx.shape[1], device=idx.device)

@@ -159,17 +159,35 @@ class NanoGPTPreTrainedModel(NanoGPTPersistence):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # N(0, 0.02) and zero biases, which are also the defaults of Transformers; then nanoGPT's narrower residual
+        # N(0, 0.02) and zero biases, which are also the defaults of Transformers; but nanoGPT's narrower residual
         # projections, at the Linear itself: modules without parameters of their own are not visited in remote code.
-        super()._init_weights(module)
         if getattr(module, "is_residual_projection", False):
-            init.normal_(module.weight, mean=0.0, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            self._draw_residual_projection(module)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Draws fresh weights in nanoGPT's order: every module's, children first, then the residual projections anew.
+
+        After the same torch.manual_seed a new model has nanoGPT's bits, and torch's generator is where nanoGPT leaves
+        it. What from_pretrained has loaded is not drawn.
+        """
+        super().initialize_weights()
+        for module in self.modules():
+            if getattr(module, "is_residual_projection", False):
+                self._draw_residual_projection(module)
+
+    def _draw_residual_projection(self, module: nn.Module) -> None:
+        init.normal_(module.weight, mean=0.0, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
 
 class NanoGPTModel(NanoGPTPreTrainedModel):
     """The transformer without a head: token ids in, hidden states after the last LayerNorm out."""
 
-    def __init__(self, config: NanoGPTConfig):
+    def __init__(self, config: NanoGPTConfig, *, is_part: bool = False):
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -177,7 +195,13 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         self.h = nn.ModuleList(NanoGPTBlock(config, layer_idx) for layer_idx in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
         self.gradient_checkpointing = False
+        self._is_drawn_later = is_part  # by the model that it is part of, whose own modules come in between
         self.post_init()
+        self._is_drawn_later = False
+
+    def init_weights(self) -> None:
+        if not self._is_drawn_later:
+            super().init_weights()
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.wte
@@ -331,8 +355,12 @@ class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, NanoGPTWayBackMixin, NanoGPTGen
 
     def __init__(self, config: NanoGPTConfig):
         super().__init__(config)
-        self.transformer = NanoGPTModel(config)
+        self.transformer = NanoGPTModel(config, is_part=True)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        # Before the weights are drawn: nanoGPT draws this one twice, under both names. from_pretrained makes the model
+        # on the meta device, ties by itself, and takes what it ties for loaded.
+        if config.tie_word_embeddings and not self.lm_head.weight.is_meta:
+            self.lm_head.weight = self.transformer.wte.weight
         self.loss_type = "ForCausalLM"  # not in the class name, where Transformers looks for it
         self.post_init()
 
@@ -436,7 +464,7 @@ class NanoGPTForSequenceClassification(NanoGPTPreTrainedModel):
     def __init__(self, config: NanoGPTConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.transformer = NanoGPTModel(config)
+        self.transformer = NanoGPTModel(config, is_part=True)
         self.score = nn.Linear(config.n_embd, config.num_labels, bias=False)
         self.post_init()
 
