@@ -133,7 +133,7 @@ def check_file(path: Path, overwrite: bool) -> None:
         )
 
 
-def check_place(folder: Path, overwrite: bool) -> None:
+def check_folder(folder: Path, overwrite: bool) -> None:
     """Raises ConversionError where a folder is to be written and there is a file, or files and no overwrite."""
     if folder.is_dir() and not overwrite and (files := sorted(path.name for path in folder.iterdir())):
         raise ConversionError(

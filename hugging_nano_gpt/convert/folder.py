@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConversionError
-from ..files import check_file, check_place, open_folder
+from ..files import check_file, check_folder, open_folder
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from ..tokenization.find import find_tokenizer_or_reason
 from .source import load_folder, load_source
@@ -71,7 +71,7 @@ def convert_to_folder(
         TokenizerError: If the tokenizer asked for cannot be had, or does not fit the model.
     """
     folder = Path(folder)
-    check_place(folder, overwrite)
+    check_folder(folder, overwrite)
     check_other_place(source, folder)
     loaded = load_source(source, **kwargs)
     found, reasons = find_tokenizer_or_reason(loaded.model, source, meta_path=meta_path, tokenizer=tokenizer)

@@ -24,10 +24,9 @@ from transformers import (
 from transformers.utils import logging
 
 from ..errors import ConversionError, list_some
-from ..files import check_place, open_folder
+from ..files import check_folder, open_folder
 from ..model.configuration_nano_gpt import ACTIVATION_FUNCTIONS, NanoGPTConfig
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
-from ..tokenization.find import check_tokenizer
 from .pretrained import load_whole_model
 from .tensors import check_tensors, export_state_dict, list_args, select_tensors, take_tensors
 
@@ -85,10 +84,8 @@ def export_gpt2(
         TokenizerError: If the tokenizer has more tokens than the model has rows.
     """
     folder = Path(folder)
-    check_place(folder, overwrite)
-    if tokenizer is not None:
-        check_tokenizer(tokenizer.name_or_path or "tokenizer", tokenizer, model.config.vocab_size)
-    gpt2 = _make_gpt2(model, folder)
+    check_folder(folder, overwrite)
+    gpt2 = _make_gpt2(model, take_tensors(model, folder, tokenizer))
     with open_folder(folder) as temporary:
         gpt2.save_pretrained(temporary, max_shard_size=max_shard_size)
         if tokenizer is not None:
@@ -151,8 +148,8 @@ def import_gpt2(
     return model
 
 
-def _make_gpt2(model: NanoGPTLMHeadModel, folder: Path) -> GPT2LMHeadModel:
-    tensors, config = take_tensors(os.fspath(folder), model), model.config
+def _make_gpt2(model: NanoGPTLMHeadModel, tensors: Mapping[str, torch.Tensor]) -> GPT2LMHeadModel:
+    config = model.config
     gpt2_config = make_gpt2_config(config)
     gpt2_config.nanogpt_bias = config.bias  # for the way back, as nanogpt_training_state is
     gpt2_config.nanogpt_training_state = config.to_dict()["nanogpt_training_state"]

@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint.check import find_dense_faults, find_model_faults, find_number_faults, find_tying_faults
 from ..checkpoint.tensors import MODEL_ARGS, iterate_shapes
 from ..errors import ConversionError, list_some
 from ..model.configuration_nano_gpt import NanoGPTConfig
+from ..tokenization.find import check_tokenizer
 
 
 def list_args(config: NanoGPTConfig) -> dict[str, Any]:
@@ -18,11 +19,20 @@ def list_args(config: NanoGPTConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in MODEL_ARGS}
 
 
-def take_tensors(where: str, model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Returns the tensors of a nanoGPT model on the CPU; raises ConversionError where it is not whole and plain."""
-    refuse_changed_layers(model, where)
+def take_tensors(
+    model: PreTrainedModel, out: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase | None
+) -> dict[str, torch.Tensor]:
+    """Returns the tensors of a nanoGPT model on the CPU, to be written to a place beside a tokenizer.
+
+    Raises:
+        ConversionError: If the model is not whole and plain.
+        TokenizerError: If the tokenizer has more tokens than the model has rows.
+    """
+    if tokenizer is not None:
+        check_tokenizer(tokenizer.name_or_path or "tokenizer", tokenizer, model.config.vocab_size)
+    refuse_changed_layers(model, out)
     tensors = export_state_dict(model)
-    check_tensors(where, model.config, tensors)
+    check_tensors(os.fspath(out), model.config, tensors)
     return tensors
 
 

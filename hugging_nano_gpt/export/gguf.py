@@ -22,7 +22,6 @@ from ..errors import ConversionError, MissingDependencyError, join_some
 from ..files import check_file, open_atomically
 from ..model.configuration_nano_gpt import NanoGPTConfig
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
-from ..tokenization.find import check_tokenizer
 from .gguf_vocabulary import add_vocabulary
 
 if TYPE_CHECKING:
@@ -87,10 +86,8 @@ def export_gguf(
             f"{where}: expected a file type of {list(_FILE_TYPES)}, got {file_type!r}; give one of them"
         )
     check_file(Path(path), overwrite)
-    if tokenizer is not None:
-        check_tokenizer(tokenizer.name_or_path or "tokenizer", tokenizer, model.config.vocab_size)
     writer = _make_writer(where, model.config, file_type)
-    tensors = take_tensors(where, model)
+    tensors = take_tensors(model, path, tokenizer)
     typed = _choose_types(where, model.config, tensors, file_type)
     suppressed = model.generation_config.suppress_tokens or []
     lost = add_vocabulary(writer, tokenizer, model.config.vocab_size, suppressed)

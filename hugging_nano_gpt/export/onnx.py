@@ -24,10 +24,9 @@ from transformers import PreTrainedTokenizerBase
 from ..convert.gpt2 import copy_settings, make_gpt2_config
 from ..convert.tensors import take_tensors
 from ..errors import MissingDependencyError
-from ..files import check_place, open_folder
+from ..files import check_folder, open_folder
 from ..model.configuration_nano_gpt import NanoGPTConfig
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
-from ..tokenization.find import check_tokenizer
 
 _OPSET = 18
 
@@ -68,10 +67,8 @@ def export_onnx(
     """
     _check_packages()
     folder = Path(folder)
-    check_place(folder, overwrite)
-    if tokenizer is not None:
-        check_tokenizer(tokenizer.name_or_path or "tokenizer", tokenizer, model.config.vocab_size)
-    graph = _make_graph(_make_plain(model, folder))
+    check_folder(folder, overwrite)
+    graph = _make_graph(_make_plain(model, take_tensors(model, folder, tokenizer)))
     config = make_gpt2_config(model.config)
     config.architectures = ["GPT2LMHeadModel"]
     with open_folder(folder) as temporary:
@@ -135,9 +132,9 @@ class _Step(nn.Module):
         return nn.functional.linear(outputs.last_hidden_state, head.weight), *past.tensors
 
 
-def _make_plain(model: NanoGPTLMHeadModel, folder: Path) -> NanoGPTLMHeadModel:
+def _make_plain(model: NanoGPTLMHeadModel, tensors: dict[str, torch.Tensor]) -> NanoGPTLMHeadModel:
     """Makes a copy that can be recorded: plain tensors on the CPU, and attention written out in matrix products."""
-    tensors, config = take_tensors(os.fspath(folder), model), model.config
+    config = model.config
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight")
     dtype = torch.float32 if model.dtype == torch.bfloat16 else model.dtype
