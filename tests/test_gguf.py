@@ -23,7 +23,7 @@ from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 from hugging_nano_gpt.export import gguf as module
 
 from .conftest import limit_file_size
-from .test_commands import run
+from .programs import run_command
 from .test_family import MEMBERS
 from .tiny import FIXTURES_DIR, MODEL_ARGS, make_batch, make_model
 
@@ -306,18 +306,18 @@ def test_two_exports_are_the_same_file(tmp_path):
 def test_export_command_writes_the_file_type_asked_for(tmp_path):
     path = tmp_path / "m.gguf"
     arguments = ("export", CKPT_PATH, path, "--to", "gguf", "--meta", META_PATH, "--file-type", "q8_0")
-    result = run(*arguments)
+    result = run_command(*arguments)
     assert (result.returncode, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
     assert lines[0] == f"Wrote {path}: 350,976 parameters, float32, and a tokenizer of 65 tokens"
     assert len(read_gelu_note([line.strip() for line in lines])) == 4
     found = read_metadata(gguf.GGUFReader(path))
     assert found["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q8_0
-    result = run(*arguments)
+    result = run_command(*arguments)
     assert (result.returncode, result.stdout) == (1, "")
     assert re.fullmatch(rf"error: {path}: is there already: .*--force.*\n", result.stderr)
-    assert run(*arguments, "--force").returncode == 0
-    result = run("export", CKPT_PATH, tmp_path / "gpt2", "--to", "gpt2", "--file-type", "f16")
+    assert run_command(*arguments, "--force").returncode == 0
+    result = run_command("export", CKPT_PATH, tmp_path / "gpt2", "--to", "gpt2", "--file-type", "f16")
     assert (result.returncode, result.stdout) == (1, "")
     assert "expected a file type for 'gguf' alone, got 'f16' for 'gpt2'; leave it out" in result.stderr
     assert [each.name for each in tmp_path.iterdir()] == ["m.gguf"]

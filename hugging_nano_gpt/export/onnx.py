@@ -90,7 +90,7 @@ class _Past:
         return self.tensors[0].shape[2]
 
     def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, H, T, D) each -> (B, H, S, D)
         at = 2 * layer_idx
         self.tensors[at] = torch.cat((self.tensors[at], key), dim=2)
