@@ -220,6 +220,44 @@ def verify(
 
 
 @app.command()
+def evaluate(
+    source: _Source,
+    data: Annotated[
+        Path,
+        typer.Argument(metavar="DATA", help="Token file (.bin, .npy), folder with val.bin, or any other file: text."),
+    ],
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Tokens from a window to the next; block_size if none.")
+    ] = None,
+    eval_iters: Annotated[
+        int | None, typer.Option(min=1, help="Batches of nanoGPT's estimate, in place of the run's own.")
+    ] = None,
+    meta: _Meta = None,
+    tokenizer: _Tokenizer = None,
+    dtype: _DtypeOption = None,
+    device: _Device = None,
+    activation: _ActivationOption = None,
+    n_head: _Heads = None,
+    as_json: _Json = False,
+) -> None:
+    """Tell the loss over every token of a file, its perplexity and bits per byte, and nanoGPT's own estimate."""
+    _set_up_transformers(is_quiet=True)
+    from hugging_nano_gpt import evaluate_loss
+
+    evaluation = evaluate_loss(
+        source,
+        data,
+        stride=stride,
+        eval_iters=eval_iters,
+        device=device,
+        meta_path=meta,
+        tokenizer=tokenizer,
+        **_select_given(dtype=dtype, activation_function=activation, n_head=n_head),
+    )
+    print(json.dumps(evaluation.to_json(), indent=2) if as_json else evaluation)
+
+
+@app.command()
 def generate(
     source: _Source,
     prompt: Annotated[

@@ -32,7 +32,7 @@ from .sample.sampling import sample_text
 from .tokenization.bpe import build_gpt2_tokenizer, build_tiktoken_tokenizer
 from .tokenization.characters import CharacterTable, build_character_tokenizer, read_meta, write_meta
 from .tokenization.find import find_tokenizer
-from .verify import VerifyReport, verify_against_nanogpt, verify_loss, verify_models
+from .verify import Evaluation, VerifyReport, evaluate_loss, verify_against_nanogpt, verify_loss, verify_models
 
 __all__ = [
     "CharacterTable",
@@ -41,6 +41,7 @@ __all__ = [
     "Conversion",
     "ConversionError",
     "DataError",
+    "Evaluation",
     "Inspection",
     "MissingDependencyError",
     "NanoGPTConfig",
@@ -60,6 +61,7 @@ __all__ = [
     "build_tiktoken_tokenizer",
     "convert_to_checkpoint",
     "convert_to_folder",
+    "evaluate_loss",
     "export_gguf",
     "export_gpt2",
     "export_model",

@@ -4,14 +4,16 @@ examples/evaluate.py, which tests/test_examples.py runs, holds every loglikeliho
 """
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from hugging_nano_gpt import NanoGPTLMHeadModel, build_character_tokenizer, read_meta
+from hugging_nano_gpt import NanoGPTLMHeadModel, build_character_tokenizer, evaluate_loss, read_meta
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
 pytest.importorskip("lm_eval")
@@ -85,3 +87,16 @@ def test_newline_as_end_cuts_what_is_generated(model, end, expected):
     harness = make_harness(model, {"eos_token": end, "pad_token": end}, prefix_token_id=0)
     settings = {"until": ["\n\n"], "max_gen_toks": 17, "do_sample": False}
     assert harness.generate_until(request("generate_until", ("KING", settings)), disable_tqdm=True) == [expected]
+
+
+def test_words_of_a_text_are_as_perplexing_as_evaluate_finds(model, tmp_path):
+    """Word perplexity as the wikitext task has it: exp of the summed loss over words, one window after another."""
+    text = "\n".join(TEXTS)
+    (tmp_path / "text.txt").write_text(text)
+    found = evaluate_loss(CKPT_PATH, tmp_path / "text.txt", meta_path=META_PATH)
+    assert found.n_tokens > 2 * model.config.block_size
+    harness = make_harness(model, {"eos_token": "$", "pad_token": "$"}, prefix_token_id=0)
+    (loglikelihood,) = harness.loglikelihood_rolling(request("loglikelihood_rolling", (text,)), disable_tqdm=True)
+    n_words = len(re.split(r"\s+", text))
+    perplexity = math.exp(-loglikelihood / n_words)
+    assert math.exp(found.loss * found.n_tokens / n_words) == pytest.approx(perplexity, rel=1e-4)

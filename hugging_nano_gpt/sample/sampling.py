@@ -21,10 +21,10 @@ from transformers import (
 )
 
 from ..convert.source import load_source
-from ..errors import TokenizerError, list_some
 from ..model.configuration_nano_gpt import NanoGPTConfig
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from ..tokenization.find import load_tokenizer
+from ..tokenization.text import encode_text
 
 # What sample.py prints after each sample.
 SEPARATOR = "---------------"
@@ -105,7 +105,7 @@ class Sampler:
         Raises:
             TokenizerError: If the prompt has what the tokenizer does not know, or nothing.
         """
-        return torch.tensor([_encode(self.tokenizer, prompt)], device=self.model.device)
+        return torch.tensor([encode_text(self.tokenizer, prompt)], device=self.model.device)
 
     def seed(self, seed: int) -> None:
         """Seeds torch's global random numbers as sample.py does: random weights are drawn before the first sample."""
@@ -190,16 +190,3 @@ class _StreamWriter(TextStreamer):
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self._stream.write(f"{text}\n" if stream_end else text)
         self._stream.flush()
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    try:
-        ids = tokenizer(prompt, add_special_tokens=False).input_ids
-    except Exception as error:  # `tokenizers` raises nothing narrower, and does not say which character it was
-        unknown = sorted(set(prompt) - tokenizer.get_vocab().keys())
-        raise TokenizerError(
-            f"prompt: expected characters of the model's {len(tokenizer)}, got {list_some(unknown)}; leave them out"
-        ) from error
-    if not ids:
-        raise TokenizerError("prompt: expected at least one token, got none; give some text")
-    return ids

@@ -26,10 +26,7 @@ class Check:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields in JSON's types; an infinite difference becomes None, as JSON has no such number."""
-        fields = dict(vars(self))
-        if self.largest_difference is not None and not math.isfinite(self.largest_difference):
-            fields["largest_difference"] = None
-        return fields
+        return {**vars(self), "largest_difference": to_json_number(self.largest_difference)}
 
 
 @dataclass(frozen=True)
@@ -80,3 +77,8 @@ class VerifyReport:
         if not self.checks:
             return "NOT PROVED: there was nothing to compare with."
         return f"Equal: {len(self.checks)} of {len(self.checks)} checks passed."
+
+
+def to_json_number(number: float | None) -> float | None:
+    """Returns a number, or None in place of what JSON does not have: infinities and NaN."""
+    return number if number is not None and math.isfinite(number) else None

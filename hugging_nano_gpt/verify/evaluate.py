@@ -1,0 +1,237 @@
+"""What a model makes of all of a text: its mean loss over every token, perplexity, and bits per byte or character.
+
+Every token is scored once. The first window scores all of its tokens; each later one moves on by `stride` and scores
+that many, with the tokens before them as context: a shorter stride gives more context, and takes more time. Beside it
+stands nanoGPT's own estimate, which is of another kind: a mean over random windows, which says how far it may be off.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import default_collate
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..checkpoint.contents import NO_VAL_LOSS, TrainingState
+from ..convert.source import load_source
+from ..errors import DataError
+from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
+from ..tokenization.find import find_tokenizer_or_reason, load_tokenizer
+from ..tokenization.text import count_units, encode_text
+from .estimate import Estimate, compute_losses, estimate_loss, get_estimate_settings
+from .report import to_json_number
+
+# Windows that are read at once; compute_losses takes fewer where their logits are large.
+_N_ROWS = 16
+
+# Names of token files end so; everything else is text.
+_TOKEN_SUFFIXES = (".bin", ".npy")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model's loss over all of a text.
+
+    Args:
+        source: What was evaluated, in words.
+        data: The file.
+        stride: Tokens that each window but the first scores.
+        n_tokens: Tokens scored.
+        loss: Mean over them, in nats per token.
+        unit: "byte" or "character"; None without a tokenizer.
+        n_units: Bytes of UTF-8, or characters, of the tokens scored; special tokens count none.
+        estimate: nanoGPT's estimate on the same file; None for a text.
+        recorded: The run whose best_val_loss is compared with the estimate; None if there is none.
+        notes: What else one should know, a sentence each.
+    """
+
+    source: str
+    data: str
+    stride: int
+    n_tokens: int
+    loss: float
+    unit: str | None
+    n_units: int
+    estimate: Estimate | None
+    recorded: TrainingState | None
+    notes: tuple[str, ...]
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the loss."""
+        return torch.tensor(self.loss, dtype=torch.float64).exp().item()  # infinite where math.exp would raise
+
+    @property
+    def bits_per_unit(self) -> float | None:
+        """Bits that a coder would need for a byte or a character; None without a tokenizer."""
+        return self.loss * self.n_tokens / math.log(2) / self.n_units if self.n_units else None
+
+    def __str__(self) -> str:
+        facts = {
+            "loss": f"{self.loss:.6f} nats a token, over {self.n_tokens:,} tokens with stride {self.stride}",
+            "perplexity": f"{self.perplexity:.4f}",
+        }
+        if self.bits_per_unit is not None:
+            facts[f"bits per {self.unit}"] = f"{self.bits_per_unit:.4f}, over {self.n_units:,} {self.unit}s"
+        if self.estimate is not None:
+            facts["estimate"] = f"{self.estimate} over {self.estimate.n:,} random windows, as nanoGPT's"
+            if self.recorded is not None:
+                facts["estimate"] += f"; {self.estimate.compare(self.recorded)}"
+        width = max(map(len, facts))
+        lines = [f"{name:<{width}}  {value}" for name, value in facts.items()]
+        return "\n".join([f"{self.source} on {self.data}", *lines, *(f"note: {note}" for note in self.notes)])
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the facts as a dict of plain types, for json.dumps; what is not finite becomes None."""
+        return {
+            "source": self.source,
+            "data": self.data,
+            "loss": to_json_number(self.loss),
+            "perplexity": to_json_number(self.perplexity),
+            **({f"bits_per_{self.unit}": to_json_number(self.bits_per_unit)} if self.unit else {}),
+            "n_tokens": self.n_tokens,
+            "stride": self.stride,
+            "estimate": None if self.estimate is None else self.estimate.to_json(self.recorded),
+            "notes": list(self.notes),
+        }
+
+
+def evaluate_loss(
+    source: str | os.PathLike[str],
+    data_path: str | os.PathLike[str],
+    *,
+    stride: int | None = None,
+    eval_iters: int | None = None,
+    device: str | None = None,
+    meta_path: str | os.PathLike[str] | None = None,
+    tokenizer: str | None = None,
+    **kwargs: Any,
+) -> Evaluation:
+    """Computes a model's mean loss over all of a token file or a text, and nanoGPT's estimate of it.
+
+    A text is read after generation_config.bos_token_id, so that its first token is scored too: the newline of
+    nanoGPT's character models, <|endoftext|> of GPT-2's. The first token of a token file is only context. Logits are
+    computed in the model's dtype, losses in float32, their mean in float64.
+
+    Args:
+        source: Checkpoint file of the nanoGPT family, folder that save_pretrained wrote, or Hub id.
+        data_path: A .bin or .npy file of tokens, a folder with val.bin, or a text in UTF-8 under any other name.
+        stride: Tokens from a window to the next, 1 to block_size, which is the default.
+        eval_iters: Batches of nanoGPT's estimate, in place of the checkpoint's.
+        device: Device of torch; a GPU where there is one, by default.
+        meta_path: meta.pkl of the model's characters, in place of the tokenizer that belongs to the source.
+        tokenizer: Name, folder or Hub id of a tokenizer, in place of meta_path.
+        **kwargs: What from_nanogpt_ckpt or from_pretrained takes, such as `dtype`, `n_head`, `activation_function`.
+
+    Raises:
+        CheckpointError: If there is no whole model.
+        DataError: If the data cannot be read, hold nothing to score, or have tokens that the model does not; or the
+            stride is not one.
+        TokenizerError: If there is no tokenizer for a text, or the text has what the tokenizer does not know.
+    """
+    path = Path(data_path) / "val.bin" if Path(data_path).is_dir() else Path(data_path)
+    loaded = load_source(source, attn_implementation="sdpa", **kwargs)
+    model = loaded.model
+    stride = model.config.block_size if stride is None else stride
+    if not 1 <= stride <= model.config.block_size:
+        raise DataError(f"stride: expected 1 to block_size={model.config.block_size}, got {stride}; give one of these")
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    asked = {"meta_path": meta_path, "tokenizer": tokenizer}
+    windows, own_tokenizer, reasons = _open_windows(model, source, path, asked)
+    loss, scored = _score(model, windows, stride, path)
+    unit, n_units = (None, 0) if own_tokenizer is None else count_units(own_tokenizer, scored)
+    estimate, recorded = None, None
+    if path.suffix in _TOKEN_SUFFIXES:
+        state = model.nanogpt_training_state
+        recorded_iters, batch_size = get_estimate_settings(state)
+        estimate = estimate_loss(model, path, n_batches=eval_iters or recorded_iters, batch_size=batch_size)
+        recorded = state if path.name == "val.bin" and state.best_val_loss < NO_VAL_LOSS else None
+    return Evaluation(
+        source=f"{os.fspath(source)} ({loaded.kind})",
+        data=str(path),
+        stride=stride,
+        n_tokens=len(scored),
+        loss=loss,
+        unit=unit,
+        n_units=n_units,
+        estimate=estimate,
+        recorded=recorded,
+        notes=(*loaded.notes, *reasons),
+    )
+
+
+class _Windows(Protocol):
+    """What TokenDataset is: item i is the window that begins at token i, with its targets."""
+
+    block_size: int
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, offset: int) -> dict[str, torch.Tensor]: ...
+
+
+class _TextWindows:
+    """Every window of a text, which may be shorter than block_size."""
+
+    def __init__(self, ids: list[int], block_size: int):
+        self._ids = torch.tensor(ids)
+        self.block_size = min(block_size, len(ids) - 1)
+
+    def __len__(self) -> int:
+        return len(self._ids) - self.block_size
+
+    def __getitem__(self, offset: int) -> dict[str, torch.Tensor]:
+        window = self._ids[offset : offset + self.block_size + 1]
+        return {"input_ids": window[:-1], "shift_labels": window[1:]}
+
+
+def _open_windows(
+    model: NanoGPTLMHeadModel, source: str | os.PathLike[str], path: Path, asked: dict[str, Any]
+) -> tuple[_Windows, PreTrainedTokenizerBase | None, list[str]]:
+    """Opens a file, and finds the tokenizer of its tokens, or the reason that there is none."""
+    block_size = model.config.block_size
+    if path.suffix in _TOKEN_SUFFIXES:
+        from ..training.data import TokenDataset  # here, because that package imports Trainer
+
+        windows = TokenDataset(path, block_size)
+        tokenizer, reasons = find_tokenizer_or_reason(model, source, **asked)
+        return windows, tokenizer, [f"no bits per byte or character: {reason}" for reason in reasons]
+    text = _read_text(path)
+    tokenizer = load_tokenizer(model, source, **asked)
+    start = model.generation_config.bos_token_id
+    ids = [*([] if start is None else [start]), *encode_text(tokenizer, text, path)]
+    if len(ids) < 2:
+        raise DataError(f"{path}: nothing to score: expected two tokens or more, got {len(ids)}; give a longer text")
+    return _TextWindows(ids, block_size), tokenizer, []
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode()  # as it is: read_text would turn \r\n into \n
+    except OSError as error:
+        raise DataError(f"{path}: cannot be opened: {error.strerror}; check the path") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: expected text in UTF-8, got {error}; name a file of tokens *.bin or *.npy"
+        ) from error
+
+
+def _score(model: NanoGPTLMHeadModel, windows: _Windows, stride: int, path: Path) -> tuple[float, list[int]]:
+    """Returns the mean loss over all tokens but the first, and the tokens."""
+    begins = [*range(0, len(windows) - 1, stride), len(windows) - 1]
+    counts = [windows.block_size, *(end - begin for begin, end in pairwise(begins))]
+    total, scored = 0.0, []
+    with logging.tqdm(total=len(begins), unit="window") as bar:
+        for first in range(0, len(begins), _N_ROWS):
+            rows = slice(first, first + _N_ROWS)
+            batch = default_collate([windows[begin] for begin in begins[rows]])
+            losses = compute_losses(model, batch, path)  # (B, T)
+            for count, row, targets in zip(counts[rows], losses, batch["shift_labels"], strict=True):
+                total += row[-count:].sum().item()
+                scored += targets[-count:].tolist()
+            bar.update(len(losses))
+    return total / len(scored), scored
