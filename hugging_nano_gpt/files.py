@@ -96,7 +96,7 @@ def _choose_mode(target: Path) -> int:
 
 
 def read_umask() -> int:
-    """Returns the permissions that new files of this process do not get."""
+    """Returns the umask of this process: the permissions that its new files do not get."""
     umask = os.umask(0)
     os.umask(umask)
     return umask
@@ -125,7 +125,7 @@ def explain_failed_write(path: str | os.PathLike[str], reason: object) -> Checkp
 
 
 def check_file(path: Path, overwrite: bool) -> None:
-    """Raises ConversionError where a file is to be written and there is something, and no overwrite."""
+    """Raises ConversionError if there is something at a path, and overwrite is not given."""
     if os.path.lexists(path) and not overwrite:
         raise ConversionError(
             f"{path}: is there already: expected a new path, got a file; give another, or overwrite it (--force, "
@@ -134,7 +134,7 @@ def check_file(path: Path, overwrite: bool) -> None:
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
-    """Raises ConversionError where a folder is to be written and there is a file, or files and no overwrite."""
+    """Raises ConversionError if a folder has files in it, and overwrite is not given; or if it is a file."""
     if folder.is_dir() and not overwrite and (files := sorted(path.name for path in folder.iterdir())):
         raise ConversionError(
             f"{folder}: is not empty: expected a new or an empty folder, got {list_some(files)} in it; give another, "
@@ -146,10 +146,10 @@ def check_folder(folder: Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def open_folder(folder: Path) -> Iterator[Path]:
-    """Gives a folder beside the place of another, and moves what is in it there when the block ends.
+    """Makes a temporary folder, and puts what was written into it in its place when the block ends.
 
     Raises:
-        ConversionError: If it cannot be written.
+        ConversionError: If it cannot be written; nothing is changed then.
     """
     try:
         folder.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -178,7 +178,7 @@ def open_folder(folder: Path) -> Iterator[Path]:
 def _move_files(temporary: Path, folder: Path) -> None:
     new = {path.name for path in temporary.iterdir()}
     weights = (path for pattern in ("model*.safetensors*", "model.onnx*") for path in folder.glob(pattern))
-    stale = [path for path in weights if path.name not in new]  # of another model, or of one in more pieces
+    stale = [path for path in weights if path.name not in new]  # of an earlier model, or of one in more files
     for name in sorted(new, key=lambda name: (name == "config.json", name)):  # without it, a folder is no model
         if name != "README.md" or not (folder / name).exists():  # the card there is the user's
             (temporary / name).replace(folder / name)

@@ -23,7 +23,7 @@ PLANS = {"whole wte": {"transformer.wte": "replicate"}}  # what the package's pl
 
 
 def compute(model: NanoGPTLMHeadModel) -> dict[str, torch.Tensor]:
-    """Computes what the processes are compared by: logits, tokens past block_size, and gradients, whole."""
+    """Computes what the processes are compared by: logits, tokens past block_size, losses, and gradients, whole."""
     idx, targets = make_batch(2, 20, vocab_size=64)
     with torch.no_grad():
         computed = {"logits": model(idx).logits}
@@ -32,6 +32,9 @@ def compute(model: NanoGPTLMHeadModel) -> dict[str, torch.Tensor]:
     for name, parameter in model.named_parameters():
         grad = parameter.grad
         computed[f"{name} grad"] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+    model.config.loss_chunk_size = 7
+    computed["loss in chunks"] = model(idx, shift_labels=targets).loss.detach()
+    model.config.loss_chunk_size = None
     return computed
 
 

@@ -129,14 +129,9 @@ def test_logits_to_keep_equals_last_row_of_nanogpt_bitwise():
 CHUNKED = {"rtol": 1e-5, "atol": 0}
 
 
-@pytest.mark.parametrize("is_native", [True, False], ids=["torch's own", "recomputed"])
 @pytest.mark.parametrize("target_name", ["labels", "shift_labels"])
-@pytest.mark.parametrize("extra", [{}, {"num_items_in_batch": torch.tensor(50)}])
-def test_chunked_loss_and_gradients_equal_those_of_all_logits(monkeypatch, is_native, target_name, extra):
-    if is_native and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        pytest.skip("torch before 2.13 has none: the other way is taken, and tested")
-    if not is_native:
-        monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions", raising=False)
+@pytest.mark.parametrize("extra", [{}, {"num_items_in_batch": torch.tensor(50)}, {"num_items_in_batch": 50}])
+def test_chunked_loss_and_gradients_equal_those_of_all_logits(target_name, extra):
     model, _ = make_pair()
     idx, targets = make_batch(4, 20)
     targets[0, :7] = -1
@@ -152,12 +147,3 @@ def test_chunked_loss_and_gradients_equal_those_of_all_logits(monkeypatch, is_na
         torch.testing.assert_close(loss, results[0][0], **CHUNKED)
         for gradient, expected in zip(gradients, results[0][1], strict=True):
             assert (gradient - expected).norm() <= 1e-4 * expected.norm()
-
-
-def test_chunked_loss_is_off_by_default_and_in_eval_mode():
-    model, reference = make_pair()
-    idx, targets = make_batch(2, 16)
-    model.config.loss_chunk_size = 4
-    outputs = model.eval()(idx, shift_labels=targets)
-    assert torch.equal(outputs.loss, reference.eval()(idx, targets)[1])
-    assert outputs.logits.shape == (2, 16, 65)

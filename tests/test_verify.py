@@ -282,6 +282,14 @@ def test_other_size_is_named_with_the_tensors_it_changes(name, tmp_path):
         assert wrong["tensors"].startswith("transformer.wpe.weight: shape (32, 32) and (64, 32)")
 
 
+def test_folder_with_a_loss_in_chunks_is_compared_by_all_its_numbers(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path / "left")
+    model.config.loss_chunk_size = 8
+    model.save_pretrained(tmp_path / "right")
+    assert verify_models(tmp_path / "left", tmp_path / "right", gradients=True).is_equal
+
+
 def test_hub_id_is_loaded_by_our_class_alone(folder, monkeypatch):
     load, asked = NanoGPTLMHeadModel.from_pretrained, []
 

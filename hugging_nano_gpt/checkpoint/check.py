@@ -65,7 +65,7 @@ def find_model_faults(model_args: Mapping[str, Any], tensors: Mapping[str, torch
 
 def find_number_faults(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """Finds tensors with NaN or infinite numbers in them."""
-    # A sum is spoilt by any of them and reads each number once; only where it is spoilt every number is looked at.
+    # One NaN or infinity makes the sum so, and a sum reads each number only once. The exact test is for those alone.
     spoilt = [name for name, tensor in tensors.items() if not math.isfinite(tensor.sum(dtype=torch.float32).item())]
     spoilt = [name for name in spoilt if not tensors[name].isfinite().all()]
     return [f"model: expected finite numbers, got NaN or infinity in {list_some(spoilt)}"] if spoilt else []
@@ -87,7 +87,7 @@ def find_tying_faults(tensors: Mapping[str, torch.Tensor]) -> list[str]:
 
 
 def find_dense_faults(tensors: Mapping[str, Any]) -> list[str]:
-    """Finds what is no plain tensor in memory."""
+    """Finds tensors that are not dense, or not on the CPU."""
     odd = [name for name, tensor in tensors.items() if not _is_dense(tensor) or tensor.device.type != "cpu"]
     return [f"model: expected dense tensors on the CPU, got others as {list_some(odd)}"] if odd else []
 
@@ -97,7 +97,7 @@ def _is_dense(tensor: Any) -> bool:
 
 
 def find_oddity(tensor: torch.Tensor) -> str | None:
-    """Says what makes a tensor more than the numbers of its block in some order, if anything."""
+    """Says why a tensor cannot be read as a plain block of numbers, or returns None if it can."""
     if tensor.layout != torch.strided:
         return str(tensor.layout)
     if tensor.is_neg() or tensor.is_conj():

@@ -1,8 +1,8 @@
 """minGPT's model.pt, and any other bare state dict with nanoGPT's names: read only.
 
-There is nothing in it but tensors. Sizes are told by their shapes; the number of heads is told by nothing and has to
-be given. Mask buffers mark it as minGPT's, which computes the tanh GELU; without them it is taken for a state dict
-that somebody saved from nanoGPT.
+There is nothing in it but tensors. Their shapes give the sizes; nothing gives the number of heads, so the user has to
+say it. Mask buffers are a sign of minGPT, which computes the tanh GELU; without them it is taken for a state dict that
+somebody saved from nanoGPT.
 """
 
 from typing import Any

@@ -2,7 +2,7 @@
 
 A dict of model, optimizer, model_args, iter_num, best_val_loss and config. Only model and model_args must be there:
 the first version had no more than four of them, and people strip files to make them smaller. What a file does not
-record is told by its tensors (vocab_size, bias) or by its age (the GELU).
+record is found in its tensors (vocab_size, bias) or follows from its age (the GELU).
 """
 
 from collections import OrderedDict
@@ -131,7 +131,7 @@ def _complete_model_args(
 def _tell_age(
     recorded: Mapping[str, Any], names: CleanNames, optimizer: OptimizerState | None
 ) -> tuple[str, str, str]:
-    """Returns the era, its GELU (exact since f08abb45, 2023-06-14; the tanh formula before), and what tells them."""
+    """Returns the era, its GELU (exact since f08abb45, 2023-06-14; the tanh formula before), and the sign of it."""
     tanh = "tanh GELU, as nanoGPT computed when"
     if "bias" not in recorded:
         return "before 2023-01-27", "gelu_new", f"{tanh} model_args had no bias (before 2023-01-27)"

@@ -32,13 +32,14 @@ def read_checkpoint(
     """Reads a checkpoint of the nanoGPT family into memory: nanoGPT of any age, minGPT, build-nanogpt or llm.c.
 
     Tensors come bit for bit as they are in the file. Nothing in the file is executed, and its checksums are compared
-    (llm.c's files have none). What kind it is, is told by its contents and not by its name.
+    (llm.c's files have none). The kind of file is recognised by its contents, not by its name.
 
     Args:
         path: Path of the file.
         n_head: Number of heads, for a bare state dict such as minGPT's, which does not record it.
-        activation_function: Activation in place of the one that the file's age tells (docs/checkpoint-format.md).
-        tie_word_embeddings: Whether lm_head is the token embedding, in place of whether the two are equal.
+        activation_function: Activation, instead of the one that follows from the file's age
+            (docs/checkpoint-format.md).
+        tie_word_embeddings: Whether lm_head is the token embedding; by default it is if the two are equal.
         with_optimizer: Whether to read the optimizer state too, which is two thirds of a nanoGPT file. Without it,
             `training_state.optimizer` is None and neither time nor memory is spent on it.
 
@@ -135,7 +136,7 @@ def _settle_tying(checkpoint: Checkpoint, wanted: bool | None) -> Checkpoint:
 
 
 def _find_state_faults(state: TrainingState) -> list[str]:
-    """Finds what of a training state would not be read back as it is."""
+    """Finds the parts of a training state that would not be read back as they are."""
     expected = {"iter_num": int, "best_val_loss": float, "config": dict}
     faults = [
         f"{name}: expected {kind.__name__}, got {type(getattr(state, name)).__name__}"

@@ -1,7 +1,7 @@
 """nanoGPT's tensors: the one table of their names, shapes and order (model.py @ 3adf61e).
 
-Model, readers and writers all use these names unchanged, so there is no name map to invert. What torch wraps around
-the names, and the buffers that are no parameters, are taken off on the way in.
+Model, readers and writers all use these names unchanged, so there is no name map to invert. When a file is read,
+prefixes that torch puts before the names are removed, and buffers that are no parameters are left out.
 """
 
 import math
@@ -42,7 +42,7 @@ def iterate_shapes(model_args: Mapping[str, Any]) -> Iterator[tuple[str, tuple[i
 
 
 def infer_model_args(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Returns the model_args that the tensors tell, as far as they are there: all but n_head and dropout."""
+    """Returns the model_args that can be read off the tensors that are there: all but n_head and dropout."""
     model_args: dict[str, Any] = {}
     for arg, name, dimension in (
         ("vocab_size", "transformer.wte.weight", 0),
@@ -87,7 +87,7 @@ class CleanNames:
 
 
 def strip_wrappers(name: str) -> str:
-    """Takes what torch.compile and DistributedDataParallel put before a name off it."""
+    """Removes what torch.compile and DistributedDataParallel put before a name."""
     while name.startswith(_WRAPPER_PREFIXES):
         for prefix in _WRAPPER_PREFIXES:
             name = name.removeprefix(prefix)
@@ -95,7 +95,7 @@ def strip_wrappers(name: str) -> str:
 
 
 def clean_names(state_dict: Mapping[Any, Any]) -> CleanNames:
-    """Takes off wrapper prefixes, in front of the name only, and leaves out mask buffers, by their exact name."""
+    """Removes wrappers' prefixes, at the start of a name only, and leaves out mask buffers, by their exact name."""
     tensors: dict[str, torch.Tensor] = {}
     has_masks = False
     faults = []

@@ -1,8 +1,8 @@
 """Stock GPT-2's layout: nanoGPT models as folders that GPT2LMHeadModel loads without remote code, and the way in.
 
-The tensors have the same names on both sides. GPT-2 keeps four weights of each layer transposed (its Conv1D), which is
-its own inverse, and always has biases: where the model has none they are zeros here. The function is the same then,
-but GPT-2 trains them, so the form of a model without biases is for inference (docs/exporting.md).
+The tensors have the same names on both sides. GPT-2 keeps four weights of each layer transposed (its Conv1D); to
+transpose them again is the way back. GPT-2 always has biases: where the model has none, they are zeros here. The
+function is the same then, but training would change them, so this is for inference (docs/exporting.md).
 
 Sources: nanoGPT's from_pretrained (model.py @ 3adf61e); Transformers' models/gpt2 and Conv1D.
 """
@@ -32,7 +32,8 @@ from .tensors import check_tensors, export_state_dict, list_args, select_tensors
 
 logger = logging.get_logger(__name__)
 
-# Conv1D's, (n_in, n_out) where nn.Linear has (n_out, n_in). By name: attn.c_proj is square, its shape tells nothing.
+# Conv1D's weights, (n_in, n_out) where nn.Linear has (n_out, n_in). They are listed by name, because attn.c_proj is
+# square: its shape does not show whether it is transposed.
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 # Of every LayerNorm of nanoGPT.
@@ -187,7 +188,7 @@ def _make_config(where: str, gpt2: PreTrainedConfig, dropout: float | None) -> N
 
 
 def _transpose(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Turns nn.Linear's weights into Conv1D's, and those into these."""
+    """Transposes the weights that differ: from nn.Linear's layout to Conv1D's, or back."""
     return {name: t.t().contiguous() if name.endswith(_TRANSPOSED) else t for name, t in tensors.items()}
 
 
@@ -220,7 +221,7 @@ def _check_options(where: str, config: PreTrainedConfig, dropout: float | None) 
 
 
 def _settle_bias(where: str, tensors: Mapping[str, torch.Tensor], bias: bool | None, was_without: bool) -> bool:
-    """Returns whether the model gets biases, and sees that none is dropped that is not zero."""
+    """Returns whether the model gets biases; refuses to drop biases that are not zero."""
     trained = [name for name, tensor in tensors.items() if name.endswith(".bias") and tensor.any()]
     if bias is False and trained:
         raise ConversionError(

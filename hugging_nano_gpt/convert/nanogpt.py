@@ -158,7 +158,7 @@ def _select_tensors(model_class: type[PreTrainedModel], checkpoint: Checkpoint) 
 
 
 def _set_special_tokens(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """Lets generate() start without a prompt, stop where the vocabulary has an end of text, and never pad."""
+    """Lets generate() start without a prompt, stop at an end of text if there is one, and never draw a padding row."""
     settings, vocab_size = model.generation_config, checkpoint.model_args["vocab_size"]
     n_tokens = checkpoint.n_tokens or vocab_size
     if vocab_size in GPT2_VOCAB_SIZES:

@@ -37,7 +37,7 @@ def load_whole_model(
     Args:
         model_class: Class of the model.
         source: Folder or Hub id.
-        check: Raises what it has against the configuration, before any tensor is fetched.
+        check: Called with the configuration before any tensor is fetched, to raise if it does not suit.
         **kwargs: What from_pretrained takes; the dtype is that of the files by default.
 
     Raises:
@@ -64,7 +64,7 @@ def load_whole_model(
 def _check_model_type(
     model_class: type[PreTrainedModel], source: str | os.PathLike[str], fields: dict[str, Any]
 ) -> None:
-    """Refuses what from_pretrained would load as another model than the one in the files."""
+    """Refuses another kind of model, which from_pretrained would load as if it were this one."""
     expected, model_type = model_class.config_class.model_type, fields.get("model_type")
     if not fields and (Path(source) / "ckpt.pt").is_file():
         raise CheckpointError(
@@ -80,7 +80,7 @@ def _check_model_type(
 
 
 def _check_numbers(source: str | os.PathLike[str], fields: dict[str, Any]) -> None:
-    """Refuses what from_pretrained would load as other numbers than a model's own."""
+    """Refuses a quantised model: its numbers are rounded, and no longer the model's own."""
     if fields.get("quantization_config"):
         raise CheckpointError(
             f"{source}: quantised: expected the model's own numbers, got a quantization_config; give the model that "

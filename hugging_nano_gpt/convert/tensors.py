@@ -50,7 +50,7 @@ def check_tensors(where: str, config: NanoGPTConfig, tensors: Mapping[str, torch
 def select_tensors(
     tensors: Mapping[str, torch.Tensor], model_args: Mapping[str, Any], is_tied: bool
 ) -> dict[str, torch.Tensor]:
-    """Returns the tensors that a model of these model_args saves: with zeros for biases that are not there."""
+    """Returns the tensors that a model of these model_args saves, with zeros where the biases are missing."""
     dtype = tensors["transformer.wte.weight"].dtype
     return {
         name: tensors[name] if name in tensors else torch.zeros(shape, dtype=dtype)
@@ -60,7 +60,7 @@ def select_tensors(
 
 
 def refuse_changed_layers(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
-    """Refuses layers that clients put in place of nanoGPT's, with the way out: their names alone would not tell it."""
+    """Refuses layers that PEFT, torchao or bitsandbytes put in place of nanoGPT's, and says what to do."""
     # PEFT wraps what it adapts: base_layer in its own layers, original_module around layers that it trains whole.
     inner = ("base_layer", "original_module")
     adapted = [parent for parent, _, name in (n.rpartition(".") for n, _ in model.named_modules()) if name in inner]

@@ -27,21 +27,21 @@ from .gguf_vocabulary import add_vocabulary
 if TYPE_CHECKING:
     import gguf
 
-# By the names that llama.cpp's converter takes: what general.file_type says, and the largest number of each. q8_0 has
-# 127 steps of a float16 in both directions.
+# By the names that llama.cpp's converter takes: the value of general.file_type, and the largest number that fits. q8_0
+# stores whole numbers up to 127, times a float16.
 _FILE_TYPES = {
     "f32": ("ALL_F32", torch.finfo(torch.float32).max),
     "f16": ("MOSTLY_F16", torch.finfo(torch.float16).max),
     "q8_0": ("MOSTLY_Q8_0", 127 * torch.finfo(torch.float16).max),
 }
 
-# What llama.cpp's converter keeps in float32 whatever the type, beside all that has one dimension.
+# llama.cpp's converter keeps this in float32 whatever the type, and every tensor of one dimension.
 _ALWAYS_F32 = "position_embd.weight"
 
 # The weights that share a scale in q8_0; rows that are no multiple of it stay float16, as in llama.cpp's converter.
 _Q8_0_BLOCK = 32
 
-# llama.cpp gives a context room for so many tokens at a time, and looks for positions beyond the model's last.
+# llama.cpp rounds the length of its context up to a multiple of this, and may read positions that the model lacks.
 _CONTEXT_STEP = 256
 
 # Tokens that the model writes to compare two GELUs on.

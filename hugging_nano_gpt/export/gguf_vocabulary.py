@@ -1,9 +1,9 @@
 """A tokenizer as the part of a GGUF file from which llama.cpp makes its own.
 
-Byte-level BPE is llama.cpp's "gpt2". Characters are its "rwkv", which takes the longest token that the text goes on
-with. They cannot be "gpt2" or "llama" there: those have an end of text whether the file names one or not (token 11 or
-2), and a character that ends the text would be one that the model can never write. "rwkv" has a trap of its own
-(_find_traps), out of which rows of the model that no token has lead.
+Byte-level BPE is llama.cpp's "gpt2". A character table is its "rwkv", which always takes the longest token that fits.
+"gpt2" and "llama" do not do for characters: where the file names no end of text, they take token 11 or 2 for it, and
+the model could never write that character. "rwkv" can hang on bytes that no token has (_find_traps); rows of the model
+that no token uses are a way out.
 
 Source: llama.cpp's src/llama-vocab.cpp, as in llama-cpp-python 0.3.36.
 """
@@ -175,9 +175,10 @@ def _add_special_tokens(
 
 
 def _find_traps(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Finds the bytes that lead into longer tokens and are none themselves.
+    """Finds the bytes that begin longer tokens and are no tokens themselves.
 
-    After one of them "rwkv" has to find a whole token, or else starts again from the beginning of the text, for ever.
+    After such a byte "rwkv" must find the rest of a token. If it does not, it goes back to the beginning of the text,
+    for ever.
     """
     spelt = [token.encode() for token in tokenizer.get_vocab()]
     return sorted({each[0] for each in spelt if len(each) > 1} - {each[0] for each in spelt if len(each) == 1})

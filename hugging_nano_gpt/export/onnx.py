@@ -227,7 +227,7 @@ def _write(model: Any, folder: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps to itself what the exporter says to its developers."""
+    """Silences what the exporter tells its own developers."""
     levels = {logger: logger.level for logger in map(logging.getLogger, ("torch.onnx", "onnx_ir"))}
     for logger in levels:  # that torchvision is not installed, and that weights which are inputs are not merged
         logger.setLevel(logging.ERROR)

@@ -34,8 +34,8 @@ class NanoGPTConfig(PreTrainedConfig):
         activation_function: "gelu" (exact, nanoGPT since 2023-06-14), "gelu_new" (tanh, older nanoGPT, minGPT,
             llm.c) or "gelu_pytorch_tanh" (tanh, build-nanogpt).
         tie_word_embeddings: Whether lm_head is the token embedding, as in nanoGPT since 2023-01-14.
-        loss_chunk_size: Tokens whose logits are in memory at once while training; None for all, which is nanoGPT's way
-            and bit for bit its loss. With a vocabulary of 50304 the logits are most of the memory of a step.
+        loss_chunk_size: Tokens whose logits are in memory at once where a loss is computed; None for all, which is
+            nanoGPT's way and bit for bit its loss. With a vocabulary of 50304 the logits are most of a step's memory.
         use_cache: Whether a forward pass in eval mode returns its keys and values.
         bos_token_id: First token of a document, if the vocabulary has one.
         eos_token_id: Token that ends a document, if the vocabulary has one.

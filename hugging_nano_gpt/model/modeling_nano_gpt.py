@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -397,7 +398,8 @@ class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, NanoGPTWayBackMixin, NanoGPTGen
 
         Returns:
             loss (mean cross-entropy in nats, float32), logits (B, T or kept, V), past_key_values, and the recorded
-            hidden_states and attentions. With config.loss_chunk_size, a training step with labels has no logits.
+            hidden_states and attentions. With config.loss_chunk_size and labels there are no logits, in evaluation
+            neither. A loss_function set on the model gets all logits.
         """
         outputs: BaseModelOutputWithPast = self.transformer(
             input_ids=input_ids,
@@ -411,19 +413,24 @@ class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, NanoGPTWayBackMixin, NanoGPTGen
         )
         logits, loss = None, None
         has_labels = labels is not None or shift_labels is not None
-        if has_labels and self.training and self.config.loss_chunk_size is not None:
-            loss = self._compute_chunked_loss(outputs.last_hidden_state, labels, shift_labels, **kwargs)
+        is_nanogpt_loss = has_labels and self.loss_function is ForCausalLMLoss  # no other one or loss_type was set
+        if is_nanogpt_loss and self.config.loss_chunk_size is not None:
+            targets = _find_targets(labels, shift_labels, **kwargs)
+            loss = self._compute_chunked_loss(outputs.last_hidden_state, targets, **kwargs)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(outputs.last_hidden_state[:, kept, :])  # (B, T or kept, V)
-        if has_labels and loss is None:
-            loss = self.loss_function(
-                logits=logits,
-                labels=_ignore_minus_one(labels),
-                shift_labels=_ignore_minus_one(shift_labels),
-                vocab_size=self.config.vocab_size,
-                **kwargs,
-            )
+        if has_labels and logits is not None:
+            if is_nanogpt_loss:
+                loss = _compute_loss(logits, _find_targets(labels, shift_labels, **kwargs), **kwargs)
+            else:
+                loss = self.loss_function(
+                    logits=logits,
+                    labels=_ignore_minus_one(labels),
+                    shift_labels=_ignore_minus_one(shift_labels),
+                    vocab_size=self.config.vocab_size,
+                    **kwargs,
+                )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -435,27 +442,22 @@ class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, NanoGPTWayBackMixin, NanoGPTGen
     def _compute_chunked_loss(
         self,
         hidden_states: torch.Tensor,  # (B, T, C)
-        labels: torch.Tensor | None,
-        shift_labels: torch.Tensor | None,
+        targets: torch.Tensor,  # (B * T)
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Computes the loss some tokens at a time, so that no more than their logits is ever in memory."""
-        if labels is not None and shift_labels is None:
-            shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
-        assert shift_labels is not None  # forward calls this with one of the two
-        targets = shift_labels.masked_fill(shift_labels == -1, -100).reshape(-1).to(hidden_states.device)  # (B * T)
-        rows = hidden_states.reshape(-1, hidden_states.shape[-1])  # (B * T, C)
-        size, weight = self.config.loss_chunk_size, self.lm_head.weight
-        if hasattr(nn, "LinearCrossEntropyOptions") and not torch.is_autocast_enabled(rows.device.type):
-            # Gradients in the forward pass, and no second one; the chunk size it picks itself was 8 times slower.
-            options = nn.LinearCrossEntropyOptions(batch_chunk_size=size)
-            loss = nn.functional.linear_cross_entropy(rows, weight, targets, reduction="sum", options=options)
-        else:  # torch before 2.13: each chunk's logits are computed again in the backward pass
-            pieces = zip(rows.split(size), targets.split(size), strict=True)
-            sums = [checkpoint(_sum_cross_entropy, piece, weight, kept, use_reentrant=False) for piece, kept in pieces]
-            loss = torch.stack(sums).sum()
-        return loss / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+        def sum_losses(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            # The head is called as the module it is: an adapter, hooks and sharding are part of it.
+            return _compute_loss(self.lm_head(rows), targets, num_items_in_batch=1)
+
+        rows, targets = hidden_states.flatten(0, 1), targets.to(hidden_states.device)
+        size = self.config.loss_chunk_size
+        # checkpoint lets go of a chunk's logits, and computes them again in the backward pass.
+        pieces = zip(rows.split(size), targets.split(size), strict=True)
+        loss = torch.stack([checkpoint(sum_losses, *piece, use_reentrant=False) for piece in pieces]).sum()
+        return _divide(loss, (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 class NanoGPTForSequenceClassification(NanoGPTPreTrainedModel):
@@ -572,12 +574,42 @@ def _refuse_filled_cache(model: nn.Module, cache: Cache | None) -> None:
         )
 
 
-def _sum_cross_entropy(rows: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    logits = nn.functional.linear(rows, weight).float()
-    return nn.functional.cross_entropy(logits, targets, reduction="sum")
+def _compute_loss(
+    logits: torch.Tensor,  # (B, T, V) or (N, V)
+    targets: torch.Tensor,  # (B * T) or (N)
+    num_items_in_batch: torch.Tensor | int | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Computes nanoGPT's loss by nanoGPT's own call, where Transformers' ForCausalLMLoss first makes logits float32.
+
+    That copy is memory and time, and other numbers: under autocast on CUDA nanoGPT's log-probabilities are rounded to
+    the logits' dtype. Half-precision logits without autocast are made float32 here too: nanoGPT, which has float32
+    weights, has no such run to be equal to.
+    """
+    if logits.dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(logits.device.type):
+        logits = logits.float()
+    logits, targets = logits.reshape(-1, logits.shape[-1]), targets.to(logits.device)
+    if num_items_in_batch is None:
+        return nn.functional.cross_entropy(logits, targets)
+    return _divide(nn.functional.cross_entropy(logits, targets, reduction="sum"), num_items_in_batch)
 
 
-def _ignore_minus_one(labels: torch.Tensor | None) -> torch.Tensor | None:
+def _divide(loss: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
+    return loss / (count.to(loss.device) if isinstance(count, torch.Tensor) else count)
+
+
+def _find_targets(
+    labels: torch.Tensor | None, shift_labels: torch.Tensor | None, ignore_index: int = -100, **kwargs: Any
+) -> torch.Tensor:
+    """Returns the token that each position shall predict, (B * T), or -100."""
+    if shift_labels is None:
+        assert labels is not None  # forward calls this with one of the two
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    targets = _ignore_minus_one(shift_labels).reshape(-1)
+    return targets if ignore_index == -100 else targets.masked_fill(targets == ignore_index, -100)
+
+
+def _ignore_minus_one(labels: Any) -> Any:
     """Turns nanoGPT's ignore index -1 into Transformers' -100."""
     return None if labels is None else labels.masked_fill(labels == -1, -100)
 

@@ -63,7 +63,7 @@ def _check_gradio() -> None:
 
 
 def _check_port(port: int) -> None:
-    """Raises PlaygroundError where nobody can listen: Gradio would say so only after the model is loaded."""
+    """Raises PlaygroundError if the port is taken; Gradio would find out only after the model is loaded."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

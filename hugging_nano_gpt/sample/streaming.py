@@ -20,7 +20,7 @@ _DRAWING = threading.Lock()
 
 @dataclass(frozen=True)
 class Step:
-    """What there is after a token was drawn.
+    """A token that was drawn, and what it was drawn from.
 
     Args:
         idx: The ids of the prompt and of all that was drawn.

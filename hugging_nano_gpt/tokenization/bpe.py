@@ -29,8 +29,8 @@ END_OF_TEXT = "<|endoftext|>"
 # The two names that GPT-2 has on the Hub.
 _GPT2_REPOSITORIES = ("openai-community/gpt2", "gpt2")
 
-# Characters on which two readings of a pattern part ways: spaces and line ends of every kind, digits and letters in
-# and out of ASCII, joiners, marks, characters whose case folds to two.
+# Characters that two regex engines may treat differently: spaces and line ends of every kind, digits and letters in
+# and out of ASCII, joiners, marks, characters that become two in lower case.
 _PROBES = (
     "  \n\n\r\t\x0b\x0c\x00\x1c\x7f\x85\xa0\u2028\u3000abcstdlrveSTDLmM''1234567890\xb2\xbd\u0663.,!?/-_\xe9\xdf\u0131"
     "\u017f\u212a\u01c5\u02b0\u4e2d\u6587\u0301\u200d\u200c\ufe0f\U0001f642\U0001f44d\U0001f3fd\ufb05\ufb00\u0149"
@@ -147,7 +147,7 @@ def _build_backend(encoding: "tiktoken.Encoding") -> Tokenizer:
             f"change the encoding"
         )
     merges = {token: _find_merge(token, ranks) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1}
-    # A token that merging never arrives at is used only for a piece of text that is all of it.
+    # A token that no merges lead to is used only where a whole piece of text is that token.
     has_unreachable = None in merges.values()
     pairs = [(_spell(merge[0], spellings), _spell(merge[1], spellings)) for merge in merges.values() if merge]
     backend = Tokenizer(models.BPE({**vocabulary, **special_tokens}, pairs, ignore_merges=has_unreachable))

@@ -19,7 +19,7 @@ from .bpe import wrap_backend
 
 _LARGEST_BYTES = 64 << 20  # every character of Unicode, both ways, takes 18 MB
 
-# `tokenizers` raises "Unk token `...` not found in the vocabulary": these are the only words of it that are ours.
+# `tokenizers` raises "Unk token `...` not found in the vocabulary". Only the words in the middle can be chosen.
 _NO_UNKNOWN = "(for a character that is not in the model's alphabet)"
 
 
@@ -164,7 +164,7 @@ def _check_characters(where: str, table: CharacterTable) -> None:
 
 
 def _extract_table(where: str, tokenizer: PreTrainedTokenizerBase) -> CharacterTable:
-    """Returns the table that a tokenizer is, found out by what it does and not by how it was made."""
+    """Returns the character table of a tokenizer, which is judged by what it does and not by how it was made."""
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
     characters = tuple(by_id.get(index, "") for index in range(len(by_id)))
     odd = [token for token in characters if len(token) != 1]

@@ -55,7 +55,7 @@ def find_tokenizer(
 
 
 def _is_folder_name(name: Any) -> bool:
-    """Says whether a name from a file that is not trusted stays in the folder it is looked up in."""
+    """Tells whether a name, from a file that is not trusted, is that of a folder and no path to another place."""
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
 
 

@@ -136,7 +136,7 @@ def _explain(left: Tensors, right: Tensors, different: list[str]) -> list[str]:
 
 
 def _find_moved_layers(left: Tensors, right: Tensors, different: list[str]) -> tuple[list[str], set[str]]:
-    """Finds layers of the left that are whole another layer of the right; returns sentences and their tensors."""
+    """Finds layers that stand at another place on the right; returns sentences, and the names of their tensors."""
     matches = [match for match in map(_LAYER.fullmatch, different) if match]
     affected = list(dict.fromkeys(match[1] for match in matches))  # in the model's order
     suffixes = [match[2] for match in map(_LAYER.fullmatch, left) if match and match[1] == "transformer.h.0"]

@@ -84,6 +84,7 @@ class Side:
 def load_side(source: str | os.PathLike[str], **reading: Any) -> Side:
     """Loads what a user names, as load_source does."""
     side = Side(os.fspath(source), load_source(source, attn_implementation="sdpa", **reading))
+    side.model.config.loss_chunk_size = None  # a folder's own would leave no logits to compare
     with torch.no_grad():
         for parameter in side.model.parameters():
             # To where torch allocates: safetensors maps tensors at any address, and a matrix library may order its
