@@ -5,27 +5,29 @@ optimizer's groups, the schedule. Everything else is Trainer's: devices, precisi
 replay of a recorded nanoGPT run ends at the same bits.
 """
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from ..checkpoint.contents import TrainingState
 from ..convert.nanogpt import save_model
 from .data import NANOGPT_SEED, RandomOffsetSampler, TokenDataset, check_ids, collate_windows
+from .drawing import BatchesInTurn, DrawnBatches, make_random_state, read_next_batch, write_next_batch
+from .evaluation import estimate_losses
 from .optimizer import load_moments, make_optimizer, read_optimizer
 from .schedule import NanoGPTSchedule
 
 # nanoGPT's number of batches for an estimate of the loss (train.py @ 3adf61e).
 _EVAL_ITERS = 200
-
-# Far from the seeds of training, rank by rank, so that evaluation does not see the windows that it trains on first.
-_EVAL_SEED = NANOGPT_SEED + 1_000_000
 
 
 class NanoGPTTrainer(Trainer):
@@ -38,7 +40,10 @@ class NanoGPTTrainer(Trainer):
         eval_dataset: Windows of val.bin; with it, evaluate() estimates both losses as nanoGPT does.
         training_state: Where the run stands: iter_num, best_val_loss, config and, to go on as if nothing had
             happened, the optimizer's moments. By default what the model remembers, without moments.
-        train_batch_sampler: Yields the offsets of each micro-step's batch; nanoGPT's random ones by default.
+        train_batch_sampler: Yields the offsets of each micro-step's batch. By default they are drawn as train.py draws
+            them, from torch's global generator.
+        random_state: State of torch's CPU generator when the run begins; by default train.py's, after it has seeded it
+            and made a model of this configuration: see make_random_state.
         **kwargs: Passed to Trainer.
     """
 
@@ -54,11 +59,13 @@ class NanoGPTTrainer(Trainer):
         eval_dataset: TokenDataset | None = None,
         training_state: TrainingState | None = None,
         train_batch_sampler: Any = None,
+        random_state: torch.Tensor | None = None,
         **kwargs: Any,
     ):
         remembered = getattr(model, "nanogpt_training_state", TrainingState())
         self.training_state: TrainingState = remembered if training_state is None else training_state
         self._train_batch_sampler = train_batch_sampler
+        self._random_state = random_state
         super().__init__(
             model=model,
             args=args,
@@ -67,6 +74,9 @@ class NanoGPTTrainer(Trainer):
             data_collator=collate_windows,
             **kwargs,
         )
+        batch_size, vocab_size = self.args.per_device_train_batch_size, model.config.vocab_size
+        self._batches = DrawnBatches(train_dataset, batch_size, vocab_size, self.args.device)
+        self.add_callback(_DrawingCallback(self))
 
     @property
     def iter_num(self) -> int:
@@ -75,26 +85,46 @@ class NanoGPTTrainer(Trainer):
 
     @property
     def best_val_loss(self) -> float:
-        """Lowest validation loss so far, in nats per token, of the training state and all evaluations since."""
-        logged = (entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry)
-        return min([self.training_state.best_val_loss, *logged])
+        """Validation loss in nats per token, as train.py keeps it: the lowest, or the last if it saves at each."""
+        best = self.training_state.best_val_loss
+        is_last_kept = self.config.get("always_save_checkpoint", True)
+        for entry in self.state.log_history:
+            if "eval_loss" in entry and (is_last_kept or entry["eval_loss"] < best):
+                best = entry["eval_loss"]
+        return best
 
     @property
     def config(self) -> Mapping[str, Any]:
         """train.py's settings."""
         return self.training_state.config
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains as Trainer does; each process with dropout masks of its own, as in nanoGPT."""
-        if self.args.world_size > 1:
-            torch.manual_seed(NANOGPT_SEED + self.args.process_index)
-        return super().train(*args, **kwargs)
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains as Trainer does; random numbers are drawn as in train.py, by each process its own."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+        self._resumed_from = resume_from_checkpoint or None
+        return super().train(self._resumed_from, *args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Serves each process its own random windows, as nanoGPT does, without sharding them again."""
+        """Serves the given batches. Those that are drawn come from get_batch_samples, and this says their number."""
         n_batches = self.args.max_steps * self.args.gradient_accumulation_steps
-        sampler = self._train_batch_sampler or self._make_sampler(self.train_dataset, n_batches)
+        sampler = self._train_batch_sampler or RandomOffsetSampler(
+            self.train_dataset, self.args.per_device_train_batch_size, n_batches, rank=self.args.process_index
+        )
         return self._make_loader(self.train_dataset, sampler)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[Any, Any]:
+        """Serves the micro-steps' batches of an update; drawn ones in turn, as each is drawn after a forward pass."""
+        if self._train_batch_sampler is not None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        return BatchesInTurn(self._batches, num_batches), None
+
+    def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Computes the loss as Trainer does, then draws the next batch, before the backward pass as train.py does."""
+        loss = super().compute_loss(model, *args, **kwargs)
+        if model.training and self._train_batch_sampler is None:
+            self._batches.draw()
+        return loss
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Makes nanoGPT's optimizer, with the moments of the training state if it has any."""
@@ -125,11 +155,19 @@ class NanoGPTTrainer(Trainer):
     ) -> dict[str, float]:
         """Estimates the losses as nanoGPT's estimate_loss does: the mean over eval_iters random batches.
 
+        During training the batches are drawn in train.py's turn. At other times they are those of train.py's first
+        evaluation, and torch's generator stays as it is. Every process has to call this.
+
         Returns:
             eval_loss, and the same numbers under nanoGPT's names: train/loss and val/loss; in nats per token.
         """
         datasets = {"train": self.train_dataset, "val": eval_dataset or self.eval_dataset}
-        losses = {split: self._estimate_loss(dataset) for split, dataset in datasets.items() if dataset is not None}
+        datasets = {split: dataset for split, dataset in datasets.items() if dataset is not None}
+        with contextlib.nullcontext() if self.is_in_train else torch.random.fork_rng(devices=[]):
+            if not self.is_in_train:
+                self._begin_drawing()
+            n_batches = self.config.get("eval_iters", _EVAL_ITERS)
+            losses = estimate_losses(self, datasets, n_batches, self.args.per_device_train_batch_size)
         metrics = {f"{split}/loss": loss for split, loss in losses.items()}
         metrics[f"{metric_key_prefix}_loss"] = losses.get("val", losses["train"])
         self.log({**metrics, "iter": self.iter_num})
@@ -159,22 +197,12 @@ class NanoGPTTrainer(Trainer):
         }
         return {**self.config, **arguments}
 
-    def _estimate_loss(self, dataset: TokenDataset) -> float:
-        model = self.model_wrapped if self.is_fsdp_enabled else self.model
-        was_training = model.training
-        model.eval()
-        sampler = self._make_sampler(dataset, self.config.get("eval_iters", _EVAL_ITERS), _EVAL_SEED)
-        losses = []
-        for batch in self._make_loader(dataset, sampler):
-            with self.compute_loss_context_manager():
-                losses.append(model(**self._prepare_inputs(batch), use_cache=False).loss)
-        model.train(was_training)
-        mean = torch.stack(losses).mean()
-        return float(self.accelerator.gather(mean).mean())
-
-    def _make_sampler(self, dataset: TokenDataset, n_batches: int, seed: int = NANOGPT_SEED) -> RandomOffsetSampler:
-        batch_size = self.args.per_device_train_batch_size
-        return RandomOffsetSampler(dataset, batch_size, n_batches, seed, self.args.process_index)
+    def _begin_drawing(self) -> None:
+        """Brings torch's CPU generator to where it is when train.py has drawn its first batch, and draws that."""
+        if self._random_state is None:
+            self._random_state = make_random_state(self.model.config, self.args.process_index)
+        torch.set_rng_state(self._random_state)
+        self._batches.draw()
 
     def _make_loader(self, dataset: TokenDataset, batch_sampler: Any) -> DataLoader:
         return DataLoader(
@@ -183,6 +211,7 @@ class NanoGPTTrainer(Trainer):
             collate_fn=partial(
                 _collate_checked, vocab_size=self.model.config.vocab_size, where=getattr(dataset, "path", dataset)
             ),
+            generator=torch.Generator(),  # or an iterator of the loader would draw its seed from the global one
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
@@ -194,6 +223,30 @@ def _collate_checked(
     batch = collate_windows(windows)
     check_ids(batch, vocab_size, where)
     return batch
+
+
+class _DrawingCallback(TrainerCallback):
+    """Begins a run with train.py's random numbers, and keeps the batch that is drawn when Trainer saves.
+
+    Trainer's checkpoints hold the state of the generators; the batch that comes next was drawn before an evaluation.
+    """
+
+    def __init__(self, trainer: NanoGPTTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        if trainer._resumed_from is not None:  # Trainer itself sets the generators' states
+            offsets = read_next_batch(Path(trainer._resumed_from), args.process_index, args.world_size)
+            if trainer._train_batch_sampler is None:
+                trainer._batches.choose(offsets)
+            return
+        torch.manual_seed(NANOGPT_SEED + args.process_index)  # the accelerator's generators, for dropout
+        trainer._begin_drawing()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        write_next_batch(folder, self.trainer._batches.offsets, args.process_index, args.world_size)
 
 
 class NanoGPTCheckpointCallback(TrainerCallback):
