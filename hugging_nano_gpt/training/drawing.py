@@ -86,7 +86,7 @@ class DrawnBatches:
 
 
 class BatchesInTurn:
-    """The micro-steps' batches of an update, each given when its turn comes and not before: Trainer asks for a list."""
+    """The batches of an update, each given when its turn comes and not before: Trainer asks for a list."""
 
     def __init__(self, batches: DrawnBatches, count: int):
         self.batches = batches

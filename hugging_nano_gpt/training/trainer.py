@@ -102,7 +102,7 @@ class NanoGPTTrainer(Trainer):
         """Trains as Trainer does; random numbers are drawn as in train.py, by each process its own."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-        self._resumed_from = resume_from_checkpoint or None
+        self._resumed_from: Any = resume_from_checkpoint or None
         return super().train(self._resumed_from, *args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
