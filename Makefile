@@ -46,7 +46,6 @@ newest oldest:
 
 clients: $(CLIENTS_READY)
 	$(CLIENTS_VENV)/bin/python -m pytest tests/test_quantization.py tests/test_lm_eval.py tests/test_peft.py
-	$(CLIENTS_VENV)/bin/python -m pytest tests/test_examples.py -k "quantize or evaluate"
 
 exports: $(EXPORTS_READY)
 	$(EXPORTS_VENV)/bin/python -m pytest -m "slow or not slow" tests/test_gguf.py tests/test_gguf_vocabulary.py tests/test_llama_cpp.py tests/test_onnx.py tests/test_onnx_runtime.py tests/test_playground.py

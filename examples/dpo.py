@@ -6,44 +6,53 @@ that the demo model is sure of, rejected are less sure ones.
 Run: python examples/dpo.py [out-example] [--full], with pip install ".[trl]"
 """
 
+from pathlib import Path
+
 from trl import DPOConfig, DPOTrainer
 from trl_setup import ARGUMENTS, conclude, load_tokenizer, parse_command, sample_pairs
 
 from hugging_nano_gpt import NanoGPTLMHeadModel
 from hugging_nano_gpt.demo import CKPT_PATH
 
-command = parse_command(__doc__, n_updates=40)
 
-data = sample_pairs(320).train_test_split(test_size=64, seed=1337)
-start_dir = command.out_dir / "start"
-model = NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH)
-model.save_pretrained(start_dir)
+def train(out_dir: Path, n_updates: int, n_pairs: int = 320) -> tuple[dict[str, float], dict[str, float]]:
+    """Makes the updates and writes ckpt.pt into a folder; returns the held-out figures before and after."""
+    data = sample_pairs(n_pairs).train_test_split(test_size=0.2, seed=1337)
+    start_dir = out_dir / "start"
+    model = NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH)
+    model.save_pretrained(start_dir)
 
-args = DPOConfig(
-    str(command.out_dir),
-    max_length=model.config.block_size,  # TRL's default is 1024
-    max_steps=command.n_updates,
-    per_device_train_batch_size=16,
-    learning_rate=1e-4,
-    **ARGUMENTS,
-)
-trainer = DPOTrainer(
-    str(start_dir),
-    args=args,
-    train_dataset=data["train"],
-    eval_dataset=data["test"],
-    processing_class=load_tokenizer(),
-)
-before = trainer.evaluate()
-trainer.train()
-after = trainer.evaluate()
-margins = [figures["eval_rewards/margins"] for figures in (before, after)]
-share = after["eval_rewards/accuracies"]
+    args = DPOConfig(
+        str(out_dir),
+        max_length=model.config.block_size,  # TRL's default is 1024
+        max_steps=n_updates,
+        per_device_train_batch_size=16,
+        learning_rate=1e-4,
+        **ARGUMENTS,
+    )
+    trainer = DPOTrainer(
+        str(start_dir),
+        args=args,
+        train_dataset=data["train"],
+        eval_dataset=data["test"],
+        processing_class=load_tokenizer(),
+    )
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
 
-path = command.out_dir / "ckpt.pt"
-trainer.model.to_nanogpt_ckpt(path, best_val_loss=1e9)  # other data than the run's, so no best loss yet
-print(f"Wrote {path}")
-conclude(
-    f"DPO: held-out margin {margins[0]:.3f} to {margins[1]:.3f}, {share:.0%} of pairs in order.",
-    abs(margins[0]) < 1e-3 and margins[1] > 1.0 and share > 0.8,
-)
+    path = out_dir / "ckpt.pt"
+    trainer.model.to_nanogpt_ckpt(path, best_val_loss=1e9)  # other data than the run's, so no best loss yet
+    print(f"Wrote {path}")
+    return before, after
+
+
+if __name__ == "__main__":
+    command = parse_command(__doc__, n_updates=40)
+    before, after = train(command.out_dir, command.n_updates)
+    margins = [figures["eval_rewards/margins"] for figures in (before, after)]
+    share = after["eval_rewards/accuracies"]
+    conclude(
+        f"DPO: held-out margin {margins[0]:.3f} to {margins[1]:.3f}, {share:.0%} of pairs in order.",
+        abs(margins[0]) < 1e-3 and margins[1] > 1.0 and share > 0.8,
+    )

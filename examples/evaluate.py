@@ -68,6 +68,7 @@ for sample in results["samples"]["demo_generate"]:
 
 difference = max(abs(ours - theirs) for ours, theirs in zip(expected, found, strict=True))
 assert difference < 1e-4
+assert len(found) == 16
 accuracy = results["results"]["demo_choice"]["acc,none"]
 bits = results["results"]["demo_text"]["bits_per_byte,none"]
 print(f"Accuracy {accuracy:.2f}, {bits:.3f} bits per byte.")

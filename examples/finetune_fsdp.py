@@ -24,39 +24,44 @@ from hugging_nano_gpt.training import (
     read_optimizer,
 )
 
-N_UPDATES = 10
 
-data_dir, path = Path(sys.argv[1]), Path(sys.argv[2])
-dist.init_process_group("gloo")
-mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+def main(data_dir: Path, path: Path, n_updates: int = 10) -> None:
+    """Makes the updates, together with the other processes, and writes a checkpoint."""
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
 
-model = NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH).train()
-state = read_checkpoint(CKPT_PATH).training_state
-for block in model.transformer.h:
-    fully_shard(block, mesh=mesh)
-fully_shard(model, mesh=mesh)
+    model = NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH).train()
+    state = read_checkpoint(CKPT_PATH).training_state
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
-optimizer = make_optimizer(model, state=state.optimizer)  # after sharding, as the moments are split like the tensors
-schedule = NanoGPTSchedule(optimizer, state.config, iter_num=state.iter_num)
-dataset = TokenDataset(data_dir / "train.bin", model.config.block_size)
-losses = []
-for offsets in RandomOffsetSampler(dataset, batch_size=8, n_batches=N_UPDATES, rank=dist.get_rank()):
-    loss = model(**collate_windows([dataset[offset] for offset in offsets])).loss
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), state.config["grad_clip"])
-    optimizer.step()
-    optimizer.zero_grad()
-    schedule.step()
-    mean = loss.detach() / dist.get_world_size()
-    dist.all_reduce(mean)
-    losses.append(mean.item())
+    # After sharding, as the moments are split like the tensors.
+    optimizer = make_optimizer(model, state=state.optimizer)
+    schedule = NanoGPTSchedule(optimizer, state.config, iter_num=state.iter_num)
+    dataset = TokenDataset(data_dir / "train.bin", model.config.block_size)
+    losses = []
+    for offsets in RandomOffsetSampler(dataset, batch_size=8, n_batches=n_updates, rank=dist.get_rank()):
+        loss = model(**collate_windows([dataset[offset] for offset in offsets])).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), state.config["grad_clip"])
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        mean = loss.detach() / dist.get_world_size()
+        dist.all_reduce(mean)
+        losses.append(mean.item())
 
-iter_num = state.iter_num + N_UPDATES
-moments = read_optimizer(optimizer, model)  # every process gathers, process 0 writes
-model.to_nanogpt_ckpt(path, optimizer=moments, iter_num=iter_num)
-if dist.get_rank() == 0:
-    written = read_checkpoint(path).training_state
-    assert {int(kept["step"]) for kept in written.optimizer.moments.values()} == {written.iter_num} == {iter_num}
-    assert losses[-1] < losses[0]
-    print(f"Split in {dist.get_world_size()}: iteration {iter_num}, loss {losses[0]:.4f} to {losses[-1]:.4f}.")
-dist.destroy_process_group()
+    iter_num = state.iter_num + n_updates
+    moments = read_optimizer(optimizer, model)  # every process gathers, process 0 writes
+    model.to_nanogpt_ckpt(path, optimizer=moments, iter_num=iter_num)
+    if dist.get_rank() == 0:
+        written = read_checkpoint(path).training_state
+        assert {int(kept["step"]) for kept in written.optimizer.moments.values()} == {written.iter_num} == {iter_num}
+        assert losses[-1] < losses[0]
+        print(f"Split in {dist.get_world_size()}: iteration {iter_num}, loss {losses[0]:.4f} to {losses[-1]:.4f}.")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -24,6 +24,7 @@ with torch.no_grad():
     logits, expected = model(ids).logits, whole(ids).logits
 difference = ((logits - expected).abs().max() / expected.abs().max()).item()  # sums in another order
 assert difference < 1e-5
+assert share == 1 / dist.get_world_size()
 if dist.get_rank() == 0:
     shares = f"Split in {dist.get_world_size()}, {share:.0%} each"
     print(f"{shares}: logits within {difference:.0e} of the largest, the same 200 tokens.")

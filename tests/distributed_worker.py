@@ -1,10 +1,10 @@
 """One process of test_distributed.py: makes recorded updates together with its peers, then writes a checkpoint.
 
-torchrun starts it as `-m tests.distributed_worker STRATEGY FOLDER`. The checkpoint is ckpt-0.pt, as the first process
-alone writes; held.pt is what the processes hold, gathered by torch's own functions and not by ours.
+torchrun starts it as `-m tests.distributed_worker FOLDER STRATEGY...`. In the folder FOLDER/STRATEGY the checkpoint is
+ckpt-0.pt, as the first process alone writes; held.pt is what the processes hold, gathered by torch's own functions and
+not by ours.
 """
 
-import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -38,7 +38,6 @@ def train_with_ddp(folder: Path, rank: int, world_size: int) -> None:
 
 def train_with_fsdp2(folder: Path, rank: int, world_size: int) -> None:
     """Makes the updates by hand on sharded parameters, each process half of the rows of both micro-steps."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_S))
     model = load_start().train()
     for block in model.transformer.h:
         fully_shard(block)
@@ -65,6 +64,8 @@ def save_held(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optim
 STRATEGIES = {"ddp": train_with_ddp, "fsdp2": train_with_fsdp2}
 
 if __name__ == "__main__":
-    STRATEGIES[sys.argv[1]](Path(sys.argv[2]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    dist.barrier()
+    dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_S))
+    for name in sys.argv[2:]:
+        STRATEGIES[name](Path(sys.argv[1]) / name, dist.get_rank(), dist.get_world_size())
+        dist.barrier()
     dist.destroy_process_group()

@@ -1,14 +1,18 @@
 """nanoGPT's own scripts, run as they are in a folder of links to the checkout that NANOGPT_DIR names."""
 
-import json
+import contextlib
+import io
 import os
-import subprocess
+import runpy
 import sys
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
 from hugging_nano_gpt import Checkpoint, read_checkpoint
 
@@ -20,18 +24,8 @@ skip_without_nanogpt = pytest.mark.skipif(not NANOGPT_DIR, reason="NANOGPT_DIR n
 
 SCRIPTS = ("model.py", "train.py", "sample.py", "configurator.py")
 
-# Runs train.py with offsets from a file in place of its first random ones, on the two threads of the recorded run.
-REPLAY = """
-import json, pathlib, runpy, sys, torch
-
-offsets = [torch.tensor(batch) for batch in json.loads(pathlib.Path("offsets.json").read_text())]
-draw = torch.randint
-torch.randint = lambda *args, **kwargs: offsets.pop(0) if offsets else draw(*args, **kwargs)
-torch.set_num_threads(2)
-sys.argv[0] = "train.py"
-runpy.run_path("train.py", run_name="__main__")
-assert not offsets, f"{len(offsets)} recorded batches were not used"
-"""
+# What the scripts import and find in their folder.
+MODULES = ("model", "tiktoken")
 
 
 def link_scripts(folder: Path) -> None:
@@ -42,14 +36,38 @@ def link_scripts(folder: Path) -> None:
     (folder / "tiktoken.py").write_text("# sample.py imports it, but a character model does not use it\n")
 
 
-def run_script(workplace: Path, script: str, *flags: str) -> str:
-    """Runs a script in a folder made by link_scripts; returns what it prints."""
-    # Python looks for model.py beside the script that the link leads to, and for our tiktoken.py on PYTHONPATH.
-    environment = {**os.environ, "PYTHONPATH": str(workplace), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, script, *flags]
-    done = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def run_script(workplace: Path, script: str, *flags: str, n_threads: int = 1) -> str:
+    """Runs a script in a folder made by link_scripts, in this process; returns what it prints."""
+    output = io.StringIO()
+    with (
+        contextlib.chdir(workplace),
+        contextlib.redirect_stdout(output),
+        mock.patch.multiple(sys, argv=[script, *flags], path=[str(workplace), *sys.path]),
+        warnings.catch_warnings(),
+        _keep_settings(),
+    ):
+        warnings.simplefilter("ignore")  # of what torch has renamed since
+        torch.set_num_threads(n_threads)
+        runpy.run_path(script, run_name="__main__")
+    return output.getvalue()
+
+
+@contextlib.contextmanager
+def _keep_settings() -> Iterator[None]:
+    """Undoes what a script does to torch and to the modules of this process."""
+    n_threads, modules = torch.get_num_threads(), {name: sys.modules.pop(name, None) for name in MODULES}
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    settings = [backend.allow_tf32 for backend in backends]
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
+        for backend, allow_tf32 in zip(backends, settings, strict=True):
+            backend.allow_tf32 = allow_tf32
+        for name, module in modules.items():
+            sys.modules.pop(name, None)
+            if module is not None:
+                sys.modules[name] = module
 
 
 def resume_trace(workplace: Path, steps: Sequence[Mapping[str, Any]]) -> Checkpoint:
@@ -57,10 +75,14 @@ def resume_trace(workplace: Path, steps: Sequence[Mapping[str, Any]]) -> Checkpo
     (workplace / "data").mkdir(exist_ok=True)
     (workplace / "data" / CONFIG["dataset"]).unlink(missing_ok=True)
     (workplace / "data" / CONFIG["dataset"]).symlink_to(TRACE_DIR)
-    (workplace / "offsets.json").write_text(json.dumps(list_offsets(steps)))
-    (workplace / "replay.py").write_text(REPLAY)
     # It evaluates and saves when eval_interval divides the number of updates made, before it makes the next one.
     end = steps[-1]["iter"] + 1
     changes = {"out_dir": "out", "init_from": "resume", "eval_interval": end, "max_iters": end, "eval_iters": 1}
-    run_script(workplace, "replay.py", *(f"--{name}={value}" for name, value in {**CONFIG, **changes}.items()))
+    flags = [f"--{name}={value}" for name, value in {**CONFIG, **changes}.items()]
+    offsets, draw = [torch.tensor(batch) for batch in list_offsets(steps)], torch.randint
+    with mock.patch.object(
+        torch, "randint", lambda *args, **kwargs: offsets.pop(0) if offsets else draw(*args, **kwargs)
+    ):
+        run_script(workplace, "train.py", *flags, n_threads=2)  # as many as the recorded run had
+    assert not offsets, f"{len(offsets)} recorded batches were not used"
     return read_checkpoint(workplace / "out" / "ckpt.pt")

@@ -30,14 +30,22 @@ N_UPDATES = 20
 CKPT = "ckpt-0.pt"
 
 needs_newer_torch = pytest.mark.skipif(TORCH_VERSION < (2, 7), reason="FSDP2 of torch 2.6 does not run on a CPU")
+STRATEGIES = ["ddp", *(["fsdp2"] if TORCH_VERSION >= (2, 7) else [])]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Where two processes left a checkpoint for each strategy, and in held.pt what they held."""
+    folder = tmp_path_factory.mktemp("distributed")
+    for name in STRATEGIES:
+        (folder / name).mkdir()
+    run_two_processes("distributed_worker", folder, *STRATEGIES)
+    return folder
 
 
 @pytest.fixture(scope="module", params=["ddp", pytest.param("fsdp2", marks=needs_newer_torch)])
-def folder(request, tmp_path_factory):
-    """Where two processes left a checkpoint, and in held.pt what they held."""
-    folder = tmp_path_factory.mktemp(request.param)
-    run_two_processes("distributed_worker", request.param, folder)
-    return folder
+def folder(request, folders):
+    return folders / request.param
 
 
 @pytest.fixture(scope="module")
