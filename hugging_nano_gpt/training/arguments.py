@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.utils import is_torch_tf32_available
 
 from ..errors import ConversionError
 
@@ -64,11 +65,15 @@ def training_arguments_from_nanogpt(
     left = {
         key: _WITHOUT_COUNTERPART.get(key, "unknown to nanoGPT") for key in config if key not in {*_RENAMED, *_RULED}
     }
+    _, _, index = str(config.get("device", "")).partition("cuda:")
+    if index not in ("", "0") and "LOCAL_RANK" not in os.environ:  # under torchrun, train.py does not read it either
+        left["device"] = f"Trainer takes the first GPU that it sees: set CUDA_VISIBLE_DEVICES={index}"
     return TrainingArguments(**{**values, **overrides}), left
 
 
 def _apply_rules(config: Mapping[str, Any], iter_num: int) -> dict[str, Any]:
-    values: dict[str, Any] = {"remove_unused_columns": False}
+    # A loss that is no number is reported as such, as nanoGPT does; looking for one would wait for the GPU each time.
+    values: dict[str, Any] = {"remove_unused_columns": False, "logging_nan_inf_filter": False}
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if "max_iters" in config:
         values["max_steps"] = max(config["max_iters"] - iter_num, 1)
@@ -83,12 +88,15 @@ def _apply_rules(config: Mapping[str, Any], iter_num: int) -> dict[str, Any]:
     if "wandb_log" in config:
         values["report_to"] = "wandb" if config["wandb_log"] else "none"
     device = str(config.get("device", ""))
-    if device.startswith("cpu"):
+    is_cpu = device.startswith("cpu")
+    if is_cpu:
         values["use_cpu"] = True
-    elif config.get("dtype") in ("bfloat16", "float16"):  # nanoGPT autocasts on an accelerator only
+    elif is_torch_tf32_available():
+        values["tf32"] = True  # train.py's two switches
+    if not is_cpu and config.get("dtype") in ("bfloat16", "float16"):  # nanoGPT autocasts on an accelerator only
         values["bf16" if config["dtype"] == "bfloat16" else "fp16"] = True
     if "backend" in config and world_size > 1:  # nanoGPT's default is nccl on every machine, CPUs too
-        values["ddp_backend"] = "gloo" if device.startswith("cpu") else config["backend"]
+        values["ddp_backend"] = "gloo" if is_cpu else config["backend"]
     if world_size > 1:
         values["ddp_find_unused_parameters"] = False  # all are used, and looking for others costs time
     return values

@@ -9,7 +9,7 @@ import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..checkpoint.contents import TrainingState
 from ..convert.nanogpt import save_model
+from ..errors import ConversionError
 from .data import NANOGPT_SEED, RandomOffsetSampler, TokenDataset, check_ids, collate_windows
 from .drawing import BatchesInTurn, DrawnBatches, make_random_state, read_next_batch, write_next_batch
 from .evaluation import estimate_losses
@@ -74,6 +75,11 @@ class NanoGPTTrainer(Trainer):
             data_collator=collate_windows,
             **kwargs,
         )
+        if self.args.n_gpu > 1:  # Trainer would split each batch over them by DataParallel, which nanoGPT never does
+            raise ConversionError(
+                f"NanoGPTTrainer: several GPUs in one process: expected one, got {self.args.n_gpu}; start it with "
+                f"`torchrun --nproc-per-node={self.args.n_gpu}`, or set CUDA_VISIBLE_DEVICES to one of them"
+            )
         batch_size, vocab_size = self.args.per_device_train_batch_size, model.config.vocab_size
         self._batches = DrawnBatches(train_dataset, batch_size, vocab_size, self.args.device)
         self.add_callback(_DrawingCallback(self))
@@ -185,6 +191,19 @@ class NanoGPTTrainer(Trainer):
             best_val_loss=self.best_val_loss,
             config=self.config,
         )
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        """Returns what Trainer returns; it counts the parameters anew each time, which a GPU would wait for."""
+        return 6 * inputs["input_ids"].numel() * self._n_parameters
+
+    @cached_property
+    def _n_parameters(self) -> int:
+        return self.model.num_parameters(exclude_embeddings=True)
+
+    def _prepare_input(self, data: Any) -> Any:
+        if isinstance(data, torch.Tensor) and data.is_pinned():  # then, as in train.py, nothing waits for the copy
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
 
     def _settings(self) -> dict[str, Any]:
         # What the arguments say goes, for settings that both have; but a state with moments brings its own weight
