@@ -22,12 +22,12 @@ from hugging_nano_gpt import NanoGPTConfig, NanoGPTLMHeadModel, TrainingState
 from hugging_nano_gpt.training import (
     NanoGPTSchedule,
     NanoGPTTrainer,
-    RandomOffsetSampler,
     TokenDataset,
     collate_windows,
     make_optimizer,
     training_arguments_from_nanogpt,
 )
+from hugging_nano_gpt.training.drawing import make_random_state
 
 MICRO_STEPS = 2
 WARM_UP_UPDATES = 3
@@ -123,14 +123,15 @@ def run_loop(model: NanoGPTLMHeadModel, dataset: TokenDataset, config: dict[str,
     """Trains with a loop like train.py's; returns the time at the end of each update."""
     optimizer = make_optimizer(model, config)
     schedule = NanoGPTSchedule(optimizer, config)
-    batches = iter(RandomOffsetSampler(dataset, config["batch_size"]))
+    torch.set_rng_state(make_random_state(model.config))
+    batch = draw_batch(dataset, config["batch_size"], model.device)
     ends = []
     is_autocast = config["dtype"] == "bfloat16" and model.device.type != "cpu"  # as train.py has it
     for _ in range(config["max_iters"]):
         for _ in range(MICRO_STEPS):
-            batch = move_batch(collate_windows([dataset[offset] for offset in next(batches)]), model.device)
             with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=is_autocast):
                 loss = model(**batch).loss / MICRO_STEPS
+            batch = draw_batch(dataset, config["batch_size"], model.device)  # while the model is busy
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config["grad_clip"])
         optimizer.step()
@@ -140,8 +141,9 @@ def run_loop(model: NanoGPTLMHeadModel, dataset: TokenDataset, config: dict[str,
     return ends
 
 
-def move_batch(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """Moves a batch as train.py does: to a GPU from pinned memory, without waiting for it."""
+def draw_batch(dataset: TokenDataset, batch_size: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Draws a batch as train.py's get_batch does, to a GPU from pinned memory, without waiting for it."""
+    batch = collate_windows([dataset[offset] for offset in torch.randint(len(dataset), (batch_size,)).tolist()])
     if device.type != "cuda":
         return batch
     return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -17,21 +17,25 @@ def trainer(tmp_path):
     return make_trainer(tmp_path, load_start(), STEPS[:2], logging_steps=1)
 
 
-def test_pinned_batches_are_copied_without_waiting(trainer, monkeypatch):
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_batches_go_to_a_gpu_from_pinned_memory_without_waiting(trainer, monkeypatch, device):
     asked = []
 
     def note(tensor, *args, **kwargs):
-        asked.append(kwargs.get("non_blocking", False))
-        return move(tensor, *args, **kwargs)
+        asked.append(("pinned" if tensor.data_ptr() in pinned else "pageable", *args, kwargs))
+        return tensor
 
-    move = torch.Tensor.to
+    pinned = set()
     batch = next(iter(trainer.get_train_dataloader()))
-    for is_pinned in (True, False):
-        monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor, is_pinned=is_pinned: is_pinned)
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.Tensor, "to", note)
-            trainer._prepare_inputs(batch)
-    assert asked == [True, True, False, False]
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.add(tensor.data_ptr()) or tensor)
+    monkeypatch.setattr(TrainingArguments, "device", torch.device(device))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", note)
+        trainer._prepare_inputs(batch)
+    if device == "cuda":
+        assert asked == [("pinned", torch.device("cuda"), {"non_blocking": True})] * 2
+    else:
+        assert asked == [("pageable", {"device": torch.device("cpu")})] * 2
 
 
 def test_loss_that_is_no_number_is_logged_as_such(tmp_path):

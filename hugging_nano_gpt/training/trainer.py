@@ -201,8 +201,8 @@ class NanoGPTTrainer(Trainer):
         return self.model.num_parameters(exclude_embeddings=True)
 
     def _prepare_input(self, data: Any) -> Any:
-        if isinstance(data, torch.Tensor) and data.is_pinned():  # then, as in train.py, nothing waits for the copy
-            return data.to(self.args.device, non_blocking=True)
+        if isinstance(data, torch.Tensor) and self.args.device.type == "cuda" and data.device.type == "cpu":
+            return data.pin_memory().to(self.args.device, non_blocking=True)  # as in train.py: nothing waits for it
         return super()._prepare_input(data)
 
     def _settings(self) -> dict[str, Any]:
@@ -232,7 +232,6 @@ class NanoGPTTrainer(Trainer):
             ),
             generator=torch.Generator(),  # or an iterator of the loader would draw its seed from the global one
             num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
 
 
