@@ -1,6 +1,5 @@
 """What a checkpoint file or a saved folder holds, without making a model of it."""
 
-import json
 import os
 import textwrap
 from dataclasses import asdict, dataclass
@@ -8,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
 
 from ..checkpoint.contents import NO_VAL_LOSS, TrainingState
 from ..checkpoint.read_write import read_checkpoint
 from ..errors import CheckpointError, list_some
 from ..model.configuration_nano_gpt import NanoGPTConfig
+from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from .facts import count_model_parameters, describe_model, describe_training
 from .nanogpt import make_config, read_training_state
+from .pretrained import read_config
 from .source import FILE_KINDS, FOLDER
 from .tensors import list_args
 
@@ -123,7 +125,7 @@ def _inspect_file(path: Path, **kwargs: Any) -> Inspection:
 
 
 def _inspect_folder(folder: Path) -> Inspection:
-    config = _read_config(folder)
+    config = read_config(NanoGPTLMHeadModel, folder)
     return _make_inspection(
         config,
         read_training_state(config),
@@ -135,7 +137,7 @@ def _inspect_folder(folder: Path) -> Inspection:
     )
 
 
-def _make_inspection(config: NanoGPTConfig, state: TrainingState, **fields: Any) -> Inspection:
+def _make_inspection(config: PreTrainedConfig, state: TrainingState, **fields: Any) -> Inspection:
     n_params, n_params_total = count_model_parameters(config)
     return Inspection(
         model_args=list_args(config),
@@ -148,27 +150,6 @@ def _make_inspection(config: NanoGPTConfig, state: TrainingState, **fields: Any)
         config=state.config,
         **fields,
     )
-
-
-def _read_config(folder: Path) -> NanoGPTConfig:
-    path = folder / "config.json"
-    try:
-        contents = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: expected the configuration that save_pretrained writes, got {type(error).__name__}: {error}; "
-            f"give a checkpoint file or a folder of a saved model"
-        ) from error
-    kind = contents.get("model_type") if isinstance(contents, dict) else None
-    if kind != NanoGPTConfig.model_type:
-        raise CheckpointError(
-            f"{path}: expected a model_type of {NanoGPTConfig.model_type!r}, got {kind!r}; give a folder that "
-            f"`hugging-nano-gpt convert` wrote"
-        )
-    try:
-        return NanoGPTConfig(**{name: value for name, value in contents.items() if name != "model_type"})
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}; save the model again") from error
 
 
 def _read_dtypes(folder: Path) -> tuple[str, ...]:

@@ -25,6 +25,18 @@ def read_model_type(source: str | os.PathLike[str]) -> str | None:
     return _read_fields(source).get("model_type")
 
 
+def read_config(model_class: type[PreTrainedModel], source: str | os.PathLike[str]) -> PreTrainedConfig:
+    """Reads the configuration of a model of a class from a folder or the Hub.
+
+    Raises:
+        CheckpointError: If there is none, or one of another kind of model, or the Hub cannot be reached.
+    """
+    fields = _read_fields(source)
+    _check_model_type(model_class, source, fields)
+    with _explaining(source):
+        return model_class.config_class.from_dict(fields)
+
+
 def load_whole_model(
     model_class: type[Model],
     source: str | os.PathLike[str],
@@ -43,12 +55,11 @@ def load_whole_model(
     Raises:
         CheckpointError: If there is no whole model of this class there, or the Hub cannot be reached.
     """
-    fields = _read_fields(source)
-    _check_model_type(model_class, source, fields)
+    config = read_config(model_class, source)
     with _explaining(source):
         if check is not None:
-            check(model_class.config_class.from_dict(fields))
-        _check_numbers(source, fields)
+            check(config)
+        _check_numbers(source, config)
         model, info = model_class.from_pretrained(
             source, **{"dtype": "auto", **kwargs}, use_safetensors=True, output_loading_info=True
         )
@@ -79,9 +90,9 @@ def _check_model_type(
         )
 
 
-def _check_numbers(source: str | os.PathLike[str], fields: dict[str, Any]) -> None:
+def _check_numbers(source: str | os.PathLike[str], config: PreTrainedConfig) -> None:
     """Refuses a quantised model: its numbers are rounded, and no longer the model's own."""
-    if fields.get("quantization_config"):
+    if getattr(config, "quantization_config", None):
         raise CheckpointError(
             f"{source}: quantised: expected the model's own numbers, got a quantization_config; give the model that "
             f"it was made from"
