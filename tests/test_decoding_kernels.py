@@ -101,25 +101,59 @@ def test_kernels_can_be_switched_off_with_torchs_own_switch():
         assert not is_changed(model)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows", [1, 2, 8, 31, 40])
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    # Sums of 256 products of size 1: float32 in another order; the halves round the result, of size up to 60.
-    [(torch.float32, 1e-4), (torch.float16, 0.04), (torch.bfloat16, 0.3), (torch.float64, 1e-12)],
-)
-def test_kernel_equals_linear(bias, rows, dtype, tolerance):
+def apply_and_count(linear, inputs):
+    """Returns what a Linear computes while generating, and how often it calls the kernel."""
+    calls = []
+
+    def kernel(*args):
+        calls.append(args)
+        return torch.ops.mkldnn._linear_pointwise.default(*args)
+
+    with torch.no_grad():
+        return _apply_linear(linear, kernel, inputs), len(calls)
+
+
+def make_linear(bias, rows, dtype):
     torch.manual_seed(0)
     linear = nn.Linear(256, 3000, bias=bias).to(dtype)
     nn.init.normal_(linear.weight)
-    inputs = torch.randn(2, rows, 256, dtype=dtype)[:, -rows:]
-    kernel = torch.ops.mkldnn._linear_pointwise.default
+    return linear, torch.randn(2, rows, 256, dtype=dtype)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "rows", "n_calls", "tolerance"),
+    # Sums of 256 products of size 1: float32 in another order; float16 rounds the result, of size up to 60.
+    [
+        *[(torch.float32, rows, 1, 1e-4) for rows in (1, 2, 8, 16)],
+        *[(torch.float16, rows, 2, 0.04) for rows in (4, 8, 40)],  # the 3000 outputs in pieces of 2048
+    ],
+)
+def test_kernel_equals_linear(bias, dtype, rows, n_calls, tolerance):
+    linear, inputs = make_linear(bias, rows, dtype)
     with torch.no_grad():
-        expected = nn.functional.linear(inputs.double(), linear.weight.double(), linear.bias if not bias else None)
+        expected = nn.functional.linear(inputs.double(), linear.weight.double())
         expected = expected + (linear.bias.double() if bias else 0)
-        found = _apply_linear(linear, kernel, inputs)
+    found, found_calls = apply_and_count(linear, inputs)
+    assert found_calls == n_calls
     assert found.dtype == dtype
     assert (found.double() - expected).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "rows"),
+    [
+        (torch.float32, 17),  # 34 rows in all
+        (torch.float16, 3),
+        *[(dtype, rows) for dtype in (torch.bfloat16, torch.float64) for rows in (1, 4, 40)],
+    ],
+)
+def test_where_the_kernel_gains_nothing_linear_is_torchs_own(bias, dtype, rows):
+    linear, inputs = make_linear(bias, rows, dtype)
+    found, n_calls = apply_and_count(linear, inputs)
+    assert n_calls == 0
+    assert torch.equal(found, nn.functional.linear(inputs, linear.weight, linear.bias))
 
 
 def test_gradients_flow_where_someone_asks_for_them():
