@@ -32,6 +32,7 @@ from .sample.sampling import sample_text
 from .tokenization.bpe import build_gpt2_tokenizer, build_tiktoken_tokenizer
 from .tokenization.characters import CharacterTable, build_character_tokenizer, read_meta, write_meta
 from .tokenization.find import find_tokenizer
+from .tokenization.vocabulary import fit_vocabulary
 from .verify import Evaluation, VerifyReport, evaluate_loss, verify_against_nanogpt, verify_loss, verify_models
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "export_model",
     "export_onnx",
     "find_tokenizer",
+    "fit_vocabulary",
     "import_gpt2",
     "inspect_path",
     "read_checkpoint",

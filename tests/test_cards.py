@@ -75,7 +75,7 @@ def test_card_of_gpt2_vocabulary_and_tanh_gelu_says_so():
     config = NanoGPTConfig(**{**MODEL_ARGS, "vocab_size": 50304}, activation_function="gelu_new")
     with torch.device("meta"):
         card = module.make_card(NanoGPTLMHeadModel(config))
-    assert "50,304 is the size that nanoGPT uses for GPT-2's" in card
+    assert "50,304 rows are taken for GPT-2's 50,257 tokens" in card
     assert "tanh GELU" in card
     assert "differ slightly" in card
 

@@ -46,7 +46,9 @@ from hugging_nano_gpt.model import modeling_nano_gpt, persistence_nano_gpt
 from .conftest import assert_same
 from .tiny import MODEL_ARGS, make_batch, make_model
 
-CODE_FILES = [f"{name}_nano_gpt.py" for name in ("cache", "configuration", "generation", "modeling", "persistence")]
+CODE_FILES = [
+    f"{name}_nano_gpt.py" for name in ("cache", "configuration", "generation", "modeling", "persistence", "vocabulary")
+]
 FILES = sorted([*CODE_FILES, "README.md", "config.json", "generation_config.json", "model.safetensors"])
 PROMPT = "ROMEO:"  # of tests/remote_worker.py too
 # Runs what happens without the package: tests/fresh_venv.sh names a Python that has torch and transformers only.

@@ -420,9 +420,16 @@ def test_decay_groups_of_trainer_are_those_of_nanogpt():
         ("cache_nano_gpt", []),
         ("generation_nano_gpt", ["cache_nano_gpt"]),
         ("persistence_nano_gpt", ["generation_nano_gpt"]),
+        ("vocabulary_nano_gpt", []),
         (
             "modeling_nano_gpt",
-            ["cache_nano_gpt", "configuration_nano_gpt", "generation_nano_gpt", "persistence_nano_gpt"],
+            [
+                "cache_nano_gpt",
+                "configuration_nano_gpt",
+                "generation_nano_gpt",
+                "persistence_nano_gpt",
+                "vocabulary_nano_gpt",
+            ],
         ),
     ],
 )

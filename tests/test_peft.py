@@ -123,8 +123,8 @@ def wrap_by_peft(model):
 
 
 def wrap_by_transformers(model):
-    model.add_adapter(peft.LoraConfig(target_modules="all-linear"))
-    return model
+    """Does what model.add_adapter does, which from 5.24 on takes no PEFT before 0.22."""
+    return peft.inject_adapter_in_model(peft.LoraConfig(target_modules="all-linear"), model)
 
 
 def wrap_merged(model):

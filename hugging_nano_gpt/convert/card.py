@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..files import open_atomically
-from ..model.configuration_nano_gpt import GPT2_VOCAB_SIZES
+from ..model.configuration_nano_gpt import GPT2_TOKENS, GPT2_VOCAB_SIZES
 from .facts import CLASSIFIER, LANGUAGE_MODEL, describe_model, describe_training
 from .nanogpt import read_training_state
 
@@ -145,8 +145,9 @@ def _list_limits(model: PreTrainedModel, class_name: str) -> list[str]:
     if is_language_model:
         limits[0] += " `generate` goes on past that with the last of them, as nanoGPT does."
     vocabulary = "Only the tokenizer of the training data fits the token ids."
-    if config.vocab_size in GPT2_VOCAB_SIZES:
-        vocabulary += f" A vocabulary of {config.vocab_size:,} is the size that nanoGPT uses for GPT-2's."
+    end = model.generation_config.eos_token_id if is_language_model else None
+    if config.vocab_size in GPT2_VOCAB_SIZES and end in (None, GPT2_TOKENS - 1):
+        vocabulary += f" {config.vocab_size:,} rows are taken for GPT-2's {GPT2_TOKENS:,} tokens and what was added."
     elif config.vocab_size < _MANY_TOKENS:
         vocabulary += (
             f" A vocabulary of {config.vocab_size:,} is the size of an alphabet: text with a character from outside "

@@ -14,6 +14,7 @@ from ..errors import ConversionError
 from ..files import check_file, check_folder, open_folder
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from ..tokenization.find import find_tokenizer_or_reason
+from ..tokenization.vocabulary import make_settings
 from .source import load_folder, load_source
 
 
@@ -75,6 +76,7 @@ def convert_to_folder(
     check_other_place(source, folder)
     loaded = load_source(source, **kwargs)
     found, reasons = find_tokenizer_or_reason(loaded.model, source, meta_path=meta_path, tokenizer=tokenizer)
+    loaded.model.generation_config = make_settings(loaded.model, found)
     with open_folder(folder) as temporary:
         loaded.model.save_pretrained(temporary, max_shard_size=max_shard_size)
         if found is not None:

@@ -14,11 +14,9 @@ from typing import Any
 
 import torch
 from transformers import (
-    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
@@ -27,6 +25,7 @@ from ..errors import ConversionError, list_some
 from ..files import check_folder, open_folder
 from ..model.configuration_nano_gpt import ACTIVATION_FUNCTIONS, NanoGPTConfig
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
+from ..tokenization.vocabulary import make_settings
 from .pretrained import load_whole_model
 from .tensors import check_tensors, export_state_dict, list_args, select_tensors, take_tensors
 
@@ -86,7 +85,7 @@ def export_gpt2(
     """
     folder = Path(folder)
     check_folder(folder, overwrite)
-    gpt2 = _make_gpt2(model, take_tensors(model, folder, tokenizer))
+    gpt2 = _make_gpt2(model, take_tensors(model, folder, tokenizer), tokenizer)
     with open_folder(folder) as temporary:
         gpt2.save_pretrained(temporary, max_shard_size=max_shard_size)
         if tokenizer is not None:
@@ -145,18 +144,20 @@ def import_gpt2(
         None, config=config, state_dict=state_dict, **kwargs
     )
     model.name_or_path = model.config.name_or_path = where
-    model.generation_config = copy_settings(gpt2)
+    model.generation_config = make_settings(gpt2, None)
     return model
 
 
-def _make_gpt2(model: NanoGPTLMHeadModel, tensors: Mapping[str, torch.Tensor]) -> GPT2LMHeadModel:
+def _make_gpt2(
+    model: NanoGPTLMHeadModel, tensors: Mapping[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase | None
+) -> GPT2LMHeadModel:
     config = model.config
     gpt2_config = make_gpt2_config(config)
     gpt2_config.nanogpt_bias = config.bias  # for the way back, as nanogpt_training_state is
     gpt2_config.nanogpt_training_state = config.to_dict()["nanogpt_training_state"]
     selected = select_tensors(tensors, {**list_args(config), "bias": True}, config.tie_word_embeddings)
     gpt2: GPT2LMHeadModel = GPT2LMHeadModel.from_pretrained(None, config=gpt2_config, state_dict=_transpose(selected))
-    gpt2.generation_config = copy_settings(model)
+    gpt2.generation_config = make_settings(model, tokenizer)
     return gpt2
 
 
@@ -234,8 +235,3 @@ def _settle_bias(where: str, tensors: Mapping[str, torch.Tensor], bias: bool | N
             f"{list_some(trained)}: they were trained since and are kept"
         )
     return bool(trained) or (not was_without if bias is None else bias)
-
-
-def copy_settings(model: PreTrainedModel) -> GenerationConfig:
-    """Copies what generate starts, stops and chooses with."""
-    return GenerationConfig.from_dict(model.generation_config.to_dict())

@@ -17,7 +17,8 @@ from ..checkpoint.optimizer import OptimizerState, from_adamw
 from ..checkpoint.read_write import read_checkpoint, write_checkpoint
 from ..checkpoint.tensors import MODEL_ARGS
 from ..errors import ConversionError, list_some
-from ..model.configuration_nano_gpt import GPT2_TOKENS, GPT2_VOCAB_SIZES, NanoGPTConfig, is_exact_in_json
+from ..model.configuration_nano_gpt import NanoGPTConfig, is_exact_in_json
+from ..tokenization.vocabulary import guess_settings
 from .tensors import export_state_dict, list_args, refuse_changed_layers
 
 logger = logging.get_logger(__name__)
@@ -38,9 +39,6 @@ _CONFIG_KWARGS = (
     "problem_type",
     "use_cache",
 )
-
-# <|endoftext|>, which stands between the documents of nanoGPT's data (data/openwebtext/prepare.py @ 3adf61e).
-_GPT2_END_OF_TEXT = GPT2_TOKENS - 1
 
 
 def load_model(model_class: type[Model], path: str | os.PathLike[str], **kwargs: Any) -> Model:
@@ -64,7 +62,7 @@ def make_model(model_class: type[Model], path: str | os.PathLike[str], checkpoin
     model.name_or_path = model.config.name_or_path = os.fspath(path)
     remember_training_state(model, checkpoint.training_state)
     if model.can_generate():
-        _set_special_tokens(model, checkpoint)
+        guess_settings(model.generation_config, model.config.vocab_size, checkpoint.n_tokens)
     return model
 
 
@@ -155,19 +153,3 @@ def _select_tensors(model_class: type[PreTrainedModel], checkpoint: Checkpoint) 
     """Leaves out lm_head where the model has none or ties it, as from_pretrained would report it as unexpected."""
     has_own_head = "lm_head.weight" in (model_class._tied_weights_keys or {}) and not checkpoint.tie_word_embeddings
     return {name: t for name, t in checkpoint.state_dict.items() if name != "lm_head.weight" or has_own_head}
-
-
-def _set_special_tokens(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """Lets generate() start without a prompt, stop at an end of text if there is one, and never draw a padding row."""
-    settings, vocab_size = model.generation_config, checkpoint.model_args["vocab_size"]
-    n_tokens = checkpoint.n_tokens or vocab_size
-    if vocab_size in GPT2_VOCAB_SIZES:
-        n_tokens = GPT2_TOKENS
-        defaults = {"bos_token_id": _GPT2_END_OF_TEXT, "eos_token_id": _GPT2_END_OF_TEXT}
-    else:  # token 0 is the newline of nanoGPT's character data, with which sample.py starts by default
-        defaults = {"bos_token_id": 0}
-    for name, value in defaults.items():
-        if getattr(settings, name) is None:
-            setattr(settings, name, value)
-    if n_tokens < vocab_size:
-        settings.suppress_tokens = list(range(n_tokens, vocab_size))

@@ -11,7 +11,7 @@ from ..checkpoint.check import find_dense_faults, find_model_faults, find_number
 from ..checkpoint.tensors import MODEL_ARGS, iterate_shapes
 from ..errors import ConversionError, list_some
 from ..model.configuration_nano_gpt import NanoGPTConfig
-from ..tokenization.find import check_tokenizer
+from ..tokenization.vocabulary import check_tokenizer
 
 
 def list_args(config: NanoGPTConfig) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from ..errors import ConversionError, MissingDependencyError, join_some
 from ..files import check_file, open_atomically
 from ..model.configuration_nano_gpt import NanoGPTConfig
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
+from ..tokenization.vocabulary import make_settings
 from .gguf_vocabulary import add_vocabulary
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def export_gguf(
     writer = _make_writer(where, model.config, file_type)
     tensors = take_tensors(model, path, tokenizer)
     typed = _choose_types(where, model.config, tensors, file_type)
-    suppressed = model.generation_config.suppress_tokens or []
+    suppressed = make_settings(model, tokenizer).suppress_tokens or []
     lost = add_vocabulary(writer, tokenizer, model.config.vocab_size, suppressed)
     lost += [*_list_limits(model, file_type), *_compare_gelus(model, tensors)]
     with open_atomically(path) as file:

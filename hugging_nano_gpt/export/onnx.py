@@ -21,12 +21,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..convert.gpt2 import copy_settings, make_gpt2_config
+from ..convert.gpt2 import make_gpt2_config
 from ..convert.tensors import take_tensors
 from ..errors import MissingDependencyError
 from ..files import check_folder, open_folder
 from ..model.configuration_nano_gpt import NanoGPTConfig
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
+from ..tokenization.vocabulary import make_settings
 
 _OPSET = 18
 
@@ -74,7 +75,7 @@ def export_onnx(
     with open_folder(folder) as temporary:
         _write(graph, temporary)
         config.save_pretrained(temporary)
-        copy_settings(model).save_pretrained(temporary)
+        make_settings(model, tokenizer).save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
     return ("bfloat16 became float32, without a change of any number",) if model.dtype == torch.bfloat16 else ()

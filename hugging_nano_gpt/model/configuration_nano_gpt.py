@@ -15,7 +15,7 @@ ACTIVATION_FUNCTIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh")
 
 # GPT-2's vocabulary: its tokens, and its rows in a model, also where nanoGPT pads them (train.py @ 3adf61e).
 GPT2_TOKENS = 50257
-GPT2_VOCAB_SIZES = (GPT2_TOKENS, 50304)
+GPT2_VOCAB_SIZES = range(GPT2_TOKENS, 51201)
 
 
 class NanoGPTConfig(PreTrainedConfig):

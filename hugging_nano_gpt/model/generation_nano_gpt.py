@@ -159,6 +159,10 @@ class NanoGPTGenerationMixin(GenerationMixin):
 
     def _prepare_generated_length(self, generation_config, has_default_max_length, input_ids_length, **kwargs):
         default_length = generation_config.max_length
+        if generation_config.suppress_tokens:  # a token that ends the text is one, whatever row it was added in
+            ends = generation_config.eos_token_id
+            ends = ends if isinstance(ends, list) else [ends]
+            generation_config.suppress_tokens = [i for i in generation_config.suppress_tokens if i not in ends]
         generation_config = super()._prepare_generated_length(
             generation_config=generation_config,
             has_default_max_length=has_default_max_length,

@@ -32,8 +32,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_nano_gpt import CACHE_NAME, take_cache
 from .configuration_nano_gpt import NanoGPTConfig
-from .generation_nano_gpt import NanoGPTGenerationMixin
+from .generation_nano_gpt import NanoGPTGenerationMixin, document_as
 from .persistence_nano_gpt import NanoGPTPersistence, NanoGPTWayBackMixin
+from .vocabulary_nano_gpt import follow_resize
 
 
 def eager_attention_forward(
@@ -368,6 +369,13 @@ class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, NanoGPTWayBackMixin, NanoGPTGen
     def crop_block_size(self, block_size: int) -> None:
         """Keeps only the first positions; see NanoGPTModel.crop_block_size."""
         self.transformer.crop_block_size(block_size)
+
+    @document_as(NanoGPTPersistence.resize_token_embeddings)
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        n_before = self.config.vocab_size
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        follow_resize(self.generation_config, n_before, self.config.vocab_size, new_num_tokens)
+        return embeddings
 
     @can_return_tuple
     def forward(

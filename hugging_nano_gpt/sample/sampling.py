@@ -25,6 +25,7 @@ from ..model.configuration_nano_gpt import NanoGPTConfig
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from ..tokenization.find import load_tokenizer
 from ..tokenization.text import encode_text
+from ..tokenization.vocabulary import make_settings
 
 # What sample.py prints after each sample.
 SEPARATOR = "---------------"
@@ -163,7 +164,8 @@ def load_sampler(
     text_tokenizer = load_tokenizer(model, source, meta_path=meta_path, tokenizer=tokenizer)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     # What else a folder's generation_config.json holds, sample.py does not know: an end of text, a top_p, a penalty.
-    model.generation_config = GenerationConfig(suppress_tokens=model.generation_config.suppress_tokens)
+    settings = make_settings(model, text_tokenizer)
+    model.generation_config = GenerationConfig(suppress_tokens=settings.suppress_tokens)
     return Sampler(model, text_tokenizer, loaded.kind)
 
 

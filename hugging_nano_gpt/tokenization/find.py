@@ -12,6 +12,7 @@ from ..model.configuration_nano_gpt import GPT2_VOCAB_SIZES
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from .bpe import build_gpt2_tokenizer, build_tiktoken_tokenizer
 from .characters import build_character_tokenizer, read_meta
+from .vocabulary import check_tokenizer
 
 
 def find_tokenizer(
@@ -69,7 +70,7 @@ def load_tokenizer(
     """Loads the tokenizer asked for, or the one that belongs to a checkpoint or a folder.
 
     Raises:
-        TokenizerError: If there is none, both are asked for, or it has more tokens than the model has rows.
+        TokenizerError: If there is none, both are asked for, or it does not fit the model's rows.
         MissingDependencyError: If it needs tiktoken, which is not installed.
     """
     vocab_size, block_size = model.config.vocab_size, model.config.block_size
@@ -97,20 +98,12 @@ def find_tokenizer_or_reason(
 ) -> tuple[PreTrainedTokenizerBase | None, list[str]]:
     """Loads the tokenizer as load_tokenizer does; where none was asked for and there is none, returns the reason."""
     try:
-        return load_tokenizer(model, source, meta_path=meta_path, tokenizer=tokenizer), []
+        found = load_tokenizer(model, source, meta_path=meta_path, tokenizer=tokenizer)
+        return found, check_tokenizer(os.fspath(meta_path or tokenizer or source), found, model.config.vocab_size)
     except (TokenizerError, MissingDependencyError) as error:
         if meta_path is not None or tokenizer is not None:
             raise
         return None, [str(error)]
-
-
-def check_tokenizer(where: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Raises TokenizerError where a tokenizer has more tokens than the model has rows."""
-    if len(tokenizer) > vocab_size:
-        raise TokenizerError(
-            f"{where}: expected at most {vocab_size} tokens, as the model has rows, got {len(tokenizer)}; give the "
-            f"tokenizer that the model was trained with"
-        )
 
 
 def _load_named(name: str, block_size: int) -> PreTrainedTokenizerBase:
