@@ -12,7 +12,7 @@ from ..model.configuration_nano_gpt import GPT2_VOCAB_SIZES
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from .bpe import build_gpt2_tokenizer, build_tiktoken_tokenizer
 from .characters import build_character_tokenizer, read_meta
-from .vocabulary import check_tokenizer
+from .vocabulary import check_tokenizer, describe_spare_rows
 
 
 def find_tokenizer(
@@ -86,6 +86,7 @@ def load_tokenizer(
     else:
         where, found = os.fspath(source), _load_saved(os.fspath(source))
     check_tokenizer(where, found, vocab_size)
+    describe_spare_rows(where, found, vocab_size)
     return found
 
 
@@ -99,7 +100,7 @@ def find_tokenizer_or_reason(
     """Loads the tokenizer as load_tokenizer does; where none was asked for and there is none, returns the reason."""
     try:
         found = load_tokenizer(model, source, meta_path=meta_path, tokenizer=tokenizer)
-        return found, check_tokenizer(os.fspath(meta_path or tokenizer or source), found, model.config.vocab_size)
+        return found, describe_spare_rows(os.fspath(meta_path or tokenizer or source), found, model.config.vocab_size)
     except (TokenizerError, MissingDependencyError) as error:
         if meta_path is not None or tokenizer is not None:
             raise

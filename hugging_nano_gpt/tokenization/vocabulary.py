@@ -17,6 +17,8 @@ from ..model.vocabulary_nano_gpt import suppress_rows
 _GPT2_END_OF_TEXT = GPT2_TOKENS - 1
 _END_OF_TEXT = "<|endoftext|>"
 
+_ADVICE = "give the tokenizer that the model was trained with"
+
 # What nanoGPT rounds the rows of GPT-2's vocabulary up to (train.py @ 3adf61e); and the least that is a rounding.
 _USUAL_MULTIPLE, _LEAST_MULTIPLE = 64, 8
 
@@ -72,30 +74,31 @@ def guess_settings(settings: GenerationConfig, n_rows: int, n_tokens: int | None
     suppress_rows(settings, n_rows, range(n_rows if n_tokens is None else n_tokens, n_rows))
 
 
-def check_tokenizer(where: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[str]:
-    """Holds a tokenizer against the rows of a model.
-
-    Returns:
-        What is odd about it, a sentence each.
-
-    Raises:
-        TokenizerError: If it has ids beyond the rows, or so few that it cannot be the one of the model.
-    """
-    ids = set(tokenizer.get_vocab().values())
-    n_spare, multiple = vocab_size - len(ids), vocab_size & -vocab_size
-    advice = "give the tokenizer that the model was trained with"
+def check_tokenizer(where: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Raises TokenizerError where a tokenizer has ids beyond the rows of a model."""
+    ids = tokenizer.get_vocab().values()
     if max(ids, default=0) >= vocab_size:
         raise TokenizerError(
             f"{where}: expected at most {vocab_size} tokens, as the model has rows, got {len(ids)} with ids up to "
-            f"{max(ids)}; {advice}"
+            f"{max(ids)}; {_ADVICE}"
         )
+
+
+def describe_spare_rows(where: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[str]:
+    """Says, in a sentence, that a model has more rows than its tokenizer has tokens, unless they are a rounding up.
+
+    Raises:
+        TokenizerError: If it has so many more that this cannot be its tokenizer.
+    """
+    n_tokens, multiple = len(tokenizer.get_vocab()), vocab_size & -vocab_size
+    n_spare = vocab_size - n_tokens
     if n_spare == 0 or n_spare < multiple >= _LEAST_MULTIPLE:  # rounded up, as models are to be fast
         return []
-    if n_spare > len(ids):
+    if n_spare > n_tokens:
         raise TokenizerError(
-            f"{where}: expected about {vocab_size} tokens, as the model has rows, got {len(ids)}; {advice}"
+            f"{where}: expected about {vocab_size} tokens, as the model has rows, got {n_tokens}; {_ADVICE}"
         )
-    return [f"{where}: {len(ids):,} tokens for {vocab_size:,} rows: the other {n_spare:,} are never drawn"]
+    return [f"{where}: {n_tokens:,} tokens for {vocab_size:,} rows: the other {n_spare:,} are never drawn"]
 
 
 def _set_token(settings: GenerationConfig, name: str, value: int | None, tokens: dict[int, str], default: Any) -> None:
