@@ -1,13 +1,14 @@
 """Opening the file that a user names, and writing a file, or a folder of files, wholly or not at all.
 
-New bytes go to a temporary name beside the target, are flushed to the disk, and are then renamed over it. It costs an
-fsync a file; it buys that a crash, a full disk or a kill at any moment leaves the file that was there before.
+New bytes go to a temporary name beside the target, or inside of a folder that is there, are flushed to the disk, and
+are then renamed over it. It costs an fsync a file; it buys that a crash, a full disk or a kill at any moment leaves
+the file that was there before.
 """
 
 import contextlib
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -15,6 +16,9 @@ from typing import BinaryIO
 from safetensors import SafetensorError
 
 from .errors import CheckpointError, ConversionError, list_some
+
+# How the names of what is not complete yet begin.
+_TEMPORARY = ".writing-"
 
 
 def open_source(path: Path) -> BinaryIO:
@@ -71,16 +75,17 @@ def open_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         if target.exists() and not target.is_file():
             raise OSError("it is a directory, a device or a pipe, not a file")
         target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=".writing-", suffix=".tmp", dir=target.parent)
+        temporary = _name_temporary(target.parent, ".tmp")
+        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)  # less what the umask takes
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise _explain(path, error) from error
-    temporary = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(_choose_mode(target))
+        if target.exists():
+            temporary.chmod(target.stat().st_mode & 0o777)
         temporary.replace(target)
         _sync_folder(target.parent)
     except OSError as error:
@@ -89,17 +94,8 @@ def open_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)  # renamed away when all went well
 
 
-def _choose_mode(target: Path) -> int:
-    if target.exists():
-        return target.stat().st_mode & 0o777
-    return 0o666 & ~read_umask()
-
-
-def read_umask() -> int:
-    """Returns the umask of this process: the permissions that its new files do not get."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
+def _name_temporary(folder: Path, suffix: str = "") -> Path:
+    return folder / f"{_TEMPORARY}{secrets.token_hex(8)}{suffix}"
 
 
 def _sync_folder(folder: Path) -> None:
@@ -141,32 +137,46 @@ def check_folder(folder: Path, overwrite: bool) -> None:
             f"or overwrite it (--force, overwrite=True)"
         )
     if os.path.lexists(folder) and not folder.is_dir():
-        raise ConversionError(f"{folder}: expected a folder, got a file; give another path")
+        kind = "a file" if folder.exists() else "a link to nothing"
+        raise ConversionError(f"{folder}: expected a folder, got {kind}; give another path")
 
 
 @contextlib.contextmanager
-def open_folder(folder: Path) -> Iterator[Path]:
+def open_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
     """Makes a temporary folder, and puts what was written into it in its place when the block ends.
 
+    A folder that is not there appears whole, in one step. Into one that is there, a mount point or the target of a
+    link, files are moved one by one, config.json last; if one cannot be, those before it are moved back.
+
+    Args:
+        folder: The folder to write.
+        overwrite: Whether files in it may be replaced. Without it, what another process has put there in the meantime
+            is an error.
+
     Raises:
-        ConversionError: If it cannot be written; nothing is changed then.
+        ConversionError: If it cannot be written, or was written by another process; nothing is changed then.
     """
+    target = Path(os.path.realpath(folder))
     try:
-        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.absolute().parent))
+        is_new = not target.is_dir()
+        (target.parent if is_new else target).mkdir(parents=True, exist_ok=True)
+        temporary = _name_temporary(target.parent if is_new else target)
+        temporary.mkdir()
     except OSError as error:
         raise _explain_folder(folder, error.strerror) from error
     try:
-        temporary.chmod(0o777 & ~read_umask())
         yield temporary
-        for path in temporary.iterdir():
-            path.chmod(0o666 & ~read_umask())  # safetensors makes files that only their owner reads
-            with path.open("rb") as file:
+        mode = temporary.stat().st_mode & 0o666  # what the umask leaves
+        for path in _list_files(temporary):
+            (temporary / path).chmod(mode)  # safetensors makes files that only their owner reads
+            with (temporary / path).open("rb") as file:
                 os.fsync(file.fileno())
-        if folder.is_dir() and any(folder.iterdir()):
-            _move_files(temporary, folder)
+        if is_new:
+            _take_place(temporary, folder, target)
         else:
-            temporary.replace(folder)
+            with _lock(target):
+                _check_meanwhile(folder, overwrite)
+                _move_files(temporary, target)
     except OSError as error:
         raise _explain_folder(folder, error.strerror or error) from error
     except (SafetensorError, RuntimeError) as error:  # how the writers of tensors report a full disk
@@ -175,15 +185,81 @@ def open_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _take_place(temporary: Path, folder: Path, target: Path) -> None:
+    try:
+        temporary.rename(target)  # which an empty folder gives way to, and nothing else
+    except OSError as error:
+        if os.path.lexists(target):
+            raise _explain_folder(folder, "another process has written it in the meantime") from error
+        raise
+
+
+def _check_meanwhile(folder: Path, overwrite: bool) -> None:
+    """Raises ConversionError if files have come into a folder since check_folder looked, and may not be replaced."""
+    others = [path.name for path in folder.iterdir() if not path.name.startswith(_TEMPORARY)]
+    if others and not overwrite:
+        raise _explain_folder(folder, f"another process has written {list_some(sorted(others))} in the meantime")
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Keeps other processes and threads that move files into a folder waiting, where the system can."""
+    descriptor = None
+    try:
+        with contextlib.suppress(ImportError, OSError, AttributeError):  # Windows; some network drives
+            import fcntl
+
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _list_files(folder: Path) -> list[Path]:
+    """Lists the files in a folder and its subfolders, from there, config.json last: without it, it is no model."""
+    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    return sorted(files, key=lambda path: (path == Path("config.json"), path))
+
+
 def _move_files(temporary: Path, folder: Path) -> None:
-    new = {path.name for path in temporary.iterdir()}
-    weights = (path for pattern in ("model*.safetensors*", "model.onnx*") for path in folder.glob(pattern))
-    stale = [path for path in weights if path.name not in new]  # of an earlier model, or of one in more files
-    for name in sorted(new, key=lambda name: (name == "config.json", name)):  # without it, a folder is no model
-        if name != "README.md" or not (folder / name).exists():  # the card there is the user's
-            (temporary / name).replace(folder / name)
-    for path in stale:
-        path.unlink()
+    new = _list_files(temporary)
+    weights = [path for pattern in ("model*.safetensors*", "model.onnx*") for path in folder.glob(pattern)]
+    stale = [path.name for path in weights if Path(path.name) not in new]  # of an earlier model, or in more files
+    old = _name_temporary(folder)  # takes what is replaced, until all is in place
+    done: list[tuple[Path, Path]] = []  # from where to where
+
+    def move(source: Path, goal: Path) -> None:
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        source.rename(goal)
+        done.append((source, goal))
+
+    try:
+        for path in new:
+            goal = folder / path
+            if path == Path("README.md") and goal.exists():  # the card there is the user's
+                continue
+            if os.path.lexists(goal):
+                move(goal, old / path)
+            move(temporary / path, goal)
+        for name in stale:
+            move(folder / name, old / name)
+    except BaseException:
+        _move_back(done, folder, old)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _move_back(done: list[tuple[Path, Path]], folder: Path, old: Path) -> None:
+    try:
+        for source, goal in reversed(done):
+            goal.rename(source)
+    except OSError as error:
+        raise ConversionError(
+            f"{folder}: is written in part: {error.strerror}; move the files in {old} back into it"
+        ) from error
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _explain_folder(folder: Path, reason: object) -> ConversionError:

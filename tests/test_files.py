@@ -11,16 +11,18 @@ import random
 import re
 import signal
 import stat
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from hugging_nano_gpt import CheckpointError, read_checkpoint, write_checkpoint
+from hugging_nano_gpt import CheckpointError, ConversionError, read_checkpoint, write_checkpoint
 from hugging_nano_gpt.checkpoint import nanogpt
-from hugging_nano_gpt.files import open_atomically
+from hugging_nano_gpt.files import check_folder, open_atomically, open_folder
 
 from .conftest import assert_same, limit_file_size, limit_time
 
@@ -347,3 +349,149 @@ def test_write_in_place_killed_at_random_moments_leaves_neither(both, tmp_path):
     assert any(re.search("damaged or cut off|an empty file", outcome) for outcome in outcomes), (
         f"KILL_SEED={KILL_SEED}"
     )
+
+
+# Folders.
+
+
+def write_folder(folder, files, overwrite=False):
+    with open_folder(Path(folder), overwrite) as temporary:
+        for name, text in files.items():
+            (temporary / name).parent.mkdir(exist_ok=True)
+            (temporary / name).write_text(text)
+
+
+def list_files(folder):
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+MODEL = {"config.json": "{}", "model.safetensors": "new", "templates/tool.jinja": "x"}
+
+
+@pytest.fixture
+def elsewhere():
+    """A folder on another file system, where there is one."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
+        yield Path(name)
+
+
+@pytest.mark.parametrize("name", ["new", "new/deeper/still", "empty", "."])
+def test_folder_is_written_wherever_save_pretrained_writes(tmp_path, monkeypatch, name):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty" if name == "." else tmp_path)
+    write_folder(name, MODEL)
+    assert list_files(Path(name)) == MODEL
+    assert Path.cwd().exists()  # it is the same folder as before
+
+
+@pytest.mark.parametrize("is_empty", [True, False])
+def test_folder_behind_a_link_to_another_file_system_is_written_there(tmp_path, elsewhere, is_empty):
+    if not is_empty:
+        (elsewhere / "notes.txt").write_text("mine")
+    (tmp_path / "link").symlink_to(elsewhere)
+    write_folder(tmp_path / "link", MODEL, overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert list_files(elsewhere) == MODEL | ({} if is_empty else {"notes.txt": "mine"})
+
+
+def test_folder_that_is_there_needs_nothing_of_its_parent(tmp_path, monkeypatch):
+    """A mount point, or a writable folder in one that is not: nothing is made beside it, and it is not replaced."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    number, made, mkdir = folder.stat().st_ino, [], Path.mkdir
+    monkeypatch.setattr(Path, "mkdir", lambda path, *args, **kwargs: made.append(path) or mkdir(path, *args, **kwargs))
+    write_folder(folder, MODEL)
+    assert all(path.is_relative_to(folder) for path in made)
+    assert folder.stat().st_ino == number
+    assert list_files(folder) == MODEL
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_link_to_nothing_is_refused_as_one(tmp_path, overwrite):
+    (tmp_path / "out").symlink_to("nowhere")
+    with pytest.raises(ConversionError, match="expected a folder, got a link to nothing"):
+        check_folder(tmp_path / "out", overwrite)
+
+
+@pytest.mark.parametrize("is_there", [True, False], ids=["an empty folder", "a new folder"])
+def test_of_two_writers_of_one_place_one_wins_and_the_other_says_so(tmp_path, is_there):
+    folder = tmp_path / "out"
+    if is_there:
+        folder.mkdir()
+
+    def write_late():
+        with open_folder(folder, False) as temporary:
+            (temporary / "config.json").write_text("late")
+            write_folder(folder, MODEL)
+
+    with pytest.raises(ConversionError, match=r"another process has written .*in the meantime; nothing was changed"):
+        write_late()
+    assert list_files(folder) == MODEL
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_writers_that_overwrite_do_not_mix(tmp_path):
+    """Threads stand for processes: the lock is the folder's."""
+    folder = tmp_path / "out"
+    write_folder(folder, {})
+    whole = [{name: str(number) for name in ("config.json", "model.safetensors", "b", "c")} for number in range(20)]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda files: write_folder(folder, files, overwrite=True), whole))
+    assert list_files(folder) in whole
+
+
+@pytest.mark.parametrize("failing", range(1, 8))
+def test_folder_is_as_before_when_a_move_fails(tmp_path, monkeypatch, failing):
+    before = {
+        "config.json": "old",
+        "model-00001-of-00002.safetensors": "old",
+        "templates/tool.jinja": "old",
+        "mine": "",
+    }
+    write_folder(tmp_path / "out", before)
+    rename, calls = Path.rename, []
+
+    def refuse(path, goal):
+        calls.append(path)
+        if len(calls) == failing:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return rename(path, goal)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    if failing > 6:
+        write_folder(tmp_path / "out", MODEL, overwrite=True)
+        assert list_files(tmp_path / "out") == MODEL | {"mine": ""}
+        return
+    with pytest.raises(ConversionError, match="cannot be written: No space left on device; nothing was changed"):
+        write_folder(tmp_path / "out", MODEL, overwrite=True)
+    assert list_files(tmp_path / "out") == before
+
+
+def test_folder_that_cannot_be_put_back_keeps_the_old_files_and_says_where(tmp_path, monkeypatch):
+    write_folder(tmp_path / "out", {"config.json": "old", "model.safetensors": "old"})
+    rename, calls = Path.rename, []
+
+    def refuse(path, goal):
+        calls.append(path)
+        if len(calls) >= 3:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(path, goal)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(
+        ConversionError, match=r"is written in part: Input/output error; move the files in .*\.writing-"
+    ):
+        write_folder(tmp_path / "out", MODEL, overwrite=True)
+    assert sorted(list_files(tmp_path / "out").values()).count("old") == 2
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_folder_honours_the_umask_and_nobody_changes_it(tmp_path, umask, monkeypatch, mask, mode):
+    umask(mask)
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("other threads would write with it"))
+    write(tmp_path / "file")
+    write_folder(tmp_path / "out", MODEL)
+    assert {get_mode(path) for path in (tmp_path / "out").rglob("*") if path.is_file()} == {mode}
+    assert get_mode(tmp_path / "file") == mode
+    assert get_mode(tmp_path / "out") == get_mode(tmp_path / "out" / "templates") == 0o777 & ~mask

@@ -77,7 +77,7 @@ def convert_to_folder(
     loaded = load_source(source, **kwargs)
     found, reasons = find_tokenizer_or_reason(loaded.model, source, meta_path=meta_path, tokenizer=tokenizer)
     loaded.model.generation_config = make_settings(loaded.model, found)
-    with open_folder(folder) as temporary:
+    with open_folder(folder, overwrite) as temporary:
         loaded.model.save_pretrained(temporary, max_shard_size=max_shard_size)
         if found is not None:
             found.save_pretrained(temporary)

@@ -86,7 +86,7 @@ def export_gpt2(
     folder = Path(folder)
     check_folder(folder, overwrite)
     gpt2 = _make_gpt2(model, take_tensors(model, folder, tokenizer), tokenizer)
-    with open_folder(folder) as temporary:
+    with open_folder(folder, overwrite) as temporary:
         gpt2.save_pretrained(temporary, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)

@@ -72,7 +72,7 @@ def export_onnx(
     graph = _make_graph(_make_plain(model, take_tensors(model, folder, tokenizer)))
     config = make_gpt2_config(model.config)
     config.architectures = ["GPT2LMHeadModel"]
-    with open_folder(folder) as temporary:
+    with open_folder(folder, overwrite) as temporary:
         _write(graph, temporary)
         config.save_pretrained(temporary)
         make_settings(model, tokenizer).save_pretrained(temporary)
