@@ -129,7 +129,7 @@ def _describe_loading(config: PreTrainedConfig, class_name: str) -> list[str]:
     if class_name == LANGUAGE_MODEL and config.tie_word_embeddings:
         back = '\nmodel.to_nanogpt_ckpt("ckpt.pt")  # what nanoGPT\'s train.py resumes and its sample.py reads'
     return [
-        "With Transformers alone, running the three Python files beside this one (`trust_remote_code`), which import "
+        "With Transformers alone, running the Python files beside this one (`trust_remote_code`), which import "
         "nothing but torch and transformers:",
         f"```python\nfrom transformers import {auto_class}\n\n"
         f'model = {auto_class}.from_pretrained("path/or/name", trust_remote_code=True)\n```',
