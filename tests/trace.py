@@ -73,10 +73,11 @@ def train_by_hand(
     optimizer: torch.optim.Optimizer,
     steps: Sequence[Mapping[str, Any]],
     rows: slice = slice(None),
+    config: Mapping[str, Any] = CONFIG,
 ) -> None:
     """Makes recorded updates in nanoGPT's plain loop, on all rows of each batch or on one process's share of them."""
     dataset = TokenDataset(TRACE_DIR / "train.bin", BLOCK_SIZE)
-    schedule = NanoGPTSchedule(optimizer, CONFIG, iter_num=steps[0]["iter"])
+    schedule = NanoGPTSchedule(optimizer, config, iter_num=steps[0]["iter"])
     for step in steps:
         for micro in step["micro"]:
             batch = collate_windows([dataset[offset] for offset in micro["offsets"][rows]])

@@ -54,6 +54,18 @@ class NanoGPTSchedule(LRScheduler):
             group.setdefault("initial_lr", group["lr"])  # LRScheduler asks for it when it does not begin at 0
         super().__init__(optimizer, last_epoch=iter_num - 1)
 
+    def set_iter_num(self, iter_num: int) -> None:
+        """Sets the learning rate of every parameter group to that of an update, as train.py does before each."""
+        self.last_epoch = iter_num
+        self._last_lr = self.get_lr()
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = lr
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the number of updates alone; the settings are those asked for now, as when train.py resumes."""
+        super().load_state_dict({**state_dict, "config": self.config})
+        self.set_iter_num(self.last_epoch)
+
     def get_lr(self) -> list[float | torch.Tensor]:
         """Returns the learning rate of the coming update, for each parameter group."""
         return [compute_lr(self.last_epoch, self.config) for _ in self.optimizer.param_groups]

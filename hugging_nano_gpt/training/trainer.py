@@ -8,6 +8,7 @@ replay of a recorded nanoGPT run ends at the same bits.
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,16 +17,20 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 from ..checkpoint.contents import TrainingState
-from ..convert.nanogpt import save_model
+from ..convert.nanogpt import remember_training_state, save_model
 from ..errors import ConversionError
 from .data import NANOGPT_SEED, RandomOffsetSampler, TokenDataset, check_ids, collate_windows
 from .drawing import BatchesInTurn, DrawnBatches, make_random_state, read_next_batch, write_next_batch
 from .evaluation import estimate_losses
 from .optimizer import load_moments, make_optimizer, read_optimizer
 from .schedule import NanoGPTSchedule
+from .settings import SettingsCallback
+from .trainer_checkpoint import choose_checkpoint, find_faults, read_counts
+
+logger = logging.get_logger(__name__)
 
 # nanoGPT's number of batches for an estimate of the loss (train.py @ 3adf61e).
 _EVAL_ITERS = 200
@@ -48,6 +53,7 @@ class NanoGPTTrainer(Trainer):
         **kwargs: Passed to Trainer.
     """
 
+    args: Any
     optimizer: Any
     lr_scheduler: Any
     control: Any
@@ -67,6 +73,7 @@ class NanoGPTTrainer(Trainer):
         self.training_state: TrainingState = remembered if training_state is None else training_state
         self._train_batch_sampler = train_batch_sampler
         self._random_state = random_state
+        self._n_taken_back = 0  # updates that loading the best model undid
         super().__init__(
             model=model,
             args=args,
@@ -83,11 +90,12 @@ class NanoGPTTrainer(Trainer):
         batch_size, vocab_size = self.args.per_device_train_batch_size, model.config.vocab_size
         self._batches = DrawnBatches(train_dataset, batch_size, vocab_size, self.args.device)
         self.add_callback(_DrawingCallback(self))
+        self.add_callback(SettingsCallback(self))
 
     @property
     def iter_num(self) -> int:
-        """nanoGPT's count of updates: those before this trainer and its own."""
-        return self.training_state.iter_num + self.state.global_step
+        """nanoGPT's count of the updates that weights and moments have seen: those before this run and its own."""
+        return self.training_state.iter_num + self.state.global_step - self._n_taken_back
 
     @property
     def best_val_loss(self) -> float:
@@ -95,7 +103,8 @@ class NanoGPTTrainer(Trainer):
         best = self.training_state.best_val_loss
         is_last_kept = self.config.get("always_save_checkpoint", True)
         for entry in self.state.log_history:
-            if "eval_loss" in entry and (is_last_kept or entry["eval_loss"] < best):
+            is_of_these_weights = entry.get("step", 0) <= self.state.global_step - self._n_taken_back
+            if is_of_these_weights and "eval_loss" in entry and (is_last_kept or entry["eval_loss"] < best):
                 best = entry["eval_loss"]
         return best
 
@@ -105,11 +114,29 @@ class NanoGPTTrainer(Trainer):
         return self.training_state.config
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trains as Trainer does; random numbers are drawn as in train.py, by each process its own."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-        self._resumed_from: Any = resume_from_checkpoint or None
-        return super().train(self._resumed_from, *args, **kwargs)
+        """Trains as Trainer does; random numbers are drawn as in train.py, by each process its own.
+
+        Called again, it goes on from where it ended, for max_steps updates more.
+
+        Args:
+            resume_from_checkpoint: One of Trainer's own checkpoints, or True for the last whole one in output_dir.
+                Weights, moments and random numbers are its, learning rate and schedule are those asked for now.
+            *args: Passed to Trainer.
+            **kwargs: Passed to Trainer.
+
+        Raises:
+            CheckpointError: If the checkpoint is not whole, or none is.
+        """
+        self._resumed_from = choose_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        self._count_from(self._resumed_from)
+        output = super().train(None if self._resumed_from is None else str(self._resumed_from), *args, **kwargs)
+        self._remember()
+        return output
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the model as Trainer does; the folder says how many updates its weights have seen."""
+        self._remember()
+        super().save_model(output_dir, _internal_call)
 
     def get_train_dataloader(self) -> DataLoader:
         """Serves the given batches. Those that are drawn come from get_batch_samples, and this says their number."""
@@ -205,6 +232,38 @@ class NanoGPTTrainer(Trainer):
             return data.pin_memory().to(self.args.device, non_blocking=True)  # as in train.py: nothing waits for it
         return super()._prepare_input(data)
 
+    def _count_from(self, folder: Path | None) -> None:
+        """Sets where Trainer's count of updates begins: here, or where it began for a checkpoint of its own."""
+        state = self.training_state
+        if folder is None:
+            state = replace(state, iter_num=self.iter_num, best_val_loss=self.best_val_loss)
+        else:
+            counts = read_counts(folder)
+            begin = state.iter_num if counts.iter_num is None else counts.iter_num - counts.global_step
+            if begin != state.iter_num and self.args.max_steps > 0:  # the run ends where it was asked to
+                self.args = copy(self.args)
+                self.args.max_steps += state.iter_num - begin
+            state = replace(state, iter_num=begin)
+        # an optimizer that is there has later moments than the training state
+        self.training_state = state if self.optimizer is None else replace(state, optimizer=None)
+        self.state.global_step, self._n_taken_back = 0, 0
+
+    def _load_best_model(self) -> None:
+        """Loads the best weights as Trainer does, and what belongs to them: their moments and their count."""
+        super()._load_best_model()
+        folder = Path(str(self.state.best_model_checkpoint))
+        self._n_taken_back = self.state.global_step - read_counts(folder).global_step
+        if not find_faults(folder):
+            self._load_optimizer_and_scheduler(str(folder))
+            return
+        logger.warning(f"{folder}: the best weights were saved without their moments: the optimizer begins afresh")
+        self.optimizer = self.lr_scheduler = None
+        self.training_state = replace(self.training_state, optimizer=None)
+
+    def _remember(self) -> None:
+        state = TrainingState(self.iter_num, self.best_val_loss, dict(self.config))
+        remember_training_state(self.accelerator.unwrap_model(self.model), state)
+
     def _settings(self) -> dict[str, Any]:
         # What the arguments say goes, for settings that both have; but a state with moments brings its own weight
         # decay and betas, as in train.py.
@@ -255,7 +314,7 @@ class _DrawingCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         if trainer._resumed_from is not None:  # Trainer itself sets the generators' states
-            offsets = read_next_batch(Path(trainer._resumed_from), args.process_index, args.world_size)
+            offsets = read_next_batch(trainer._resumed_from, args.process_index, args.world_size)
             if trainer._train_batch_sampler is None:
                 trainer._batches.choose(offsets)
             return
