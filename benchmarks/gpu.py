@@ -116,7 +116,7 @@ def run_probe(probe: Probe, setting: Setting, seconds: float, is_lost: bool = Fa
         return {**result, "why": "an earlier probe left the GPU unusable in this process"}
     if seconds <= 0:
         return {**result, "why": "no time was left"}
-    start, setting = time.monotonic(), replace(setting, figures=result["figures"])
+    start, setting = time.monotonic(), replace(setting, seconds=seconds, figures=result["figures"])
     try:
         with limit_time(seconds):
             outcome = probe(setting)

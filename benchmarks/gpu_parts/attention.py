@@ -77,9 +77,9 @@ def probe_rows(setting: Setting, implementation: str, dtype: torch.dtype) -> Out
         padded, mask = pad_left(rows)
         figures = {
             "padded": measure_error(read_padded(model, padded, mask, use_mask=True), expected),
-            "padded, without its mask": measure_error(read_padded(model, padded, mask, use_mask=False), expected),
+            "padded, without its mask": measure_error(read_padded(plain, padded, mask, use_mask=False), expected),
             "packed": measure_error(read_packed(model, rows, use_positions=True), expected),
-            "packed, without its positions": measure_error(read_packed(model, rows, use_positions=False), expected),
+            "packed, without its positions": measure_error(read_packed(plain, rows, use_positions=False), expected),
         }
     tolerance = TOLERANCES[dtype]
     holds = figures["padded"] <= tolerance and figures["packed"] <= tolerance

@@ -5,6 +5,7 @@ ours may differ from it by no more. With torch's deterministic algorithms neithe
 """
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -239,7 +240,7 @@ def probe_checkpoint(setting: Setting) -> Outcome:
 def probe_positions(setting: Setting) -> Outcome:
     """Gives positions past the table: too many tokens, then explicit ones, which a GPU does not read beforehand."""
     if setting.is_cuda and setting.has_children:  # a device-side assert would end all other probes
-        figures = run_apart(try_positions, setting)
+        figures = run_apart(try_positions_silently, setting)
     elif setting.is_cuda:
         figures = {"too many tokens": try_forward(setting, is_explicit=False), "explicit positions": "not tried"}
     else:
@@ -248,6 +249,14 @@ def probe_positions(setting: Setting) -> Outcome:
     return Outcome(
         holds, "too many tokens are an error of ours, and no position past the table gives numbers", figures
     )
+
+
+def try_positions_silently(setting: Setting) -> dict[str, str]:
+    """Does so in a process of its own, without the line that the GPU prints for each thread of a failed assertion."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):  # stdout and stderr, below Python
+        os.dup2(nowhere, stream)
+    return try_positions(setting)
 
 
 def try_positions(setting: Setting) -> dict[str, str]:

@@ -24,9 +24,6 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 
-CHILD_LIMIT_S = 60
-
-
 @dataclass(frozen=True)
 class Setting:
     """Where the probes run.
@@ -35,12 +32,14 @@ class Setting:
         device: Device of torch.
         is_toy: Whether the models are tiny, so that all of it takes seconds on a CPU.
         has_children: Whether probes may start processes of their own, of which each takes seconds to import torch.
+        seconds: How long the probe may take.
         figures: Where a probe puts what it finds on the way, so that it is not lost if the rest fails.
     """
 
     device: str
     is_toy: bool
     has_children: bool = True
+    seconds: float = 60.0
     figures: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
@@ -116,15 +115,15 @@ def make_batch(setting: Setting, batch: int, length: int, vocab_size: int, seed:
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def run_apart(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a function in a process of its own, which the system ends when it takes too long."""
-    return run_in_child(_call_in_time, function, *args)
+def run_apart(function: Callable[..., Any], setting: Setting, *args: Any) -> Any:
+    """Calls a function of the setting in a process of its own, which the system ends when it takes too long."""
+    return run_in_child(_call_in_time, function, setting, *args)
 
 
-def _call_in_time(function: Callable[..., Any], *args: Any) -> Any:
+def _call_in_time(function: Callable[..., Any], setting: Setting, *args: Any) -> Any:
     if hasattr(signal, "alarm"):
-        signal.alarm(CHILD_LIMIT_S)
-    return function(*args)
+        signal.alarm(max(1, int(setting.seconds)))
+    return function(setting, *args)
 
 
 @contextlib.contextmanager

@@ -171,6 +171,6 @@ def find_difference(found: Parameters, expected: Parameters) -> float:
 
 PROBES: dict[str, Probe] = {
     "against a bare loop": probe_overhead,
-    "killed and resumed": probe_resume,
     "FSDP2 on one device": probe_fsdp,
+    "killed and resumed": probe_resume,
 }
