@@ -5,7 +5,6 @@ import pickle
 import random
 import re
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -27,36 +26,40 @@ from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 from hugging_nano_gpt.tokenization import characters, find
 
 from .conftest import limit_file_size
+from .programs import run_program
 from .test_bpe import make_encoding
 
-# Loads a folder where this package cannot be imported, and treats texts as a client would.
+# Loads folders where this package cannot be imported, and treats texts as a client would.
 CLIENT = """
 import json, sys
 sys.modules["hugging_nano_gpt"] = None  # import raises ImportError
 from transformers import AutoTokenizer
 
-texts = json.load(sys.stdin)
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False)  # or it asks about the model's code
-ids = tokenizer(texts).input_ids
-failures = []
-for text in ("~", "well~known", "\\u00e9"):
-    try:
-        failures.append(tokenizer(text).input_ids)
-    except Exception as error:
-        failures.append(str(error))
+def use(folder, texts):
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # or it asks about the model's code
+    ids = tokenizer(texts).input_ids
+    failures = []
+    for text in ("~", "well~known", "\\u00e9"):
+        try:
+            failures.append(tokenizer(text).input_ids)
+        except Exception as error:
+            failures.append(str(error))
+    return {
+        "ids": ids,
+        "decoded": [tokenizer.decode(row) for row in ids],
+        "skipped": tokenizer.batch_decode(ids, skip_special_tokens=True),
+        "failures": failures,
+        "special": tokenizer.special_tokens_map,
+        "settings": [len(tokenizer), tokenizer.vocab_size, tokenizer.model_max_length, tokenizer.padding_side],
+    }
+
+found = {folder: use(folder, texts) for folder, texts in json.load(sys.stdin).items()}
 try:
     import hugging_nano_gpt
     raise SystemExit("the package was imported")
 except ImportError:
     pass
-print(json.dumps({
-    "ids": ids,
-    "decoded": [tokenizer.decode(row) for row in ids],
-    "skipped": tokenizer.batch_decode(ids, skip_special_tokens=True),
-    "failures": failures,
-    "special": tokenizer.special_tokens_map,
-    "settings": [len(tokenizer), tokenizer.vocab_size, tokenizer.model_max_length, tokenizer.padding_side],
-}))
+print(json.dumps(found))
 """
 
 ALPHABETS = {
@@ -88,17 +91,20 @@ def make_texts(characters, n_texts=200):
     return texts + ["".join(rng.choices(spaces, k=rng.randint(1, 9))) + rng.choice(characters) for _ in range(20)]
 
 
-def run_client(folder, texts):
-    command = [sys.executable, "-c", CLIENT, str(folder)]
-    done = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, timeout=120, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+@pytest.fixture(scope="module")
+def client(folder, table, tmp_path_factory):
+    """What a process without the package finds with two tokenizers; the second has an id for unknown characters."""
+    lenient = tmp_path_factory.mktemp("lenient")
+    build_character_tokenizer(table, unknown_id=1).save_pretrained(lenient)
+    texts = {str(folder): make_texts(table.characters), str(lenient): ["a  b"]}
+    result = run_program(sys.executable, "-c", CLIENT, text=json.dumps(texts))
+    assert result.returncode == 0, result.stderr
+    return list(json.loads(result.stdout).values())
 
 
-def test_saved_folder_works_in_a_process_without_the_package(folder, table):
+def test_saved_folder_works_in_a_process_without_the_package(client, folder, table):
     assert json.loads((folder / "config.json").read_text())["model_type"] == "hugging_nano_gpt"
-    texts = make_texts(table.characters)
-    got = run_client(folder, texts)
+    texts, got = make_texts(table.characters), client[0]
     with META_PATH.open("rb") as file:
         stoi = pickle.load(file)["stoi"]
     assert got["ids"] == [[stoi[c] for c in text] for text in texts]
@@ -108,9 +114,8 @@ def test_saved_folder_works_in_a_process_without_the_package(folder, table):
     assert got["settings"] == [65, 65, 128, "left"]
 
 
-def test_unknown_id_stands_for_each_unknown_character(tmp_path, table):
-    build_character_tokenizer(table, unknown_id=1).save_pretrained(tmp_path)
-    got = run_client(tmp_path, ["a  b"])
+def test_unknown_id_stands_for_each_unknown_character(client, table):
+    got = client[1]
     assert got["failures"] == [[1], table.encode("well known"), [1]]
     assert got["decoded"] == got["skipped"] == ["a  b"]
 

@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -116,9 +117,12 @@ def test_errors_take_one_line_and_no_traceback(arguments, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_installed_program_ends_with_one_line_on_stderr_and_1(tmp_path):
-    """A process of its own, so that nothing but the line is there: no traceback, no warning of an import."""
-    result = run_program(PROGRAM, "inspect", tmp_path / "missing.pt")
+def test_program_without_clients_ends_with_one_line_on_stderr_and_1(tmp_path):
+    """A process of its own, so that nothing but the line is there: no traceback, and no client is missed."""
+    names = ("accelerate", "bitsandbytes", "lm_eval", "peft", "torchao")
+    block = f"sys.modules.update(dict.fromkeys({names}))"  # None: cannot be imported
+    script = f"import sys; {block}; import hugging_nano_gpt_cli; hugging_nano_gpt_cli.main()"
+    result = run_program(sys.executable, "-c", script, "inspect", tmp_path / "missing.pt")
     assert (result.returncode, result.stdout) == (1, "")
     assert re.fullmatch(rf"error: {tmp_path}/missing\.pt: cannot be opened: .*\n", result.stderr)
 
