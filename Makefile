@@ -45,7 +45,7 @@ newest oldest:
 	$(CONTRACT_VENV)/bin/python -m pytest $(CONTRACT)
 
 clients: $(CLIENTS_READY)
-	$(CLIENTS_VENV)/bin/python -m pytest tests/test_quantization.py tests/test_lm_eval.py tests/test_peft.py
+	$(CLIENTS_VENV)/bin/python -m pytest tests/test_quantization.py tests/test_lm_eval.py tests/test_peft.py tests/test_serve.py
 
 exports: $(EXPORTS_READY)
 	$(EXPORTS_VENV)/bin/python -m pytest -m "slow or not slow" tests/test_gguf.py tests/test_gguf_vocabulary.py tests/test_llama_cpp.py tests/test_onnx.py tests/test_onnx_runtime.py tests/test_playground.py
@@ -101,7 +101,7 @@ $(READY): pyproject.toml constraints.txt
 
 $(CLIENTS_READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(CLIENTS_VENV)
-	$(CLIENTS_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,quantize,eval]'
+	$(CLIENTS_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,quantize,eval,serve]'
 	@touch $@
 
 $(EXPORTS_READY): pyproject.toml constraints.txt

@@ -326,6 +326,33 @@ def playground(
 
 
 @app.command()
+def serve(
+    source: _Source,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    meta: _Meta = None,
+    tokenizer: _Tokenizer = None,
+    dtype: _DtypeOption = None,
+    device: _Device = None,
+    activation: _ActivationOption = None,
+    n_head: _Heads = None,
+) -> None:
+    """Serve a model as OpenAI's API does: completions and chats, streamed too. Until Ctrl-C."""
+    _set_up_transformers(is_quiet=True)
+    from hugging_nano_gpt import run_server
+
+    run_server(
+        source,
+        host=host,
+        port=port,
+        device=device,
+        meta_path=meta,
+        tokenizer=tokenizer,
+        **_select_given(dtype=dtype, activation_function=activation, n_head=n_head),
+    )
+
+
+@app.command()
 def demo() -> None:
     """Take the bundled nanoGPT checkpoint through the whole round trip and prove every step equal."""
     _set_up_transformers(has_progress=False)

@@ -2,7 +2,7 @@
 
 Two ways with the same weights in float32 and the same number of threads, one after the other in every round, another
 one first each time: "ours" is NanoGPTLMHeadModel.generate; "onnx" is ONNX Runtime with numpy arrays in and out, as in
-docs/exporting.md.
+docs/onnx.md.
 
 The ratios are medians of the ratios within each round.
 
@@ -80,7 +80,7 @@ def measure_size(size: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_decoder(session: onnxruntime.InferenceSession) -> Run:
-    """Makes the greedy loop of docs/exporting.md."""
+    """Makes the greedy loop of docs/onnx.md."""
 
     def run(prompt: torch.Tensor, count: int) -> torch.Tensor:
         new = tokens = prompt.numpy()

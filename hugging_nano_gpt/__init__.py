@@ -13,7 +13,7 @@ from .errors import (
     DataError,
     MissingDependencyError,
     NanoGPTError,
-    PlaygroundError,
+    ServerError,
     TokenizerError,
     VerifyError,
 )
@@ -29,6 +29,7 @@ from .model.modeling_nano_gpt import (
 )
 from .sample.playground import run_playground
 from .sample.sampling import sample_text
+from .sample.serve import run_server
 from .tokenization.bpe import build_gpt2_tokenizer, build_tiktoken_tokenizer
 from .tokenization.characters import CharacterTable, build_character_tokenizer, read_meta, write_meta
 from .tokenization.find import find_tokenizer
@@ -52,7 +53,7 @@ __all__ = [
     "NanoGPTModel",
     "NanoGPTPreTrainedModel",
     "OptimizerState",
-    "PlaygroundError",
+    "ServerError",
     "TokenizerError",
     "TrainingState",
     "VerifyError",
@@ -74,6 +75,7 @@ __all__ = [
     "read_checkpoint",
     "read_meta",
     "run_playground",
+    "run_server",
     "sample_text",
     "verify_against_nanogpt",
     "verify_loss",

@@ -38,8 +38,8 @@ class VerifyError(NanoGPTError, RuntimeError):
     """A comparison cannot be made: a model is out of reach, or the code to compare with does not run."""
 
 
-class PlaygroundError(NanoGPTError, OSError):
-    """The playground's page cannot be served."""
+class ServerError(NanoGPTError, OSError):
+    """A model or the playground's page cannot be served."""
 
 
 def list_some(names: Collection[Any]) -> str:

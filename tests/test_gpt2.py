@@ -36,10 +36,10 @@ from .test_bpe import make_encoding
 from .test_family import MEMBERS
 from .tiny import FIXTURES_DIR, MODEL_ARGS, make_batch, make_model
 
-# For the order of float32 sums, which the matrix library picks by the layout; docs/exporting.md has what was measured.
+# For the order of float32 sums, which the matrix library picks by the layout; docs/gpt2.md has what was measured.
 ATOL = 1e-5
 SMALL = {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 32, "vocab_size": 65}
-DOC = (Path(__file__).parent.parent / "docs" / "exporting.md").read_text()
+DOC = (Path(__file__).parent.parent / "docs" / "gpt2.md").read_text()
 
 
 def make_gpt2(**settings) -> GPT2LMHeadModel:
@@ -408,16 +408,15 @@ def test_folder_with_files_is_refused_and_a_failure_leaves_nothing(tmp_path):
     assert_close_logits(load_stock(folder), model)
 
 
-def test_exporting_md_python_runs_as_written(tmp_path, monkeypatch):
+def test_gpt2_md_python_runs_as_written(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     shutil.copy(CKPT_PATH, tmp_path / "out" / "ckpt.pt")
     monkeypatch.chdir(tmp_path)
-    sections = re.findall(r"^## (?:From )?GPT-2$.*?(?=^## |\Z)", DOC, flags=re.MULTILINE | re.DOTALL)
-    blocks = re.findall(r"```python\n(.*?)```", "".join(sections), flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", DOC, flags=re.DOTALL)
     for block in blocks:
         exec(block, {})
     assert len(blocks) == 2
 
 
-def test_exporting_md_names_every_refused_option():
+def test_gpt2_md_names_every_refused_option():
     assert not [name for name in REFUSED if name not in DOC and name != "activation_function"]

@@ -1,17 +1,12 @@
 """Saved folders: complete, truthful, and equal bit for bit where nobody has heard of this package."""
 
 import builtins
-import contextlib
 import json
 import math
 import os
 import re
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,7 +49,6 @@ PROMPT = "ROMEO:"  # of tests/remote_worker.py too
 # Runs what happens without the package: tests/fresh_venv.sh names a Python that has torch and transformers only.
 FRESH_PYTHON = os.environ.get("FRESH_PYTHON")
 SAVING_MD = Path(__file__).parents[1] / "docs" / "saving.md"
-EXAMPLES_DIR = Path(__file__).parents[1] / "examples"
 
 MODEL_DIR = Path(modeling_nano_gpt.__file__).parent
 CLASSES = [NanoGPTModel, NanoGPTLMHeadModel, NanoGPTForSequenceClassification]
@@ -180,33 +174,6 @@ def test_package_imported_after_remote_code_serves_it(remote):
     assert remote.facts["late_module"].startswith("transformers_modules.")
     assert remote.facts["files"]["late"] == sorted([*FILES, "ckpt.pt"])
     assert_equal_checkpoints(read_checkpoint(remote.folder / "late" / "ckpt.pt"), read_checkpoint(CKPT_PATH))
-
-
-@pytest.mark.skipif(not FRESH_PYTHON, reason="FRESH_PYTHON names no Python with transformers[serving]")
-def test_transformers_serve_completes_a_prompt(remote):
-    lm, tokenizer = remote.models["lm"], make_tokenizer()
-    n_new = lm.config.block_size + 8
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    options = ["--device", "cpu", "--host", "127.0.0.1", "--port", port]
-    body = json.dumps({"model": str(remote.folder / "lm"), "prompt": PROMPT, "max_tokens": n_new}).encode()
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", body, headers)
-    with start_python(remote.folder, EXAMPLES_DIR / "serve.py", remote.folder / "lm", *options) as process:
-        try:
-            answer = json.loads(ask_until_it_answers(request))
-        finally:
-            process.terminate()
-    ids = lm.generate(tokenizer(PROMPT, return_tensors="pt").input_ids, max_new_tokens=n_new, do_sample=False)
-    assert PROMPT + answer["choices"][0]["text"] == tokenizer.decode(ids[0])
-
-
-def ask_until_it_answers(request):
-    for _ in range(120):
-        with contextlib.suppress(ConnectionError, urllib.error.URLError):
-            return urllib.request.urlopen(request, timeout=60).read()
-        time.sleep(0.5)
-    pytest.fail("the server did not come up")
 
 
 def test_local_classes_win_over_remote_code_without_a_prompt(model, tmp_path, monkeypatch):

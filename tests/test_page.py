@@ -14,7 +14,7 @@ from huggingface_hub import constants
 import hugging_nano_gpt_cli
 from hugging_nano_gpt import (
     MissingDependencyError,
-    PlaygroundError,
+    ServerError,
     TokenizerError,
     convert_to_folder,
     run_playground,
@@ -176,7 +176,7 @@ def test_playground_refuses_a_port_that_is_taken(served):
         listener.bind((server.HOST, 0))
         listener.listen()
         port = listener.getsockname()[1]
-        with pytest.raises(PlaygroundError, match=rf"^127.0.0.1:{port}: cannot be listened on: .*; give another port"):
+        with pytest.raises(ServerError, match=rf"^127.0.0.1:{port}: cannot be listened on: .*; give another port"):
             run_playground("missing.pt", port=port)
     assert served == []
 

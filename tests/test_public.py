@@ -5,11 +5,11 @@ import hugging_nano_gpt
 PUBLIC_NAMES = """
 CharacterTable Checkpoint CheckpointError Conversion ConversionError DataError Evaluation Inspection
 MissingDependencyError NanoGPTConfig NanoGPTError NanoGPTForSequenceClassification NanoGPTLMHeadModel NanoGPTModel
-NanoGPTPreTrainedModel OptimizerState PlaygroundError TokenizerError TrainingState VerifyError VerifyReport
+NanoGPTPreTrainedModel OptimizerState ServerError TokenizerError TrainingState VerifyError VerifyReport
 build_character_tokenizer build_gpt2_tokenizer build_tiktoken_tokenizer convert_to_checkpoint convert_to_folder
 evaluate_loss export_gguf export_gpt2 export_model export_onnx find_tokenizer fit_vocabulary import_gpt2 inspect_path
-read_checkpoint read_meta run_playground sample_text verify_against_nanogpt verify_loss verify_models write_checkpoint
-write_meta
+read_checkpoint read_meta run_playground run_server sample_text verify_against_nanogpt verify_loss verify_models
+write_checkpoint write_meta
 """.split()
 
 
@@ -25,8 +25,8 @@ def test_errors_are_caught_as_one_and_as_builtin_errors():
         assert issubclass(error, ValueError)
     assert issubclass(hugging_nano_gpt.VerifyError, hugging_nano_gpt.NanoGPTError)
     assert issubclass(hugging_nano_gpt.VerifyError, RuntimeError)
-    assert issubclass(hugging_nano_gpt.PlaygroundError, hugging_nano_gpt.NanoGPTError)
-    assert issubclass(hugging_nano_gpt.PlaygroundError, OSError)
+    assert issubclass(hugging_nano_gpt.ServerError, hugging_nano_gpt.NanoGPTError)
+    assert issubclass(hugging_nano_gpt.ServerError, OSError)
 
 
 def test_missing_dependency_is_caught_as_an_import_error():

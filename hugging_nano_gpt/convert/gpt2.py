@@ -2,7 +2,7 @@
 
 The tensors have the same names on both sides. GPT-2 keeps four weights of each layer transposed (its Conv1D); to
 transpose them again is the way back. GPT-2 always has biases: where the model has none, they are zeros here. The
-function is the same then, but training would change them, so this is for inference (docs/exporting.md).
+function is the same then, but training would change them, so this is for inference (docs/gpt2.md).
 
 Sources: nanoGPT's from_pretrained (model.py @ 3adf61e); Transformers' models/gpt2 and Conv1D.
 """
@@ -66,7 +66,7 @@ def export_gpt2(
     """Writes a model as a folder that stock GPT2LMHeadModel loads.
 
     Weights are moved and not computed with, so import_gpt2 gives back the same bits. Logits differ by the order of
-    float32 sums alone (docs/exporting.md). What generate does past block_size is not part of GPT-2: it stops there.
+    float32 sums alone (docs/gpt2.md). What generate does past block_size is not part of GPT-2: it stops there.
 
     Args:
         model: The model, of any floating dtype; tied or not.

@@ -48,7 +48,7 @@ def export_onnx(
     The graph takes input_ids (B, T), attention_mask (B, S), position_ids (B, T), all int64, and for every layer
     past_key_values.N.key and .value (B, H, P, D); P may be 0. It returns logits (B, T, V) and present.N.key and
     .value (B, H, S, D). Weights are moved and not computed with, and a tied one is stored once; logits differ from
-    ours by the order of float32 sums alone (docs/exporting.md). What generate does past block_size is not part of it.
+    ours by the order of float32 sums alone (docs/onnx.md). What generate does past block_size is not part of it.
 
     Args:
         model: The model, of any floating dtype; tied or not. In bfloat16, which ONNX Runtime's CPU does not compute

@@ -1,21 +1,19 @@
 """Serving the page on this machine alone, until Ctrl-C: no other machine is asked for anything, or told anything."""
 
 import os
-import socket
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..demo import CKPT_PATH, META_PATH
-from ..errors import MissingDependencyError, PlaygroundError
+from ..errors import MissingDependencyError
+from .address import HOST, check_port
 from .markup import CSS, list_facts
 from .page import build_page
 from .sampling import load_sampler
 
 if TYPE_CHECKING:
     import gradio
-
-HOST = "127.0.0.1"
 
 
 def run_playground(
@@ -40,12 +38,12 @@ def run_playground(
 
     Raises:
         MissingDependencyError: If Gradio is not installed.
-        PlaygroundError: If the port is taken.
+        ServerError: If the port is taken.
         CheckpointError: If there is no whole model.
         TokenizerError: If there is no tokenizer.
     """
     _check_gradio()
-    _check_port(port)
+    check_port(HOST, port)
     if source is None:
         source = CKPT_PATH
         meta_path = META_PATH if tokenizer is None and meta_path is None else meta_path
@@ -60,18 +58,6 @@ def _check_gradio() -> None:
         import gradio  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError("playground: Gradio is not installed; pip install 'gradio>=6.24'") from error
-
-
-def _check_port(port: int) -> None:
-    """Raises PlaygroundError if the port is taken; Gradio would find out only after the model is loaded."""
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((HOST, port))
-        except OSError as error:
-            raise PlaygroundError(
-                f"{HOST}:{port}: cannot be listened on: {error.strerror}; give another port (--port)"
-            ) from error
 
 
 def _serve(page: "gradio.Blocks", port: int) -> None:

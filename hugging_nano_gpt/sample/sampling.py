@@ -159,14 +159,28 @@ def load_sampler(
     **kwargs: Any,
 ) -> Sampler:
     """Loads a model and its tokenizer to draw from; see sample_text for what it takes and raises."""
-    loaded = load_source(source, **kwargs)
-    model = loaded.model
-    text_tokenizer = load_tokenizer(model, source, meta_path=meta_path, tokenizer=tokenizer)
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model, text_tokenizer, kind = load_model_and_tokenizer(
+        source, device=device, meta_path=meta_path, tokenizer=tokenizer, **kwargs
+    )
     # What else a folder's generation_config.json holds, sample.py does not know: an end of text, a top_p, a penalty.
     settings = make_settings(model, text_tokenizer)
     model.generation_config = GenerationConfig(suppress_tokens=settings.suppress_tokens)
-    return Sampler(model, text_tokenizer, loaded.kind)
+    return Sampler(model, text_tokenizer, kind)
+
+
+def load_model_and_tokenizer(
+    source: str | os.PathLike[str],
+    *,
+    device: str | None = None,
+    meta_path: str | os.PathLike[str] | None = None,
+    tokenizer: str | None = None,
+    **kwargs: Any,
+) -> tuple[NanoGPTLMHeadModel, PreTrainedTokenizerBase, str]:
+    """Loads a model to a device, its tokenizer, and what it was loaded from, in words; see sample_text."""
+    loaded = load_source(source, **kwargs)
+    text_tokenizer = load_tokenizer(loaded.model, source, meta_path=meta_path, tokenizer=tokenizer)
+    loaded.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return loaded.model, text_tokenizer, loaded.kind
 
 
 def _seed_as_sample_py(config: NanoGPTConfig, seed: int) -> None:

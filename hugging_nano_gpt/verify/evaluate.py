@@ -23,6 +23,7 @@ from ..errors import DataError
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from ..tokenization.find import find_tokenizer_or_reason, load_tokenizer
 from ..tokenization.text import count_units, encode_text
+from ..tokenization.vocabulary import make_settings
 from .estimate import Estimate, compute_losses, estimate_loss, get_estimate_settings
 from .report import to_json_number
 
@@ -114,7 +115,7 @@ def evaluate_loss(
 ) -> Evaluation:
     """Computes a model's mean loss over all of a token file or a text, and nanoGPT's estimate of it.
 
-    A text is read after generation_config.bos_token_id, so that its first token is scored too: the newline of
+    A text is read after the token that generate starts with, so that its first token is scored too: the newline of
     nanoGPT's character models, <|endoftext|> of GPT-2's. The first token of a token file is only context. Logits are
     computed in the model's dtype, losses in float32, their mean in float64.
 
@@ -202,7 +203,7 @@ def _open_windows(
         return windows, tokenizer, [f"no bits per byte or character: {reason}" for reason in reasons]
     text = _read_text(path)
     tokenizer = load_tokenizer(model, source, **asked)
-    start = model.generation_config.bos_token_id
+    start = make_settings(model, tokenizer).bos_token_id
     ids = [*([] if start is None else [start]), *encode_text(tokenizer, text, path)]
     if len(ids) < 2:
         raise DataError(f"{path}: nothing to score: expected two tokens or more, got {len(ids)}; give a longer text")
