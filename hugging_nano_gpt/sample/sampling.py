@@ -3,8 +3,10 @@
 A prompt is encoded, and every token is written as text as soon as it is drawn. Nothing stops at an end of text.
 """
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -49,7 +51,8 @@ def sample_text(
 ) -> None:
     """Draws samples after a prompt and writes them to a stream, a line of dashes after each.
 
-    The defaults are sample.py's.
+    The defaults are sample.py's. On a GPU matrix products are in bfloat16 (float16 where it has none) and TF32, as there,
+    unless `dtype` is given.
 
     Args:
         source: Checkpoint file of the nanoGPT family, folder that save_pretrained wrote, or Hub id.
@@ -94,11 +97,13 @@ class Sampler:
         model: The model, on its device.
         tokenizer: Its tokenizer.
         kind: What the model was loaded from, in words.
+        autocast_dtype: What matrix products are computed in, as sample.py does on a GPU; None for the model's dtype.
     """
 
     model: NanoGPTLMHeadModel
     tokenizer: PreTrainedTokenizerBase
     kind: str
+    autocast_dtype: torch.dtype | None = None
 
     def encode(self, prompt: str) -> torch.Tensor:
         """Returns the ids of a prompt, (1, T) int64 on the model's device.
@@ -135,19 +140,24 @@ class Sampler:
                 after temperature and top_k, and returns them.
             **kwargs: What generate takes, such as `streamer` and `stopping_criteria`.
         """
-        processors = [TemperatureLogitsWarper(float(temperature))]
+        processors: list[LogitsProcessor] = [TemperatureLogitsWarper(float(temperature))]
+        if self.autocast_dtype is not None:  # in which sample.py's logits and their quotients stay
+            processors.append(_Rounding(self.autocast_dtype))
+            # Keys from a cache are rounded otherwise than in a whole pass, which is what sample.py makes.
+            kwargs.setdefault("use_cache", stride > 1)
         processors += [TopKLogitsWarper(top_k)] if top_k > 0 else []
         processors += [observe] if observe is not None else []
-        self.model.generate(
-            idx,
-            max_new_tokens=max_new_tokens,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            logits_processor=LogitsProcessorList(processors),
-            stride=stride,
-            **kwargs,
-        )
+        with _computing_as_sample_py(self.model.device.type, self.autocast_dtype):
+            self.model.generate(
+                idx,
+                max_new_tokens=max_new_tokens,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                logits_processor=LogitsProcessorList(processors),
+                stride=stride,
+                **kwargs,
+            )
 
 
 def load_sampler(
@@ -165,7 +175,9 @@ def load_sampler(
     # What else a folder's generation_config.json holds, sample.py does not know: an end of text, a top_p, a penalty.
     settings = make_settings(model, text_tokenizer)
     model.generation_config = GenerationConfig(suppress_tokens=settings.suppress_tokens)
-    return Sampler(model, text_tokenizer, kind)
+    is_autocast = model.device.type == "cuda" and kwargs.get("dtype") is None  # another dtype is computed in as it is
+    autocast_dtype = torch.bfloat16 if is_autocast and torch.cuda.is_bf16_supported() else torch.float16
+    return Sampler(model, text_tokenizer, kind, autocast_dtype if is_autocast else None)
 
 
 def load_model_and_tokenizer(
@@ -181,6 +193,29 @@ def load_model_and_tokenizer(
     text_tokenizer = load_tokenizer(loaded.model, source, meta_path=meta_path, tokenizer=tokenizer)
     loaded.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return loaded.model, text_tokenizer, loaded.kind
+
+
+class _Rounding(LogitsProcessor):
+    """Rounds logits (B, V) as a lesser dtype has them."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores.to(self.dtype).to(scores.dtype)
+
+
+@contextlib.contextmanager
+def _computing_as_sample_py(device_type: str, autocast_dtype: torch.dtype | None) -> Iterator[None]:
+    """Turns on autocast, and TF32 for what float32 is left, while the block lasts."""
+    precision = torch.get_float32_matmul_precision()
+    if device_type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        with torch.autocast(device_type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def _seed_as_sample_py(config: NanoGPTConfig, seed: int) -> None:
