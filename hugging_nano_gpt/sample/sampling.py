@@ -51,8 +51,8 @@ def sample_text(
 ) -> None:
     """Draws samples after a prompt and writes them to a stream, a line of dashes after each.
 
-    The defaults are sample.py's. On a GPU matrix products are in bfloat16 (float16 where it has none) and TF32, as there,
-    unless `dtype` is given.
+    The defaults are sample.py's. On a GPU matrix products are in bfloat16 (float16 where it has none) and TF32, as
+    there, unless `dtype` is given.
 
     Args:
         source: Checkpoint file of the nanoGPT family, folder that save_pretrained wrote, or Hub id.
