@@ -79,6 +79,9 @@ _ActivationOption = Annotated[
     _Activation | None, typer.Option(help="GELU of checkpoint files, in place of what their age tells.")
 ]
 _Heads = Annotated[int | None, typer.Option(min=1, help="Heads, for files that do not record them.")]
+_IgnoreExtra = Annotated[
+    bool, typer.Option("--ignore-extra", help="Leave out of account what a fork has added to its checkpoints.")
+]
 _DtypeOption = Annotated[_Dtype | None, typer.Option(help="Dtype of the weights, in place of the file's.")]
 _Device = Annotated[str | None, typer.Option(help="Device of torch; a GPU where there is one.")]
 _Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
@@ -96,6 +99,7 @@ def convert(
     dtype: _DtypeOption = None,
     activation: _ActivationOption = None,
     n_head: _Heads = None,
+    ignore_extra: _IgnoreExtra = False,
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file of weights, as 5GB.")] = "50GB",
     force: _Force = False,
 ) -> None:
@@ -110,7 +114,7 @@ def convert(
         tokenizer=tokenizer,
         max_shard_size=max_shard_size,
         overwrite=force,
-        **_select_given(dtype=dtype, activation_function=activation, n_head=n_head),
+        **_select_given(dtype=dtype, activation_function=activation, n_head=n_head, ignore_extra=ignore_extra),
     )
     print(conversion)
 
@@ -146,6 +150,7 @@ def export(
     dtype: _DtypeOption = None,
     activation: _ActivationOption = None,
     n_head: _Heads = None,
+    ignore_extra: _IgnoreExtra = False,
     file_type: Annotated[
         _FileType | None, typer.Option(help="Type of the weights in a gguf file; f32 if none.")
     ] = None,
@@ -162,7 +167,13 @@ def export(
         meta_path=meta,
         tokenizer=tokenizer,
         overwrite=force,
-        **_select_given(dtype=dtype, activation_function=activation, n_head=n_head, file_type=file_type),
+        **_select_given(
+            dtype=dtype,
+            activation_function=activation,
+            n_head=n_head,
+            ignore_extra=ignore_extra,
+            file_type=file_type,
+        ),
     )
     print(conversion)
 
@@ -172,13 +183,16 @@ def inspect(
     path: Annotated[Path, typer.Argument(metavar="FILE_OR_DIR", help="Checkpoint file or saved folder.")],
     activation: _ActivationOption = None,
     n_head: _Heads = None,
+    ignore_extra: _IgnoreExtra = False,
     as_json: _Json = False,
 ) -> None:
     """Tell what a checkpoint or a folder holds: its age, sizes, parameters, training state, and what was assumed."""
     _set_up_transformers()
     from hugging_nano_gpt import inspect_path
 
-    found = inspect_path(path, activation_function=activation and activation.value, n_head=n_head)
+    found = inspect_path(
+        path, activation_function=activation and activation.value, n_head=n_head, ignore_extra=ignore_extra
+    )
     print(json.dumps(found.to_json(), indent=2) if as_json else found)
 
 
@@ -195,6 +209,7 @@ def verify(
     gradients: Annotated[bool, typer.Option("--gradients", help="Compare gradients too.")] = False,
     activation: _ActivationOption = None,
     n_head: _Heads = None,
+    ignore_extra: _IgnoreExtra = False,
     eval_iters: Annotated[int | None, typer.Option(min=1, help="Batches for --data, in place of A's own.")] = None,
     as_json: _Json = False,
 ) -> None:
@@ -208,7 +223,11 @@ def verify(
     _set_up_transformers(is_quiet=True)  # what Transformers would warn of, the report or the error says
     from hugging_nano_gpt import verify_against_nanogpt, verify_loss, verify_models
 
-    settings = {"activation_function": activation and activation.value, "n_head": n_head}
+    settings = {
+        "activation_function": activation and activation.value,
+        "n_head": n_head,
+        "ignore_extra": ignore_extra,
+    }
     if data is not None:
         report = verify_loss(a, data, eval_iters=eval_iters, progress=_print_progress, **settings)
     elif nanogpt is not None:
@@ -238,6 +257,7 @@ def evaluate(
     device: _Device = None,
     activation: _ActivationOption = None,
     n_head: _Heads = None,
+    ignore_extra: _IgnoreExtra = False,
     as_json: _Json = False,
 ) -> None:
     """Tell the loss over every token of a file, its perplexity and bits per byte, and nanoGPT's own estimate."""
@@ -252,7 +272,7 @@ def evaluate(
         device=device,
         meta_path=meta,
         tokenizer=tokenizer,
-        **_select_given(dtype=dtype, activation_function=activation, n_head=n_head),
+        **_select_given(dtype=dtype, activation_function=activation, n_head=n_head, ignore_extra=ignore_extra),
     )
     print(json.dumps(evaluation.to_json(), indent=2) if as_json else evaluation)
 
@@ -275,6 +295,7 @@ def generate(
     device: _Device = None,
     activation: _ActivationOption = None,
     n_head: _Heads = None,
+    ignore_extra: _IgnoreExtra = False,
 ) -> None:
     """Draw text as nanoGPT's sample.py does: the same settings by default, the same text from the same seed."""
     if prompt is None and not sys.stdin.isatty():
@@ -294,7 +315,7 @@ def generate(
         device=device,
         meta_path=meta,
         tokenizer=tokenizer,
-        **_select_given(dtype=dtype, activation_function=activation, n_head=n_head),
+        **_select_given(dtype=dtype, activation_function=activation, n_head=n_head, ignore_extra=ignore_extra),
     )
 
 
@@ -310,6 +331,7 @@ def playground(
     device: _Device = None,
     activation: _ActivationOption = None,
     n_head: _Heads = None,
+    ignore_extra: _IgnoreExtra = False,
 ) -> None:
     """Try a model in the browser: its text as it is drawn, and what else it could have drawn. Until Ctrl-C."""
     _set_up_transformers(is_quiet=True)
@@ -321,7 +343,7 @@ def playground(
         device=device,
         meta_path=meta,
         tokenizer=tokenizer,
-        **_select_given(dtype=dtype, activation_function=activation, n_head=n_head),
+        **_select_given(dtype=dtype, activation_function=activation, n_head=n_head, ignore_extra=ignore_extra),
     )
 
 

@@ -29,7 +29,7 @@ def open_source(path: Path) -> BinaryIO:
     """
     try:
         if path.is_dir():
-            raise fail(path, "expected a file, got a directory", f"give the file in it, as {path / 'ckpt.pt'}")
+            raise fail(path, "expected a file, got a directory", advise_on_folder(path))
         if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
             raise fail(path, "expected a regular file, got a device, pipe or socket", "give the path of a ckpt.pt")
         return path.open("rb")
@@ -39,6 +39,16 @@ def open_source(path: Path) -> BinaryIO:
         if isinstance(error, CheckpointError):
             raise
         raise fail(path, f"cannot be opened: {error}", "check the path") from error
+
+
+def advise_on_folder(folder: Path) -> str:
+    """Says what to give in place of a folder that is no saved model."""
+    if (folder / ".metadata").is_file():
+        return (
+            "it is a checkpoint of torch.distributed: make a file of it with "
+            "torch.distributed.checkpoint.format_utils.dcp_to_torch_save(folder, file), and give that"
+        )
+    return f"give the file in it, as {folder / 'ckpt.pt'}"
 
 
 def measure_bytes(file: BinaryIO) -> int:

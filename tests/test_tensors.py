@@ -20,7 +20,7 @@ def test_read_wrapper_prefix_is_stripped(contents, tmp_path, prefix):
 
 
 @pytest.mark.parametrize("front", ["", "_orig_mod.", "module."])
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module."])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod_.", "orig_mod.", "fsdp_wrapped_module."])
 def test_read_wrapper_prefix_inside_a_name_is_kept_and_refused(contents, tmp_path, prefix, front):
     name = LN.replace("ln_1", f"{prefix}ln_1")
     contents["model"][front + name] = contents["model"].pop(LN)

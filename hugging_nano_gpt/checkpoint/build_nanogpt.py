@@ -9,8 +9,8 @@ from typing import Any
 
 from .check import find_key_faults, find_model_faults, is_tied
 from .contents import NO_VAL_LOSS, Checkpoint, TrainingState
-from .tensors import clean_names
-from .torch_file import TorchFile
+from .tensors import clean_names, tie_missing_head
+from .torch_file import IGNORE_ADVICE, TorchFile
 
 NAME = "build_nanogpt"
 ACTIVATION_FUNCTION = "gelu_pytorch_tanh"
@@ -31,13 +31,14 @@ def recognise(contents: Any) -> bool:
     return isinstance(contents, dict) and "model" in contents and isinstance(contents.get("config"), GPTConfig)
 
 
-def read(file: TorchFile) -> Checkpoint:
+def read(file: TorchFile, *, ignore_extra: bool) -> Checkpoint:
     """Reads a build-nanogpt checkpoint, after checking every key, shape and dtype in it.
 
     Raises:
         CheckpointError: With all faults found, before any tensor is read.
     """
-    contents = file.contents
+    contents = {key: value for key, value in file.contents.items() if key in _KEYS or not ignore_extra}
+    file.refuse_foreign(contents)
     fields = vars(contents["config"])
     faults = find_key_faults("checkpoint", contents, ("model", "config"), _KEYS)
     faults += find_key_faults("config", fields, _CONFIG_FIELDS, _CONFIG_FIELDS)
@@ -48,10 +49,12 @@ def read(file: TorchFile) -> Checkpoint:
     ]
     model_args = {**fields, "bias": True, "dropout": 0.0}
     names = clean_names(contents["model"] if isinstance(contents["model"], dict) else {})
+    assumptions = tie_missing_head(names.tensors)
     faults += names.faults + find_model_faults(model_args, names.tensors)
     if faults:
         raise file.fail(
-            f"not a whole build-nanogpt checkpoint: {'; '.join(faults)}", "give one as its script wrote it"
+            f"not a whole build-nanogpt checkpoint: {'; '.join(faults)}",
+            f"give one as its script wrote it{IGNORE_ADVICE}",
         )
     state = TrainingState(contents.get("step", 0), float(contents.get("val_loss", NO_VAL_LOSS)))
     state_dict = file.read_tensors(names.tensors)
@@ -62,5 +65,5 @@ def read(file: TorchFile) -> Checkpoint:
         training_state=state,
         activation_function=ACTIVATION_FUNCTION,
         format=NAME,
-        assumptions=("tanh GELU as torch computes it, as in build-nanogpt: the file does not record it",),
+        assumptions=(*assumptions, "tanh GELU as torch computes it, as in build-nanogpt: the file does not record it"),
     )

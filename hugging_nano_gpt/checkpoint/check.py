@@ -14,6 +14,9 @@ from ..errors import join_some, list_some
 from ..model.configuration_nano_gpt import NanoGPTConfig
 from .tensors import MODEL_ARGS, iterate_shapes
 
+# What weights are computed with; the 8 bits of a float8 are not.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 # What torch.load(weights_only=True) reads back beside containers and tensors.
 _PLAIN_TYPES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
@@ -58,8 +61,10 @@ def find_model_faults(model_args: Mapping[str, Any], tensors: Mapping[str, torch
     if wrong_shapes:
         faults.append(f"model: wrong shapes: {join_some(wrong_shapes)}")
     dtypes = {tensor.dtype for tensor in tensors.values()}
-    if len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes):
-        faults.append(f"model: expected all tensors of one floating dtype, got {list_some(sorted(map(str, dtypes)))}")
+    if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
+        found = list_some(sorted(map(str, dtypes)))
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        faults.append(f"model: expected all tensors of one floating dtype, got {found}, of which {known} are known")
     return faults
 
 

@@ -11,7 +11,7 @@ import torch
 
 from .check import find_model_faults, is_tied
 from .contents import Checkpoint
-from .tensors import clean_names, infer_model_args
+from .tensors import clean_names, infer_model_args, tie_missing_head
 from .torch_file import TorchFile
 
 NAME = "mingpt"
@@ -33,6 +33,7 @@ def read(file: TorchFile, *, n_head: int | None) -> Checkpoint:
         CheckpointError: With all faults found, before any tensor is read; also if n_head is not given.
     """
     names = clean_names(file.contents)
+    assumptions = [] if names.has_masks else tie_missing_head(names.tensors)  # minGPT's lm_head is not tied
     inferred = infer_model_args(names.tensors)
     if n_head is None and "n_embd" in inferred:
         n_embd = inferred["n_embd"]
@@ -56,6 +57,7 @@ def read(file: TorchFile, *, n_head: int | None) -> Checkpoint:
         activation_function="gelu_new" if names.has_masks else "gelu",
         format=NAME,
         assumptions=(
+            *assumptions,
             f"{gelu}: a bare state dict does not record it",
             "dropout 0.0: a bare state dict does not record it",
         ),

@@ -11,11 +11,13 @@ from typing import Any, BinaryIO
 
 import torch
 
+from ..errors import list_some
 from .check import find_key_faults, find_model_faults, is_tied
 from .contents import NO_VAL_LOSS, Checkpoint, TrainingState
 from .optimizer import OptimizerState, from_adamw, group_by_module, make_fresh_state
-from .tensors import MODEL_ARGS, CleanNames, clean_names, infer_model_args
-from .torch_file import TorchFile
+from .tensors import MODEL_ARGS, CleanNames, clean_names, infer_model_args, tie_missing_head
+from .torch_file import IGNORE_ADVICE, TorchFile
+from .unpickle import find_foreign
 
 NAME = "nanogpt"
 
@@ -28,19 +30,23 @@ def recognise(contents: Any) -> bool:
     return isinstance(contents, dict) and any(key in contents for key in _REQUIRED_KEYS)
 
 
-def read(file: TorchFile, *, with_optimizer: bool) -> Checkpoint:
+def read(file: TorchFile, *, with_optimizer: bool, ignore_extra: bool) -> Checkpoint:
     """Reads a nanoGPT checkpoint, after checking every key, shape and dtype in it.
 
     Raises:
         CheckpointError: With all faults found, before any tensor is read; or if the optimizer is wanted and its
             moments cannot be named with certainty.
     """
-    contents: dict[str, Any] = file.contents
-    faults = find_key_faults("checkpoint", contents, _REQUIRED_KEYS, _KEYS) + _find_type_faults(contents)
+    contents, assumptions = _leave_out_extra(file.contents) if ignore_extra else (file.contents, [])
+    faults = find_key_faults("checkpoint", contents, _REQUIRED_KEYS, _KEYS)
+    faults += _find_type_faults(contents, with_optimizer)
     if not all(isinstance(contents.get(key), dict) for key in _REQUIRED_KEYS):
         raise _fail(file, faults)
+    file.refuse_foreign([contents[key] for key in _REQUIRED_KEYS])
     names = clean_names(contents["model"])
-    model_args, assumptions = _complete_model_args(contents["model_args"], names.tensors)
+    if "vocab_size" in contents["model_args"]:  # before that was recorded, lm_head was not tied
+        assumptions += tie_missing_head(names.tensors)
+    model_args, inferred = _complete_model_args(contents["model_args"], names.tensors)
     faults += names.faults + find_model_faults(model_args, names.tensors)
     if faults:
         raise _fail(file, faults)
@@ -64,12 +70,12 @@ def read(file: TorchFile, *, with_optimizer: bool) -> Checkpoint:
         model_args=model_args,
         state_dict=state_dict,
         tie_word_embeddings=tied,
-        training_state=_read_training_state(file, optimizer if with_optimizer else None),
+        training_state=_read_training_state(file, contents, optimizer if with_optimizer else None),
         activation_function=activation_function,
         format=NAME,
         era=era,
         has_optimizer=contents.get("optimizer") is not None,
-        assumptions=(*assumptions, reason),
+        assumptions=(*assumptions, *inferred, reason),
     )
 
 
@@ -91,18 +97,30 @@ def write(checkpoint: Checkpoint, file: BinaryIO) -> None:
 
 
 def _fail(file: TorchFile, faults: list[str]) -> Exception:
-    advice = "give a checkpoint as nanoGPT's train.py wrote it, with nothing added, removed or reshaped"
+    advice = f"give a checkpoint as nanoGPT's train.py wrote it{IGNORE_ADVICE}"
     return file.fail(f"not a whole nanoGPT checkpoint: {'; '.join(faults)}", advice)
 
 
-def _find_type_faults(contents: Mapping[str, Any]) -> list[str]:
+def _leave_out_extra(contents: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Keeps of a fork's checkpoint what is nanoGPT's, and says what it has left out."""
+    kept = {
+        key: value
+        for key, value in contents.items()
+        if key in _REQUIRED_KEYS
+        or (key in _KEYS and not _find_type_faults({key: value}, with_optimizer=True) and not find_foreign(value))
+    }
+    extra = [key for key in contents if key not in kept]
+    return kept, [f"{list_some(extra)} left out of account, as asked"] if extra else []
+
+
+def _find_type_faults(contents: Mapping[str, Any], with_optimizer: bool) -> list[str]:
     expected_types = {"model": dict, "model_args": dict, "optimizer": dict, "config": dict, "iter_num": int}
+    if not with_optimizer or contents.get("optimizer", {}) is None:  # as some strip it from a file
+        del expected_types["optimizer"]
     faults = [
         f"{key}: expected {expected.__name__}, got {type(contents[key]).__name__}"
         for key, expected in expected_types.items()
-        if key in contents
-        and not isinstance(contents[key], expected)
-        and not (key == "optimizer" and contents[key] is None)  # as some strip it from a file
+        if key in contents and not isinstance(contents[key], expected)
     ]
     if not _is_real_number(contents.get("best_val_loss", NO_VAL_LOSS)):
         faults.append(f"best_val_loss: expected a number, got {type(contents['best_val_loss']).__name__}")
@@ -143,8 +161,9 @@ def _tell_age(
     return f"since {since}", "gelu", "exact GELU, as nanoGPT computes since 2023-06-14: the file does not record it"
 
 
-def _read_training_state(file: TorchFile, optimizer: OptimizerState | None) -> TrainingState:
-    contents = file.contents
+def _read_training_state(
+    file: TorchFile, contents: Mapping[str, Any], optimizer: OptimizerState | None
+) -> TrainingState:
     if optimizer is not None:
         optimizer = OptimizerState(optimizer.settings, file.read_tree(optimizer.moments), optimizer.grouping)
     return TrainingState(

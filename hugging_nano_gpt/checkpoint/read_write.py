@@ -6,6 +6,7 @@ Plain data in, plain data out: this module knows files and tensors but no model.
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..errors import ConversionError
 from ..files import explain_failed_write, fail, open_atomically, open_source
@@ -28,6 +29,7 @@ def read_checkpoint(
     activation_function: str | None = None,
     tie_word_embeddings: bool | None = None,
     with_optimizer: bool = True,
+    ignore_extra: bool = False,
 ) -> Checkpoint:
     """Reads a checkpoint of the nanoGPT family into memory: nanoGPT of any age, minGPT, build-nanogpt or llm.c.
 
@@ -42,6 +44,8 @@ def read_checkpoint(
         tie_word_embeddings: Whether lm_head is the token embedding; by default it is if the two are equal.
         with_optimizer: Whether to read the optimizer state too, which is two thirds of a nanoGPT file. Without it,
             `training_state.optimizer` is None and neither time nor memory is spent on it.
+        ignore_extra: Whether to leave out of account what a fork of nanoGPT has added to its checkpoints, and parts
+            of the training state in a form of its own. What `model` and `model_args` hold is never left out.
 
     Raises:
         CheckpointError: If the file is missing, damaged, unsafe, incomplete or holds NaN; every fault is listed.
@@ -51,8 +55,8 @@ def read_checkpoint(
         if llmc.recognise(file):
             checkpoint = llmc.read(path, file)
         else:
-            torch_file = TorchFile(path, file, admitted=build_nanogpt.ADMITTED)
-            checkpoint = _read_torch_file(torch_file, n_head, with_optimizer)
+            torch_file = TorchFile(path, file, admitted=build_nanogpt.ADMITTED, takes_foreign=ignore_extra)
+            checkpoint = _read_torch_file(torch_file, n_head, with_optimizer, ignore_extra)
     faults = find_number_faults(checkpoint.state_dict)
     if faults:
         raise fail(path, "; ".join(faults), "the run diverged before it was saved: use an earlier checkpoint")
@@ -102,19 +106,29 @@ def write_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str], *, to
         raise explain_failed_write(path, "the disk is full or failed") from error
 
 
-def _read_torch_file(file: TorchFile, n_head: int | None, with_optimizer: bool) -> Checkpoint:
+def _read_torch_file(file: TorchFile, n_head: int | None, with_optimizer: bool, ignore_extra: bool) -> Checkpoint:
     if build_nanogpt.recognise(file.contents):
-        return build_nanogpt.read(file)
+        return build_nanogpt.read(file, ignore_extra=ignore_extra)
     if nanogpt.recognise(file.contents):
-        return nanogpt.read(file, with_optimizer=with_optimizer)
+        return nanogpt.read(file, with_optimizer=with_optimizer, ignore_extra=ignore_extra)
     if mingpt.recognise(file.contents):
         return mingpt.read(file, n_head=n_head)
     kind = type(file.contents).__name__
     raise file.fail(
         f"not a checkpoint of the nanoGPT family: expected a dict with 'model' and 'model_args', or a state dict, "
         f"got {f'a dict of {len(file.contents)} other keys' if isinstance(file.contents, dict) else kind}",
-        "give the file that the training script wrote",
+        _advise(file.contents),
     )
+
+
+def _advise(contents: Any) -> str:
+    if isinstance(contents, dict) and isinstance(contents.get("state_dict"), dict):
+        kind = "Lightning" if "pytorch-lightning_version" in contents else "a trainer"
+        return (
+            f"this is a checkpoint of {kind}: save its 'state_dict' alone, under nanoGPT's names (such as "
+            f"transformer.wte.weight, with nothing before them), and give that, with n_head="
+        )
+    return "give the file that the training script wrote"
 
 
 def _settle_tying(checkpoint: Checkpoint, wanted: bool | None) -> Checkpoint:

@@ -63,8 +63,9 @@ def count_parameters(model_args: Mapping[str, Any], is_tied: bool) -> tuple[int,
     return total - sizes["transformer.wpe.weight"], total
 
 
-# torch.compile and DistributedDataParallel put these before every name, in either order or both.
-_WRAPPER_PREFIXES = ("_orig_mod.", "module.")
+# What torch.compile, activation checkpointing and FSDP put into a name, around the model or a part of it, whole between
+# dots; DistributedDataParallel puts "module" before it.
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 # The causal mask, where attention is written out: minGPT, nanoGPT before SDPA or on torch before 2.0. Beside it,
 # attn.c_attn.bias is a parameter.
@@ -87,15 +88,15 @@ class CleanNames:
 
 
 def strip_wrappers(name: str) -> str:
-    """Removes what torch.compile and DistributedDataParallel put before a name."""
-    while name.startswith(_WRAPPER_PREFIXES):
-        for prefix in _WRAPPER_PREFIXES:
-            name = name.removeprefix(prefix)
+    """Removes what wrappers put into a name, at its start or between its parts."""
+    name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
     return name
 
 
 def clean_names(state_dict: Mapping[Any, Any]) -> CleanNames:
-    """Removes wrappers' prefixes, at the start of a name only, and leaves out mask buffers, by their exact name."""
+    """Removes wrappers' parts of the names, and leaves out mask buffers, by their exact name."""
     tensors: dict[str, torch.Tensor] = {}
     has_masks = False
     faults = []
@@ -111,3 +112,11 @@ def clean_names(state_dict: Mapping[Any, Any]) -> CleanNames:
         else:
             tensors[name] = value
     return CleanNames(tensors, has_masks, faults)
+
+
+def tie_missing_head(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """Adds the token embedding as the lm_head that a file leaves out, as it is tied; says so in a sentence."""
+    if "lm_head.weight" in tensors or "transformer.wte.weight" not in tensors:
+        return []
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
+    return ["lm_head tied to the token embedding: the file leaves it out"]

@@ -7,6 +7,7 @@ mercy of a train.py that overwrites the file.
 """
 
 import os
+import re
 import struct
 import sys
 import threading
@@ -22,9 +23,29 @@ import torch
 from ..errors import CheckpointError, list_some
 from ..files import fail, fail_damaged, measure_bytes
 from .check import find_oddity
-from .unpickle import Foreign, StoredBlock, get_block, get_offset, iterate_values, unpickle
+from .unpickle import StoredBlock, find_foreign, get_block, get_offset, iterate_values, unpickle
 
 _ZIP_MAGIC = b"PK\x03\x04"
+
+# How other files that hold a model begin, what they are, and what to do with them.
+_LONGEST_SIGN = 32
+_OTHER_KINDS = (
+    (
+        rb"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19",
+        "one in the format of torch before 1.6",
+        "save it again: torch.save(torch.load(path, map_location='cpu'), new_path)",
+    ),
+    (
+        rb".{6}\0\0\{\s*\"",
+        "a .safetensors file",
+        "give the folder that save_pretrained wrote, with its config.json, or what nanoGPT's train.py wrote",
+    ),
+    (rb"GGUF", "a GGUF file of llama.cpp", "give the checkpoint or the folder that it was made of"),
+)
+
+# Said of what a fork of nanoGPT has added to a checkpoint.
+IGNORE_ADVICE = "; or leave what else is in it out of account with ignore_extra=True (--ignore-extra)"
+
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a record's 30-byte header only the lengths of its name and extra field
 _LARGEST_PICKLE_BYTES = 64 << 20  # gpt2-xl with its optimizer has 0.3 MB of pickle
 _READ_BYTES = 4 << 20
@@ -113,7 +134,7 @@ class TorchFile:
 
     def refuse_foreign(self, tree: Any) -> None:
         """Raises CheckpointError where a part of `contents` holds what was pickled under an unknown name."""
-        if names := sorted({item.name for _, item in iterate_values(tree) if isinstance(item, Foreign)}):
+        if names := find_foreign(tree):
             raise self._fail_foreign(names)
 
     def fail(self, problem: str, advice: str) -> CheckpointError:
@@ -127,7 +148,8 @@ class TorchFile:
         return self.fail(
             f"refused, as its pickle could run code: expected only tensors and plain Python types, got "
             f"{f'the name {names[0]}' if len(names) == 1 else f'the names {list_some(names)}'}",
-            "nothing in it was executed; if you trust whoever made it, have them save it again with only those",
+            f"nothing in it was executed; if you trust whoever made it, have them save it again with only those"
+            f"{IGNORE_ADVICE}",
         )
 
     def _get_block(self, name: str, tensor: torch.Tensor) -> StoredBlock:
@@ -138,13 +160,18 @@ class TorchFile:
 
     def _check_kind(self) -> None:
         self._file.seek(0)
-        if self._file.read(len(_ZIP_MAGIC)) != _ZIP_MAGIC:
-            size = measure_bytes(self._file)
-            raise self.fail(
-                f"not a checkpoint: expected a zip archive written by torch.save, or an llm.c .bin, got "
-                f"{f'{size} bytes of something else' if size else 'an empty file'}",
-                "give the file that the training script wrote, and copy it again if the copy was cut off",
-            )
+        start = self._file.read(_LONGEST_SIGN)
+        if start.startswith(_ZIP_MAGIC):
+            return
+        for sign, kind, advice in _OTHER_KINDS:
+            if re.match(sign, start, re.DOTALL):
+                raise self.fail(f"not a checkpoint: expected a zip archive written by torch.save, got {kind}", advice)
+        size = measure_bytes(self._file)
+        raise self.fail(
+            f"not a checkpoint: expected a zip archive written by torch.save, or an llm.c .bin, got "
+            f"{f'{size} bytes of something else' if size else 'an empty file'}",
+            "give the file that the training script wrote, and copy it again if the copy was cut off",
+        )
 
     def _list_records(self) -> dict[str, tuple[int, zipfile.ZipInfo]]:
         """Returns where the data of each record begins, and what the archive says about it, by its name."""

@@ -95,6 +95,11 @@ def iterate_values(contents: Any) -> Iterator[tuple[str, Any]]:
             yield path, item
 
 
+def find_foreign(contents: Any) -> list[str]:
+    """Lists the unknown names that things in `contents` were pickled under."""
+    return sorted({item.name for _, item in iterate_values(contents) if isinstance(item, Foreign)})
+
+
 class _StorageType(NamedTuple):
     dtype: torch.dtype
 

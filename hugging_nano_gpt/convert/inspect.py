@@ -96,7 +96,8 @@ def inspect_path(path: str | os.PathLike[str], **kwargs: Any) -> Inspection:
 
     Args:
         path: A checkpoint of the nanoGPT family, or a folder that save_pretrained wrote.
-        **kwargs: `n_head` and `activation_function`, for what a file does not record.
+        **kwargs: `n_head` and `activation_function`, for what a file does not record, and `ignore_extra`, as in
+            read_checkpoint.
 
     Raises:
         CheckpointError: If it is neither, or a checkpoint is damaged.

@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 # What a user may set in place of the checkpoint's: nothing here changes the shape of a tensor.
-READING_KWARGS = ("activation_function", "n_head", "tie_word_embeddings")
+READING_KWARGS = ("activation_function", "ignore_extra", "n_head", "tie_word_embeddings")
 _CONFIG_KWARGS = (
     "bos_token_id",
     "dropout",
@@ -41,29 +41,40 @@ _CONFIG_KWARGS = (
 )
 
 
-def load_model(model_class: type[Model], path: str | os.PathLike[str], **kwargs: Any) -> Model:
+def load_model(model_class: type[Model], path: str | os.PathLike[str], **kwargs: Any) -> Any:
     """Makes a model of a class from a checkpoint file; see NanoGPTPreTrainedModel.from_nanogpt_ckpt."""
     reading = {name: kwargs.pop(name) for name in READING_KWARGS if name in kwargs}
     return make_model(model_class, path, read_checkpoint(path, with_optimizer=False, **reading), **kwargs)
 
 
-def make_model(model_class: type[Model], path: str | os.PathLike[str], checkpoint: Checkpoint, **kwargs: Any) -> Model:
-    """Makes a model of a class from a checkpoint in memory that was read from a path."""
+def make_model(model_class: type[Model], path: str | os.PathLike[str], checkpoint: Checkpoint, **kwargs: Any) -> Any:
+    """Makes a model of a class from a checkpoint in memory that was read from a path; see from_nanogpt_ckpt."""
     fixed = [name for name in MODEL_ARGS if name in kwargs and name not in _CONFIG_KWARGS]
     if fixed:
         raise ConversionError(
             f"{os.fspath(path)}: {list_some(fixed)} cannot be set: expected the shapes of the checkpoint's tensors, "
             f"{[checkpoint.model_args[name] for name in fixed]}, got {[kwargs[name] for name in fixed]}; leave it out"
         )
+    own = [name for name in ("config", "state_dict") if name in kwargs]
+    if own:
+        raise ConversionError(
+            f"{os.fspath(path)}: {list_some(own)} cannot be set: expected the checkpoint's own, got another; leave it "
+            f"out, and give what may differ by name: {', '.join(_CONFIG_KWARGS)}"
+        )
+    wants_info = kwargs.pop("output_loading_info", False)
     config = make_config(checkpoint, **{name: kwargs.pop(name) for name in _CONFIG_KWARGS if name in kwargs})
-    model: Model = model_class.from_pretrained(
-        None, config=config, state_dict=_select_tensors(model_class, checkpoint), **kwargs
+    model, info = model_class.from_pretrained(
+        None,
+        config=config,
+        state_dict=_select_tensors(model_class, checkpoint),
+        output_loading_info=True,
+        **kwargs,
     )
     model.name_or_path = model.config.name_or_path = os.fspath(path)
     remember_training_state(model, checkpoint.training_state)
     if model.can_generate():
         guess_settings(model.generation_config, model.config.vocab_size, checkpoint.n_tokens)
-    return model
+    return (model, info) if wants_info else model
 
 
 def make_config(checkpoint: Checkpoint, **settings: Any) -> NanoGPTConfig:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import CheckpointError, NanoGPTError, list_some
+from ..files import advise_on_folder
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -77,10 +78,10 @@ def _check_model_type(
 ) -> None:
     """Refuses another kind of model, which from_pretrained would load as if it were this one."""
     expected, model_type = model_class.config_class.model_type, fields.get("model_type")
-    if not fields and (Path(source) / "ckpt.pt").is_file():
+    if not fields and any((Path(source) / name).is_file() for name in ("ckpt.pt", ".metadata")):
         raise CheckpointError(
-            f"{source}: expected a checkpoint file or a folder with config.json, got a folder without; give the file "
-            f"in it, as {Path(source) / 'ckpt.pt'}"
+            f"{source}: expected a checkpoint file or a folder with config.json, got a folder without; "
+            f"{advise_on_folder(Path(source))}"
         )
     if model_type != expected:
         kind = "nanoGPT" if model_class is NanoGPTLMHeadModel else "GPT-2"
@@ -100,6 +101,11 @@ def _check_numbers(source: str | os.PathLike[str], config: PreTrainedConfig) -> 
 
 
 def _read_fields(source: str | os.PathLike[str]) -> dict[str, Any]:
+    if Path(source).is_file():
+        raise CheckpointError(
+            f"{source}: expected a folder that save_pretrained wrote, or a hub id, got a file; load a checkpoint with "
+            f"from_nanogpt_ckpt, or make a folder of it with `hugging-nano-gpt convert`"
+        )
     with _explaining(source):
         fields, _ = PreTrainedConfig.get_config_dict(source)
     return fields
@@ -112,7 +118,16 @@ def _explaining(source: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except NanoGPTError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, StrictDataclassError) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        SafetensorError,
+        StrictDataclassError,
+    ) as error:
         first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CheckpointError(
             f"{source}: cannot be loaded: expected a folder that save_pretrained wrote, or a hub id that can be "

@@ -75,6 +75,7 @@ def load_source(source: str | os.PathLike[str], **kwargs: Any) -> Source:
         checkpoint = read_checkpoint(source, with_optimizer=False, **reading)
         kind = ", ".join(filter(None, (FILE_KINDS[checkpoint.format], checkpoint.era)))
         return Source(make_model(NanoGPTLMHeadModel, source, checkpoint, **kwargs), kind, checkpoint)
+    reading.pop("ignore_extra", None)  # a folder has nothing of the kind
     if reading:
         raise CheckpointError(
             f"{source}: {list_some(reading)} cannot be set: expected none for a folder, which records its own, got "

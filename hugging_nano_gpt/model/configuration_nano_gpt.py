@@ -7,6 +7,7 @@ This file travels with saved models as remote code, so it imports nothing else o
 
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 # nanoGPT computes exact GELU since 2023-06-14 (karpathy/nanoGPT f08abb45) and the tanh approximation before it, as do
@@ -89,7 +90,9 @@ class NanoGPTConfig(PreTrainedConfig):
     nanogpt_training_state: dict | None = None
 
     def __post_init__(self, **kwargs):
-        faults = self._find_faults()
+        faults = self._find_faults(
+            self.dtype or kwargs.get("torch_dtype")
+        )  # as older releases of Transformers named it
         if faults:
             raise ValueError(f"{type(self).__name__}: impossible values: {'; '.join(faults)}")
         super().__post_init__(**kwargs)
@@ -105,7 +108,7 @@ class NanoGPTConfig(PreTrainedConfig):
             fields["nanogpt_training_state"] = {**state, "config": config}
         return fields
 
-    def _find_faults(self) -> list[str]:
+    def _find_faults(self, dtype: Any) -> list[str]:
         sizes = {name: getattr(self, name) for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")}
         bad_sizes = {n: v for n, v in sizes.items() if not isinstance(v, int) or isinstance(v, bool) or v < 1}
         faults = [f"{name}: expected a positive int, got {value!r}" for name, value in bad_sizes.items()]
@@ -119,6 +122,8 @@ class NanoGPTConfig(PreTrainedConfig):
         for name in ("bias", "tie_word_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 faults.append(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            faults.append(f"dtype: expected one that this torch has, such as 'float32', got {dtype!r}")
         chunk = self.loss_chunk_size
         if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
             faults.append(f"loss_chunk_size: expected a positive int or None, got {chunk!r}")

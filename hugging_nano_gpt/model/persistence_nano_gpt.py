@@ -29,6 +29,12 @@ class NanoGPTPersistence(PreTrainedModel):
     """Loading from a checkpoint, and saving with the code and a card beside the weights."""
 
     @classmethod
+    @document_as(PreTrainedModel.from_pretrained.__func__)
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any):
+        _refuse_checkpoint(pretrained_model_name_or_path, cls.__name__)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
     def from_nanogpt_ckpt(cls, ckpt_path: str | os.PathLike[str], **kwargs: Any):
         """Loads a checkpoint that nanoGPT's train.py wrote.
 
@@ -39,7 +45,8 @@ class NanoGPTPersistence(PreTrainedModel):
             ckpt_path: Path of the ckpt.pt.
             **kwargs: `dropout`, `activation_function`, token ids and label settings go into the configuration in
                 place of the checkpoint's; everything else is passed to from_pretrained (dtype, device_map,
-                attn_implementation, quantization_config, ...). The default dtype is the checkpoint's.
+                attn_implementation, quantization_config, ...). The default dtype is the checkpoint's. `n_head` for a
+                file that does not record it, and `ignore_extra=True` for what a fork has added to its checkpoints.
 
         Returns:
             A model of this class. Its `nanogpt_training_state` holds the checkpoint's iter_num, best_val_loss and
@@ -80,6 +87,17 @@ class NanoGPTPersistence(PreTrainedModel):
         hub = _import_from_package("convert.card")
         if hub is not None:
             hub.write_card(self, folder)
+
+
+def _refuse_checkpoint(source: str | os.PathLike[str] | None, class_name: str) -> None:
+    """Raises ValueError for a checkpoint file, or a folder that holds one and no saved model."""
+    path = Path(source or "")
+    is_folder = path.is_dir() and (path / "ckpt.pt").is_file() and not (path / "config.json").is_file()
+    if source is not None and (is_folder or path.is_file() or path.suffix in (".ckpt", ".pt", ".pth")):
+        raise ValueError(
+            f"{path}: expected a folder that save_pretrained wrote, or a hub id, got a checkpoint; load it with "
+            f"{class_name}.from_nanogpt_ckpt, or make a folder of it with `hugging-nano-gpt convert`"
+        )
 
 
 class NanoGPTWayBackMixin:

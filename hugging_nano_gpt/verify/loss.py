@@ -26,6 +26,7 @@ def verify_loss(
     *,
     activation_function: str | None = None,
     n_head: int | None = None,
+    ignore_extra: bool = False,
     eval_iters: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> VerifyReport:
@@ -42,6 +43,7 @@ def verify_loss(
         data_dir: Folder with train.bin and val.bin, uint16 tokens as nanoGPT's prepare.py writes them.
         activation_function: Activation in place of the one that the file's age tells; the other is not tried then.
         n_head: Number of heads, for a file that does not record it.
+        ignore_extra: Whether to leave out of account what a fork has added to a checkpoint file.
         eval_iters: Number of batches in place of the checkpoint's: fewer take less time and tell less.
         progress: Called with a line of text before each part of the work.
 
@@ -49,7 +51,7 @@ def verify_loss(
         CheckpointError: If the model cannot be loaded.
         DataError: If the data cannot be read, or has tokens that the model does not.
     """
-    side = load_side(path, activation_function=activation_function, n_head=n_head)
+    side = load_side(path, activation_function=activation_function, n_head=n_head, ignore_extra=ignore_extra)
     side.model.to("cuda" if torch.cuda.is_available() else "cpu")
     state: TrainingState = side.model.nanogpt_training_state
     recorded_iters, batch_size = get_estimate_settings(state)

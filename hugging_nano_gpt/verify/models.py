@@ -15,6 +15,7 @@ def verify_models(
     gradients: bool = False,
     activation_function: str | None = None,
     n_head: int | None = None,
+    ignore_extra: bool = False,
 ) -> VerifyReport:
     """Compares two models: settings, tensors, and what they compute from the same seeded batches.
 
@@ -27,11 +28,12 @@ def verify_models(
         gradients: Whether to compare the gradients of the loss too (in eval mode, so without dropout).
         activation_function: Activation of checkpoint files, in place of the one that their age tells.
         n_head: Number of heads of checkpoint files that do not record it.
+        ignore_extra: Whether to leave out of account what a fork has added to a checkpoint file.
 
     Raises:
         CheckpointError: If one of them cannot be loaded.
     """
-    reading = {"activation_function": activation_function, "n_head": n_head}
+    reading = {"activation_function": activation_function, "n_head": n_head, "ignore_extra": ignore_extra}
     has_file = names_file(left) or names_file(right)  # without one, nothing heeds these, and load_source refuses them
     sides = [load_side(s, **(reading if names_file(s) or not has_file else {})) for s in (left, right)]
     checks = compare_models(*sides)

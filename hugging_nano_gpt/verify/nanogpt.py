@@ -35,6 +35,7 @@ def verify_against_nanogpt(
     gradients: bool = False,
     activation_function: str | None = None,
     n_head: int | None = None,
+    ignore_extra: bool = False,
 ) -> VerifyReport:
     """Compares a model with what the model.py of a nanoGPT checkout computes from the same weights.
 
@@ -49,6 +50,7 @@ def verify_against_nanogpt(
         gradients: Whether to compare the gradients of the loss too.
         activation_function: Activation of a checkpoint file, in place of the one that its age tells.
         n_head: Number of heads of a checkpoint file that does not record it.
+        ignore_extra: Whether to leave out of account what a fork has added to a checkpoint file.
 
     Raises:
         CheckpointError: If the model cannot be loaded.
@@ -57,7 +59,7 @@ def verify_against_nanogpt(
     folder = Path(nanogpt_dir).resolve()
     if not (folder / "model.py").is_file():
         raise VerifyError(f"{nanogpt_dir}: expected a checkout of nanoGPT, got no model.py in it; give its folder")
-    side = load_side(path, activation_function=activation_function, n_head=n_head)
+    side = load_side(path, activation_function=activation_function, n_head=n_head, ignore_extra=ignore_extra)
     notes, config = list_notes("left", side), side.model.config
     if side.model.dtype != torch.float32:
         notes.append(f"left: {side.model.dtype} weights, computed in float32 on both sides")
