@@ -63,8 +63,8 @@ def count_parameters(model_args: Mapping[str, Any], is_tied: bool) -> tuple[int,
     return total - sizes["transformer.wpe.weight"], total
 
 
-# What torch.compile, activation checkpointing and FSDP put into a name, around the model or a part of it, whole between
-# dots; DistributedDataParallel puts "module" before it.
+# What torch.compile, activation checkpointing and FSDP put into a name, around the model or a part of it, whole
+# between dots; DistributedDataParallel puts "module" before it.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 # The causal mask, where attention is written out: minGPT, nanoGPT before SDPA or on torch before 2.0. Beside it,
