@@ -123,15 +123,24 @@ def convert(
 def back(
     source: Annotated[str, typer.Argument(metavar="DIR_OR_HUB_ID", help="Saved folder or hub id; GPT-2's too.")],
     ckpt: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint file to write.")],
+    best_val_loss: Annotated[
+        float | None, typer.Option(help="In place of the recorded one: train.py saves only below it.")
+    ] = None,
+    optimizer_from: Annotated[
+        Path | None, typer.Option(metavar="CKPT", help="Checkpoint whose AdamW moments go on; fresh ones without it.")
+    ] = None,
     force: _Force = False,
 ) -> None:
     """Convert a folder back to a checkpoint that nanoGPT's train.py resumes and its sample.py reads."""
     _set_up_transformers()
     from hugging_nano_gpt import convert_to_checkpoint
 
-    model = convert_to_checkpoint(source, ckpt, overwrite=force)
+    model = convert_to_checkpoint(
+        source, ckpt, best_val_loss=best_val_loss, optimizer_from=optimizer_from, overwrite=force
+    )
     iter_num = model.nanogpt_training_state.iter_num
-    print(f"Wrote {ckpt}: {model.num_parameters():,} parameters, iteration {iter_num:,}, a fresh optimizer state")
+    optimizer = "a fresh optimizer state" if optimizer_from is None else f"the optimizer state of {optimizer_from}"
+    print(f"Wrote {ckpt}: {model.num_parameters():,} parameters, iteration {iter_num:,}, {optimizer}")
 
 
 @app.command()
@@ -281,11 +290,12 @@ def evaluate(
 def generate(
     source: _Source,
     prompt: Annotated[
-        str | None, typer.Argument(help="Text to go on from; without it, standard input, or else a newline.")
+        str | None,
+        typer.Argument(help="Text to go on from, or FILE:name; without it, standard input, or else a newline."),
     ] = None,
     num_samples: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 10,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each, past block_size too.")] = 500,
-    temperature: Annotated[float, typer.Option(min=1e-6, help="Divides the logits.")] = 0.8,
+    temperature: Annotated[float, typer.Option(min=0, help="Divides the logits; 0 is greedy.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Likeliest tokens to choose among; 0 for all.")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of the random numbers.")] = 1337,
     stride: Annotated[int, typer.Option(min=1, help="Tokens dropped at once past block_size; 1 as nanoGPT.")] = 1,

@@ -1,5 +1,7 @@
 """huggingNanoGPT: nanoGPT checkpoints as native Transformers models, and back, with every number the same."""
 
+from importlib.metadata import PackageNotFoundError, version
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -35,6 +37,11 @@ from .tokenization.characters import CharacterTable, build_character_tokenizer, 
 from .tokenization.find import find_tokenizer
 from .tokenization.vocabulary import fit_vocabulary
 from .verify import Evaluation, VerifyReport, evaluate_loss, verify_against_nanogpt, verify_loss, verify_models
+
+try:
+    __version__ = version("hugging-nano-gpt")
+except PackageNotFoundError:  # run from a clone that is not installed
+    __version__ = "unknown"
 
 __all__ = [
     "CharacterTable",

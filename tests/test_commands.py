@@ -14,9 +14,12 @@ from transformers import GenerationConfig, GPT2LMHeadModel
 import hugging_nano_gpt_cli
 from hugging_nano_gpt import (
     CheckpointError,
+    ConversionError,
+    DataError,
     NanoGPTLMHeadModel,
     TokenizerError,
     build_tiktoken_tokenizer,
+    convert_to_checkpoint,
     convert_to_folder,
     inspect_path,
     read_checkpoint,
@@ -30,12 +33,14 @@ from .programs import PROGRAM, run_command, run_program
 from .reference import ReferenceGPT
 from .test_bpe import make_encoding
 from .tiny import make_model
+from .trace import TRACE_DIR
 
 DOCS_DIR = Path(__file__).parent.parent / "docs"
 
 
 @pytest.mark.parametrize(
-    "command", ["convert", "back", "export", "inspect", "verify", "generate", "playground", "demo"]
+    "command",
+    ["convert", "back", "export", "inspect", "verify", "evaluate", "generate", "playground", "serve", "demo"],
 )
 def test_help_of_each_command_names_its_arguments(command):
     result = run_command(command, "--help")
@@ -231,6 +236,55 @@ def test_settings_of_a_folder_do_not_change_what_is_drawn(tmp_path):
     GenerationConfig(**settings).save_pretrained(tmp_path)
     assert NanoGPTLMHeadModel.from_pretrained(tmp_path).generation_config.top_p == 0.1
     assert sample(tmp_path, num_samples=1, max_new_tokens=60) == expected
+
+
+def test_temperature_zero_always_takes_the_likeliest_token():
+    result = run_command(
+        "generate",
+        CKPT_PATH,
+        "ROMEO:",
+        "--meta",
+        META_PATH,
+        *"--temperature 0 --num-samples 2 --max-new-tokens 140".split(),
+    )
+    model, table = NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH), read_meta(META_PATH)
+    idx = torch.tensor([table.encode("ROMEO:")])
+    text = table.decode(model.generate(idx, max_new_tokens=140, do_sample=False)[0].tolist())
+    assert result.stdout == f"{text}\n---------------\n" * 2
+
+
+def test_prompt_is_read_from_a_file_as_sample_py_does(tmp_path):
+    (tmp_path / "start.txt").write_bytes(b"ROMEO:\r\nI")
+    settings = {"num_samples": 1, "max_new_tokens": 20, "meta_path": META_PATH}
+    assert sample(CKPT_PATH, f"FILE:{tmp_path / 'start.txt'}", **settings) == sample(
+        CKPT_PATH, "ROMEO:\nI", **settings
+    )
+    with pytest.raises(DataError, match=r"missing\.txt: cannot be opened: No such file"):
+        sample(CKPT_PATH, "FILE:missing.txt", **settings)
+
+
+def test_back_takes_moments_and_a_best_val_loss(tmp_path):
+    path = TRACE_DIR / "ckpt_200.pt"
+    convert_to_folder(path, tmp_path / "folder")
+    out = tmp_path / "ckpt.pt"
+    result = run_command("back", tmp_path / "folder", out, "--optimizer-from", path, "--best-val-loss", "1e9")
+    assert result.stdout.endswith(f"iteration 200, the optimizer state of {path}\n")
+    before, after = read_checkpoint(path).training_state, read_checkpoint(out).training_state
+    assert after.best_val_loss == 1e9
+    assert_same(after.optimizer.moments, before.optimizer.moments)
+    assert after.optimizer.settings == before.optimizer.settings
+
+
+def test_back_refuses_moments_that_do_not_fit(tmp_path):
+    convert_to_folder(CKPT_PATH, tmp_path / "folder")
+    convert_to_checkpoint(tmp_path / "folder", tmp_path / "fresh.pt")
+    for optimizer_from, message in (
+        (TRACE_DIR / "ckpt_200.pt", "optimizer: "),
+        (tmp_path / "fresh.pt", "fresh.pt: has no optimizer state: expected AdamW's moments, got none"),
+    ):
+        with pytest.raises(ConversionError, match=message):
+            convert_to_checkpoint(tmp_path / "folder", tmp_path / "ckpt.pt", optimizer_from=optimizer_from)
+    assert not (tmp_path / "ckpt.pt").exists()
 
 
 @pytest.mark.parametrize(("prompt", "message"), [("R\xd6MEO", "of the model's 65, got '\xd6'"), ("", "at least one")])

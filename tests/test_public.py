@@ -1,5 +1,7 @@
 """The public surface: what `from hugging_nano_gpt import *` gives, and nothing by accident."""
 
+from importlib.metadata import version
+
 import hugging_nano_gpt
 
 PUBLIC_NAMES = """
@@ -16,6 +18,10 @@ write_checkpoint write_meta
 def test_public_names_are_these_and_no_others():
     assert sorted(hugging_nano_gpt.__all__) == PUBLIC_NAMES
     assert all(hasattr(hugging_nano_gpt, name) for name in PUBLIC_NAMES)
+
+
+def test_version_is_that_of_the_package():
+    assert hugging_nano_gpt.__version__ == version("hugging-nano-gpt")
 
 
 def test_errors_are_caught_as_one_and_as_builtin_errors():

@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..checkpoint.optimizer import OptimizerState
+from ..checkpoint.read_write import read_checkpoint
 from ..errors import ConversionError
 from ..files import check_file, check_folder, open_folder
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
@@ -85,26 +87,46 @@ def convert_to_folder(
 
 
 def convert_to_checkpoint(
-    source: str | os.PathLike[str], ckpt_path: str | os.PathLike[str], *, overwrite: bool = False
+    source: str | os.PathLike[str],
+    ckpt_path: str | os.PathLike[str],
+    *,
+    best_val_loss: float | None = None,
+    optimizer_from: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
 ) -> NanoGPTLMHeadModel:
     """Converts a saved folder, or a model of the Hub, to a checkpoint that nanoGPT's train.py resumes.
 
     Args:
         source: A folder that save_pretrained wrote, or a Hub id; GPT-2's too.
         ckpt_path: Path of the ckpt.pt to write.
+        best_val_loss: In place of the recorded one, below which train.py does not save: of new data, it may be higher.
+        optimizer_from: Checkpoint whose AdamW moments go on, that of the run the model came from; a fresh optimizer
+            state without it.
         overwrite: Whether a file there may be replaced.
 
     Returns:
         The model that was written.
 
     Raises:
-        ConversionError: If the model computes what nanoGPT cannot, or a file is there already.
-        CheckpointError: If there is no whole model, or the file cannot be written.
+        ConversionError: If the model computes what nanoGPT cannot, there are no moments that fit it, or a file is
+            there already.
+        CheckpointError: If there is no whole model, or a file cannot be read or written.
     """
     check_file(Path(ckpt_path), overwrite)
+    optimizer = None if optimizer_from is None else _read_optimizer(optimizer_from)
     model = load_folder(source)
-    model.to_nanogpt_ckpt(ckpt_path)
+    model.to_nanogpt_ckpt(ckpt_path, best_val_loss=best_val_loss, optimizer=optimizer)
     return model
+
+
+def _read_optimizer(path: str | os.PathLike[str]) -> OptimizerState:
+    optimizer = read_checkpoint(path).training_state.optimizer
+    if optimizer is None or not optimizer.moments:
+        raise ConversionError(
+            f"{os.fspath(path)}: has no optimizer state: expected AdamW's moments, got none; give a checkpoint of "
+            f"train.py's, or none for a fresh state"
+        )
+    return optimizer
 
 
 def check_other_place(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:

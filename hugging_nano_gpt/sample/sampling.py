@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -26,11 +27,12 @@ from ..convert.source import load_source
 from ..model.configuration_nano_gpt import NanoGPTConfig
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from ..tokenization.find import load_tokenizer
-from ..tokenization.text import encode_text
+from ..tokenization.text import encode_text, read_text
 from ..tokenization.vocabulary import make_settings
 
 # What sample.py prints after each sample.
 SEPARATOR = "---------------"
+_FILE_PREFIX = "FILE:"
 
 
 def sample_text(
@@ -56,10 +58,10 @@ def sample_text(
 
     Args:
         source: Checkpoint file of the nanoGPT family, folder that save_pretrained wrote, or Hub id.
-        prompt: Text to go on from.
+        prompt: Text to go on from, or FILE:name for the text of a file, as sample.py has it.
         num_samples: Number of samples.
         max_new_tokens: Length of each in tokens, past block_size too.
-        temperature: Divides the logits; more than 0.
+        temperature: Divides the logits; 0 always takes the likeliest token.
         top_k: Number of likeliest tokens to choose among, 0 for all.
         seed: Of the random numbers, used as sample.py uses it: random weights are drawn before the first sample.
         stride: Tokens dropped at once past block_size; 1 is nanoGPT's way (docs/generation.md).
@@ -72,9 +74,10 @@ def sample_text(
     Raises:
         CheckpointError: If there is no whole model.
         TokenizerError: If there is no tokenizer, or the prompt has what it does not know.
+        DataError: If the prompt's file cannot be read.
     """
     sampler = load_sampler(source, device=device, meta_path=meta_path, tokenizer=tokenizer, **kwargs)
-    idx = sampler.encode(prompt)
+    idx = sampler.encode(_read_prompt(prompt))
     stream = sys.stdout if stream is None else stream
     sampler.seed(seed)
     for _ in range(num_samples):
@@ -133,27 +136,29 @@ class Sampler:
         Args:
             idx: (1, T) int64, the prompt.
             max_new_tokens: Tokens to draw, past block_size too.
-            temperature: Divides the logits; more than 0.
+            temperature: Divides the logits; 0 always takes the likeliest token.
             top_k: Number of likeliest tokens to choose among, 0 for all.
             stride: Tokens dropped at once past block_size.
             observe: Is called with the tokens so far (1, T) and the logits (1, V) float32 that the next is drawn from,
                 after temperature and top_k, and returns them.
             **kwargs: What generate takes, such as `streamer` and `stopping_criteria`.
         """
-        processors: list[LogitsProcessor] = [TemperatureLogitsWarper(float(temperature))]
+        is_greedy = temperature == 0
+        drawing: dict[str, Any] = (
+            {"do_sample": False} if is_greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0}
+        )
+        processors: list[LogitsProcessor] = [] if is_greedy else [TemperatureLogitsWarper(float(temperature))]
         if self.autocast_dtype is not None:  # in which sample.py's logits and their quotients stay
             processors.append(_Rounding(self.autocast_dtype))
             # Keys from a cache are rounded otherwise than in a whole pass, which is what sample.py makes.
             kwargs.setdefault("use_cache", stride > 1)
-        processors += [TopKLogitsWarper(top_k)] if top_k > 0 else []
+        processors += [TopKLogitsWarper(top_k)] if top_k > 0 and not is_greedy else []
         processors += [observe] if observe is not None else []
         with _computing_as_sample_py(self.model.device.type, self.autocast_dtype):
             self.model.generate(
                 idx,
                 max_new_tokens=max_new_tokens,
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
+                **drawing,
                 logits_processor=LogitsProcessorList(processors),
                 stride=stride,
                 **kwargs,
@@ -231,6 +236,13 @@ def _seed_as_sample_py(config: NanoGPTConfig, seed: int) -> None:
     # Then its own initialisation: every matrix, the tied one twice, and the residual projections once more.
     for shape in (tokens, positions, *layer * config.n_layer, tokens, *(layer[1], layer[3]) * config.n_layer):
         torch.empty(shape).normal_()
+
+
+def _read_prompt(prompt: str) -> str:
+    if not prompt.startswith(_FILE_PREFIX):
+        return prompt
+    text = read_text(Path(prompt.removeprefix(_FILE_PREFIX)))
+    return text.replace("\r\n", "\n").replace("\r", "\n")  # as open() gives it to sample.py
 
 
 class _StreamWriter(TextStreamer):

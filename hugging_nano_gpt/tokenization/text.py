@@ -1,8 +1,26 @@
 """Text as ids, refused where a tokenizer cannot hold it, and how long a text is in the unit of its tokenizer."""
 
+from pathlib import Path
+
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import TokenizerError, list_some
+from ..errors import DataError, TokenizerError, list_some
+
+
+def read_text(path: Path) -> str:
+    """Reads a text in UTF-8 as it is, with the ends of its lines.
+
+    Raises:
+        DataError: If the file cannot be read, or is no such text.
+    """
+    try:
+        return path.read_bytes().decode()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be opened: {error.strerror}; check the path") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: expected text in UTF-8, got {error}; name a file of tokens *.bin or *.npy"
+        ) from error
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, where: object = "prompt") -> list[int]:

@@ -22,7 +22,7 @@ from ..convert.source import load_source
 from ..errors import DataError
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from ..tokenization.find import find_tokenizer_or_reason, load_tokenizer
-from ..tokenization.text import count_units, encode_text
+from ..tokenization.text import count_units, encode_text, read_text
 from ..tokenization.vocabulary import make_settings
 from .estimate import Estimate, compute_losses, estimate_loss, get_estimate_settings
 from .report import to_json_number
@@ -201,24 +201,13 @@ def _open_windows(
         windows = TokenDataset(path, block_size)
         tokenizer, reasons = find_tokenizer_or_reason(model, source, **asked)
         return windows, tokenizer, [f"no bits per byte or character: {reason}" for reason in reasons]
-    text = _read_text(path)
+    text = read_text(path)
     tokenizer = load_tokenizer(model, source, **asked)
     start = make_settings(model, tokenizer).bos_token_id
     ids = [*([] if start is None else [start]), *encode_text(tokenizer, text, path)]
     if len(ids) < 2:
         raise DataError(f"{path}: nothing to score: expected two tokens or more, got {len(ids)}; give a longer text")
     return _TextWindows(ids, block_size), tokenizer, []
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode()  # as it is: read_text would turn \r\n into \n
-    except OSError as error:
-        raise DataError(f"{path}: cannot be opened: {error.strerror}; check the path") from error
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: expected text in UTF-8, got {error}; name a file of tokens *.bin or *.npy"
-        ) from error
 
 
 def _score(model: NanoGPTLMHeadModel, windows: _Windows, stride: int, path: Path) -> tuple[float, list[int]]:
