@@ -248,7 +248,8 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
             attention_mask: (B, S), 1 for tokens and 0 for padding, columns after S are left out; or a prepared 4-D
                 mask of the attention back end.
             position_ids: (B or 1, T) int64 in [0, block_size). Without them a token's position is the number of
-                unmasked tokens before it, so that padded rows give what the same rows give alone.
+                unmasked tokens before it, so that padded rows give what the same rows give alone. On a GPU they are
+                not read beforehand: those past the table end in torch's device-side assert.
             past_key_values, cache: Keys and values of the tokens before these, under the old or the new name.
             inputs_embeds: (B, T, C), token embeddings in place of input_ids.
             use_cache: Whether to return keys and values; config.use_cache in eval mode and False in training.
