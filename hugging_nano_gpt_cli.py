@@ -329,6 +329,46 @@ def generate(
     )
 
 
+# As train.py has it: a flag for each setting, which the library knows and typer passes on.
+@app.command(context_settings={"ignore_unknown_options": True})
+def train(
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="SETTINGS", help="CONFIG.py and --key=value, as train.py takes them, in any number."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last whole checkpoint in out_dir, if there is one.")
+    ] = False,
+    report_to: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Log to tensorboard, wandb or trackio; may be repeated.")
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for Transformers to write with every ckpt.pt.")
+    ] = None,
+    loss_chunk_size: Annotated[
+        int | None, typer.Option(min=1, help="Tokens whose logits are in memory at once; all without it.")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute activations twice in place of keeping them.")
+    ] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16, on a CPU too.")] = False,
+) -> None:
+    """Train as nanoGPT's train.py does: its settings, its lines, its ckpt.pt, bit for bit; and go on after a kill."""
+    _set_up_transformers(has_progress=False, is_quiet=True)
+    from hugging_nano_gpt.training import read_settings, run_training
+
+    run_training(
+        read_settings(settings or []),
+        resume=resume,
+        report_to=report_to or "none",
+        folder=folder,
+        loss_chunk_size=loss_chunk_size,
+        gradient_checkpointing=gradient_checkpointing,
+        bf16=bf16,
+        has_bar=sys.stderr.isatty(),
+    )
+
+
 @app.command()
 def playground(
     source: Annotated[

@@ -140,11 +140,18 @@ def test_run_resumed_from_trainers_checkpoint_ends_at_the_same_bits(tmp_path, re
     assert is_same(trainer, reference)
 
 
-def test_checkpoint_without_the_next_batch_is_refused(tmp_path):
+def test_checkpoint_of_which_a_process_did_not_write_all_is_refused(tmp_path):
     make_trainer(tmp_path, save_strategy="steps", save_steps=2, n_updates=2).train()
     folder = tmp_path / "checkpoint-2"
-    (folder / "nanogpt_next_batch_0.json").unlink()
-    with pytest.raises(CheckpointError, match=r"checkpoint-2: not a whole .*, got no next batch \(nanogpt_next_"):
+    path = folder / "nanogpt_next_batch_0.json"
+    path.write_text(path.read_text().replace('"world_size": 1', '"world_size": 2'))
+    with pytest.raises(CheckpointError, match=r"checkpoint-2: not a whole .*no nanogpt_next_batch_1\.json"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=str(folder))
+    (folder / "nanogpt_next_batch_1.json").write_text(path.read_text())
+    with pytest.raises(CheckpointError, match=r"checkpoint-2: expected as many processes .*, 2, got 1; start as many"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=str(folder))
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"not a whole .*no nanogpt_next_batch_0\.json"):
         make_trainer(tmp_path).train(resume_from_checkpoint=str(folder))
 
 

@@ -69,13 +69,32 @@ def read_meta(path: str | os.PathLike[str]) -> CharacterTable:
             matching tables stoi and itos.
     """
     path = Path(path)
+    return CharacterTable(_check_tables(path, _load_meta(path)))
+
+
+def read_vocab_size(path: str | os.PathLike[str]) -> int:
+    """Reads the vocab_size of a meta.pkl, all that train.py takes from it.
+
+    Raises:
+        TokenizerError: If the file is missing, is not a pickle of plain Python types, or names no size.
+    """
+    meta = _load_meta(Path(path))
+    vocab_size = meta.get("vocab_size") if isinstance(meta, dict) else None
+    if type(vocab_size) is not int or vocab_size < 1:
+        raise TokenizerError(
+            f"{path}: expected a positive vocab_size, got {vocab_size!r}; give the meta.pkl that prepare.py wrote"
+        )
+    return vocab_size
+
+
+def _load_meta(path: Path) -> Any:
     try:
         if path.stat().st_size > _LARGEST_BYTES or not path.is_file():
             raise TokenizerError(
                 f"{path}: expected a meta.pkl, got a directory, a device or too large a file; check the path"
             )
         with path.open("rb") as file:
-            meta = _PlainUnpickler(file).load()
+            return _PlainUnpickler(file).load()
     except OSError as error:
         raise TokenizerError(f"{path}: cannot be opened: {error.strerror}; check the path") from error
     except TokenizerError:
@@ -85,7 +104,6 @@ def read_meta(path: str | os.PathLike[str]) -> CharacterTable:
             f"{path}: expected a pickle of plain Python types, got {type(error).__name__}: {error}; "
             f"give the meta.pkl that prepare.py wrote"
         ) from error
-    return CharacterTable(_check_tables(path, meta))
 
 
 def write_meta(

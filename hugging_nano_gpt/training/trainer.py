@@ -57,6 +57,7 @@ class NanoGPTTrainer(Trainer):
     optimizer: Any
     lr_scheduler: Any
     control: Any
+    micro_loss: torch.Tensor  # of the last micro-step, which is what train.py prints
 
     def __init__(
         self,
@@ -155,8 +156,10 @@ class NanoGPTTrainer(Trainer):
     def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Computes the loss as Trainer does, then draws the next batch, before the backward pass as train.py does."""
         loss = super().compute_loss(model, *args, **kwargs)
-        if model.training and self._train_batch_sampler is None:
-            self._batches.draw()
+        if model.training:
+            self.micro_loss = loss.detach()
+            if self._train_batch_sampler is None:
+                self._batches.draw()
         return loss
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:

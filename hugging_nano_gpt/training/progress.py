@@ -1,0 +1,104 @@
+"""What train.py does between its updates (@ 3adf61e): its lines, when it evaluates, what it saves and when."""
+
+import math
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+from transformers import ProgressCallback, TrainerCallback
+
+from ..convert.folder import convert_to_folder
+
+if TYPE_CHECKING:
+    from .trainer import NanoGPTTrainer
+
+# bfloat16 operations a second of an A100, by which nanoGPT measures (model.py @ 3adf61e, estimate_mfu).
+_A100_FLOPS = 312e12
+
+# The first updates are slower, and train.py leaves them out of its mean.
+_SETTLING_UPDATES = 5
+
+
+class BarCallback(ProgressCallback):
+    """A progress bar alone: Trainer's own prints what it logs too."""
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        pass
+
+
+def say(line: str) -> None:
+    """Prints a line to standard output, above a progress bar if there is one."""
+    tqdm.write(line)
+
+
+class TrainPyCallback(TrainerCallback):
+    """Evaluates, saves and prints when train.py does.
+
+    Args:
+        trainer: The trainer to which it is added; its config has all of train.py's settings.
+        folder: Folder for Transformers to write with every ckpt.pt, or None.
+        say: Takes train.py's lines, on the first process.
+    """
+
+    def __init__(self, trainer: "NanoGPTTrainer", folder: Path | None, say: Callable[[str], None]):
+        self.trainer = trainer
+        self.out_dir = Path(trainer.config["out_dir"])
+        self.folder = folder
+        self.say = say
+        self.mfu = math.nan
+        self._n_updates = 0
+        self._n_parameters = trainer.model.num_parameters()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._best_val_loss = self.trainer.best_val_loss
+        self._update_began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now = time.perf_counter()
+        seconds, self._update_began = now - self._update_began, now
+        config, iter_num = self.trainer.config, self.trainer.iter_num
+        if (iter_num - 1) % config["log_interval"] == 0:
+            self._say_update(iter_num - 1, seconds)
+        self._n_updates += 1
+        control.should_evaluate = iter_num % config["eval_interval"] == 0 and iter_num <= config["max_iters"]
+        control.should_save = control.should_evaluate
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        iter_num, val_loss = self.trainer.iter_num, metrics["val/loss"]
+        self.say(f"step {iter_num}: train loss {metrics['train/loss']:.4f}, val loss {val_loss:.4f}")
+        if not self.trainer.is_in_train:  # eval_only
+            return
+        is_kept = self.trainer.config["always_save_checkpoint"] or val_loss < self._best_val_loss
+        self._best_val_loss = self.trainer.best_val_loss
+        if is_kept and iter_num > 0:
+            self.say(f"saving checkpoint to {self.out_dir}")
+            self.trainer.save_nanogpt_ckpt(self.out_dir / "ckpt.pt")
+            if self.folder is not None and state.is_world_process_zero:
+                convert_to_folder(self.out_dir / "ckpt.pt", self.folder, overwrite=True)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Removes the checkpoints of Trainer's before the one that every process has now written."""
+        self.trainer.accelerator.wait_for_everyone()
+        if state.is_world_process_zero:
+            for folder in self.out_dir.glob("checkpoint-*"):
+                if folder.name != f"checkpoint-{state.global_step}":
+                    shutil.rmtree(folder)
+
+    def _say_update(self, iter_num: int, seconds: float) -> None:
+        loss = self.trainer.micro_loss.item()
+        if self._n_updates >= _SETTLING_UPDATES:
+            mfu = self._estimate_mfu(seconds)
+            self.mfu = mfu if math.isnan(self.mfu) else 0.9 * self.mfu + 0.1 * mfu
+        percent = -100.0 if math.isnan(self.mfu) else 100 * self.mfu  # as train.py prints before it has one
+        self.say(f"iter {iter_num}: loss {loss:.4f}, time {1000 * seconds:.2f}ms, mfu {percent:.2f}%")
+
+    def _estimate_mfu(self, seconds: float) -> float:
+        """Estimates the share of an A100's operations that an update made."""
+        args, config = self.trainer.args, self.trainer.model.config
+        n_parameters = self._n_parameters - config.block_size * config.n_embd
+        of_attention = 12 * config.n_layer * config.n_embd * config.block_size
+        tokens = config.block_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
+        return (6 * n_parameters + of_attention) * tokens / seconds / _A100_FLOPS

@@ -1,0 +1,102 @@
+"""Where a run of train.py's starts: its init_from becomes a model, a training state and the state of the generator."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..checkpoint.contents import TrainingState
+from ..checkpoint.read_write import read_checkpoint
+from ..convert.gpt2 import import_gpt2
+from ..convert.nanogpt import make_model
+from ..errors import ConversionError
+from ..model.configuration_nano_gpt import NanoGPTConfig
+from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
+from ..tokenization.characters import read_vocab_size
+from .data import NANOGPT_SEED
+from .drawing import make_random_state
+
+# GPT-2's 50257 tokens, rounded up for speed, where the data set names no size (train.py @ 3adf61e).
+_PADDED_GPT2_VOCAB_SIZE = 50304
+
+_SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout")
+
+
+class Start(NamedTuple):
+    """What a run starts with; see NanoGPTTrainer for the three."""
+
+    model: NanoGPTLMHeadModel
+    training_state: TrainingState
+    random_state: torch.Tensor
+
+
+def start_run(settings: Mapping[str, Any], data_dir: Path, rank: int, say: Callable[[str], None]) -> Start:
+    """Makes what train.py's init_from names: a new model, its own last checkpoint, or GPT-2.
+
+    Args:
+        settings: All of train.py's settings.
+        data_dir: Folder of the data set, whose meta.pkl names the size of a new model's vocabulary.
+        rank: Rank of this process. New weights are those of the first one, as DDP shares them.
+        say: Takes train.py's lines.
+
+    Raises:
+        ConversionError: If init_from is none of the three, or the batches are longer than the model reads.
+        CheckpointError: If there is no whole checkpoint, or no GPT-2.
+        TokenizerError: If the meta.pkl cannot be read.
+    """
+    init_from = settings["init_from"]
+    if init_from == "scratch":
+        say("Initializing a new model from scratch")
+        start = _start_from_scratch(settings, data_dir, rank, say)
+    elif init_from == "resume":
+        say(f"Resuming training from {settings['out_dir']}")
+        start = _start_from_checkpoint(settings, rank)
+    elif init_from.startswith("gpt2"):
+        say(f"Initializing from OpenAI GPT-2 weights: {init_from}")
+        start = _start_from_gpt2(settings, rank)
+    else:
+        raise ConversionError(
+            f"init_from: expected 'scratch', 'resume' or a name that begins with 'gpt2', got {init_from!r}; change it"
+        )
+    model, longest = start.model, start.model.config.block_size
+    if settings["block_size"] > longest:
+        raise ConversionError(
+            f"block_size: expected at most the {longest} tokens that the model of init_from={init_from!r} reads, got "
+            f"{settings['block_size']}; give --block_size={longest}"
+        )
+    if settings["block_size"] < longest:
+        model.crop_block_size(settings["block_size"])
+    return Start(model.train(), start.training_state, start.random_state)
+
+
+def _start_from_scratch(settings: Mapping[str, Any], data_dir: Path, rank: int, say: Callable[[str], None]) -> Start:
+    meta_path = data_dir / "meta.pkl"
+    if meta_path.exists():
+        vocab_size = read_vocab_size(meta_path)
+        say(f"found vocab_size = {vocab_size} (inside {meta_path})")
+    else:
+        vocab_size = _PADDED_GPT2_VOCAB_SIZE
+        say("defaulting to vocab_size of GPT-2 to 50304 (50257 rounded up for efficiency)")
+    config = NanoGPTConfig(vocab_size=vocab_size, **{name: settings[name] for name in _SHAPE})
+    torch.manual_seed(NANOGPT_SEED)
+    model = NanoGPTLMHeadModel(config)
+    random_state = torch.get_rng_state() if rank == 0 else make_random_state(config, rank)
+    return Start(model, TrainingState(config=dict(settings)), random_state)
+
+
+def _start_from_checkpoint(settings: Mapping[str, Any], rank: int) -> Start:
+    path = Path(settings["out_dir"]) / "ckpt.pt"
+    checkpoint = read_checkpoint(path)
+    model = make_model(NanoGPTLMHeadModel, path, checkpoint, dropout=settings["dropout"])
+    state = replace(checkpoint.training_state, config=dict(settings))
+    return Start(model, state, make_random_state(model.config, rank))
+
+
+def _start_from_gpt2(settings: Mapping[str, Any], rank: int) -> Start:
+    gpt2 = import_gpt2(settings["init_from"], dropout=settings["dropout"])
+    shape = {name: getattr(gpt2.config, name) for name in (*_SHAPE, "vocab_size")}
+    model = NanoGPTLMHeadModel(NanoGPTConfig(**shape))  # with the exact GELU, which train.py computes here too
+    model.load_state_dict(gpt2.state_dict())
+    return Start(model, TrainingState(config=dict(settings)), make_random_state(model.config, rank))

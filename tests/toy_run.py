@@ -1,0 +1,70 @@
+"""A toy run of train.py's settings, of which nothing is a default, and what its ckpt.pt holds as flat numbers."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hugging_nano_gpt import read_checkpoint
+from hugging_nano_gpt.training import TRAIN_DEFAULTS, NanoGPTTrainer, run_training
+
+from .trace import TRACE_DIR
+
+VOCAB_SIZE = 31  # of the meta.pkl of the trace
+
+SETTINGS: dict[str, Any] = {
+    **TRAIN_DEFAULTS,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 16,
+    "block_size": 16,
+    "bias": True,
+    "dropout": 0.2,
+    "batch_size": 3,
+    "gradient_accumulation_steps": 2,
+    "max_iters": 12,
+    "eval_interval": 4,
+    "eval_iters": 2,
+    "learning_rate": 1e-2,
+    "warmup_iters": 3,
+    "lr_decay_iters": 10,
+    "min_lr": 1e-3,
+    "beta2": 0.99,
+    "dataset": "toy",
+    "device": "cpu",
+    "dtype": "float32",
+    "compile": False,
+}
+
+
+def make_workplace(folder: Path) -> Path:
+    """Puts the toy data set where train.py looks for it."""
+    (folder / "data").mkdir(exist_ok=True)
+    link = folder / "data" / SETTINGS["dataset"]
+    if not link.exists():
+        link.symlink_to(TRACE_DIR)
+    return folder
+
+
+def train(folder: Path, *, resume: bool = False, **changes: Any) -> NanoGPTTrainer:
+    """Makes the toy run in a folder, with some settings changed."""
+    with contextlib.chdir(make_workplace(folder)):
+        return run_training({**SETTINGS, **changes}, resume=resume)
+
+
+def flatten_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+    """Reads weights, moments, iter_num and best_val_loss of a ckpt.pt, by name."""
+    checkpoint = read_checkpoint(path)
+    state = checkpoint.training_state
+    moments = {
+        f"{key} of {name}": value for name, kept in state.optimizer.moments.items() for key, value in kept.items()
+    }
+    counts = {"iter_num": torch.tensor(state.iter_num), "best_val_loss": torch.tensor(state.best_val_loss).double()}
+    return {**checkpoint.state_dict, **moments, **counts}
+
+
+def list_differences(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> list[str]:
+    """Lists the names whose bits differ."""
+    assert left.keys() == right.keys()
+    return [name for name in left if not torch.equal(left[name], right[name])]
