@@ -4,6 +4,7 @@ It lies beside the package and imports it only when a command runs: importing th
 the Auto classes, and --help should answer at once.
 """
 
+import io
 import json
 import sys
 from enum import StrEnum
@@ -454,6 +455,9 @@ def _set_up_transformers(has_progress: bool = True, is_quiet: bool = False) -> N
 
 def main() -> None:
     """Runs the command line; an error goes to stderr in one line, without a traceback unless --debug is given."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as `<&-` in a shell does it
+            setattr(sys, name, io.StringIO())
     try:
         app()
     except Exception as error:

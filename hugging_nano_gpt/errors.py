@@ -38,6 +38,10 @@ class VerifyError(NanoGPTError, RuntimeError):
     """A comparison cannot be made: a model is out of reach, or the code to compare with does not run."""
 
 
+class DeviceError(NanoGPTError, RuntimeError):
+    """A device was named on which torch cannot compute here."""
+
+
 class ServerError(NanoGPTError, OSError):
     """A model or the playground's page cannot be served."""
 

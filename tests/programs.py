@@ -42,15 +42,16 @@ def run_program(*command: object, text: str = "") -> Result:
     return Result(done.returncode, done.stdout, done.stderr)
 
 
-def run_command(*arguments: object, text: str = "", cwd: Path | None = None) -> Result:
-    """Runs the command line in this process, and leaves the process as it was."""
+def run_command(*arguments: object, text: str = "", cwd: Path | None = None, closed: str = "") -> Result:
+    """Runs the command line in this process, and leaves the process as it was; a stream may be closed, as by `<&-`."""
     argv, stdin = ["hugging-nano-gpt", *map(str, arguments)], io.StringIO(text)
     stdout, stderr = io.StringIO(), io.StringIO()
+    none = {closed: None} if closed else {}  # so Python has it
     with (
         contextlib.chdir(cwd or Path.cwd()),
         contextlib.redirect_stdout(stdout),
         contextlib.redirect_stderr(stderr),
-        mock.patch.multiple(sys, argv=argv, stdin=stdin),
+        mock.patch.multiple(sys, **{"argv": argv, "stdin": stdin, **none}),
         mock.patch.dict(os.environ, ENVIRONMENT),
         _log_to(stderr),
     ):

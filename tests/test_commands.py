@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import GenerationConfig, GPT2LMHeadModel
@@ -120,6 +121,37 @@ def test_errors_take_one_line_and_no_traceback(arguments, message, tmp_path):
     assert result.stderr.startswith(f"error: {message}")
     assert result.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "xpu:9", "meta", "gpu", ""])
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+def test_device_that_is_not_there_takes_one_line(command, device, tmp_path):
+    np.zeros(400, dtype=np.uint16).tofile(tmp_path / "val.bin")
+    result = run_command(command, CKPT_PATH, "a" if command == "generate" else tmp_path, "--device", device)
+    assert (result.returncode, result.stdout) == (1, "")
+    message = rf"error: device: expected one on which torch .* computes here, cpu.*, got '{device}'; give one .*\n"
+    assert re.fullmatch(message, result.stderr)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+def test_gpu_where_there_is_none_takes_one_line():
+    result = run_command("generate", CKPT_PATH, "a", "--device", "cuda")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert re.fullmatch(
+        r"error: device: expected one on .* here, cpu, got 'cuda'; give one of these.*\n", result.stderr
+    )
+
+
+@pytest.mark.parametrize("closed", ["stdin", "stdout", "stderr"])
+def test_closed_stream_counts_as_an_empty_one(closed):
+    arguments = ("generate", CKPT_PATH, "--meta", META_PATH, "--num-samples", "1", "--max-new-tokens", "5")
+    expected = run_command(*arguments)
+    assert expected.returncode == 0
+    assert run_command(*arguments, closed=closed) == expected._replace(**{closed: ""} if closed == "stdout" else {})
+
+
+def test_error_with_a_closed_stderr_stays_out_of_stdout():
+    assert run_command("inspect", "missing.pt", closed="stderr") == (1, "", "")
 
 
 def test_program_without_clients_ends_with_one_line_on_stderr_and_1(tmp_path):

@@ -5,7 +5,7 @@ from importlib.metadata import version
 import hugging_nano_gpt
 
 PUBLIC_NAMES = """
-CharacterTable Checkpoint CheckpointError Conversion ConversionError DataError Evaluation Inspection
+CharacterTable Checkpoint CheckpointError Conversion ConversionError DataError DeviceError Evaluation Inspection
 MissingDependencyError NanoGPTConfig NanoGPTError NanoGPTForSequenceClassification NanoGPTLMHeadModel NanoGPTModel
 NanoGPTPreTrainedModel OptimizerState ServerError TokenizerError TrainingState VerifyError VerifyReport
 build_character_tokenizer build_gpt2_tokenizer build_tiktoken_tokenizer convert_to_checkpoint convert_to_folder
@@ -33,6 +33,8 @@ def test_errors_are_caught_as_one_and_as_builtin_errors():
     assert issubclass(hugging_nano_gpt.VerifyError, RuntimeError)
     assert issubclass(hugging_nano_gpt.ServerError, hugging_nano_gpt.NanoGPTError)
     assert issubclass(hugging_nano_gpt.ServerError, OSError)
+    assert issubclass(hugging_nano_gpt.DeviceError, hugging_nano_gpt.NanoGPTError)
+    assert issubclass(hugging_nano_gpt.DeviceError, RuntimeError)
 
 
 def test_missing_dependency_is_caught_as_an_import_error():

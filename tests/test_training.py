@@ -227,11 +227,22 @@ def test_trainer_resumed_from_its_own_checkpoint_ends_at_the_same_bits(interrupt
     assert all(torch.equal(parameters[name], tensor) for name, tensor in expected.items())
 
 
-@pytest.mark.parametrize("lost", ["optimizer.pt", "scheduler.pt"])
-def test_trainer_resumed_without_a_part_of_its_state_ends_elsewhere(interrupted, lost):
-    """Shows that the test above can fail: Trainer goes on without a file that is not there."""
+def clear_moments(state):
+    for moments in state["state"].values():
+        moments["exp_avg"].zero_()
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [("optimizer.pt", clear_moments), ("scheduler.pt", lambda state: state.update(last_epoch=50))],
+    ids=["optimizer.pt", "scheduler.pt"],
+)
+def test_trainer_resumed_with_another_state_ends_elsewhere(interrupted, name, spoil):
+    """Shows that the test above can fail."""
     expected, _, folder = interrupted
-    (folder / lost).unlink()
+    state = torch.load(folder / name, weights_only=True)
+    spoil(state)
+    torch.save(state, folder / name)
     assert find_largest_difference(resume(folder)[0], expected) > 100 * TOLERANCE
 
 
@@ -339,6 +350,30 @@ def test_moments_of_other_parameters_are_refused():
         ConversionError, match=r"expected moments of the optimizer's parameters, missing 'transformer\.h\.0"
     ):
         make_optimizer(make_model(), state=state)
+
+
+@pytest.mark.parametrize(
+    ("model_args", "message"),
+    [
+        ({"block_size": 64}, r"transformer\.wpe\.weight of \(128, 96\) for \(64, 96\)"),
+        ({"vocab_size": 70}, r"transformer\.wte\.weight of \(65, 96\) for \(70, 96\)"),
+        ({"vocab_size": 60}, r"transformer\.wte\.weight of \(65, 96\) for \(60, 96\)"),
+        ({"n_embd": 48}, r"transformer\.wte\.weight of \(65, 96\) for \(65, 48\), .*\(\d+ in all\)"),
+    ],
+    ids=str,
+)
+def test_moments_of_other_shapes_are_refused(model_args, message):
+    checkpoint = read_checkpoint(CKPT_PATH)
+    model = make_model(**{**checkpoint.model_args, **model_args})
+    with pytest.raises(ConversionError, match=rf"expected moments of the parameters' shapes, got {message}; crop or"):
+        make_optimizer(model, state=checkpoint.training_state.optimizer)
+
+
+def test_moments_of_a_cropped_model_are_refused_before_it_trains(tmp_path):
+    model = load_start()
+    model.crop_block_size(16)
+    with pytest.raises(ConversionError, match=r"transformer\.wpe\.weight of \(32, 32\) for \(16, 32\)"):
+        make_trainer(tmp_path, model, STEPS[:1]).train()
 
 
 def test_optimizer_of_another_kind_is_refused(tmp_path):

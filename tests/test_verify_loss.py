@@ -133,3 +133,17 @@ def test_data_that_do_not_fit_are_refused(contents, constant_dir):
     (constant_dir / "val.bin").unlink()
     with pytest.raises(DataError, match=r"val\.bin: cannot be opened: No such file"):
         verify_loss(path, constant_dir)
+
+
+def test_val_bin_alone_is_enough(tmp_path):
+    (tmp_path / "val.bin").symlink_to(TRACE_DIR / "val.bin")
+    report = verify_loss(CKPT_PATH, tmp_path, eval_iters=2)
+    assert report.checks == verify_loss(CKPT_PATH, TRACE_DIR, eval_iters=2).checks
+    assert report.notes[1] == f"there is no {tmp_path / 'train.bin'}, which is not compared"
+
+
+def test_train_bin_that_cannot_be_read_is_refused(tmp_path):
+    (tmp_path / "val.bin").symlink_to(TRACE_DIR / "val.bin")
+    (tmp_path / "train.bin").write_bytes(b"\0")
+    with pytest.raises(DataError, match=r"train\.bin: expected uint16 tokens, got an odd number of bytes"):
+        verify_loss(CKPT_PATH, tmp_path, eval_iters=2)

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import GPT2Config
 
 from ..checkpoint.contents import Checkpoint
 from ..checkpoint.read_write import read_checkpoint
-from ..errors import CheckpointError, list_some
+from ..errors import CheckpointError, DeviceError, list_some
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from .gpt2 import import_gpt2
 from .nanogpt import READING_KWARGS, make_model
@@ -98,3 +99,26 @@ def load_folder(source: str | os.PathLike[str], **kwargs: Any) -> NanoGPTLMHeadM
     if read_model_type(source) == GPT2Config.model_type:
         return import_gpt2(source, **kwargs)
     return load_whole_model(NanoGPTLMHeadModel, source, **kwargs)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Returns the device that a user names, or a GPU where there is one, else the CPU.
+
+    Raises:
+        DeviceError: If torch cannot compute there.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:  # what torch raises depends on the kind of device
+        gpu = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        here = (
+            ["cpu"] if gpu is None else ["cpu", *(f"{gpu.type}:{i}" for i in range(torch.accelerator.device_count()))]
+        )
+        raise DeviceError(
+            f"device: expected one on which torch {torch.__version__} computes here, {', '.join(here)}, got {name!r}; "
+            f"give one of these, or none"
+        ) from error
+    return device

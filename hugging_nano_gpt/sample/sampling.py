@@ -23,7 +23,7 @@ from transformers import (
     TopKLogitsWarper,
 )
 
-from ..convert.source import load_source
+from ..convert.source import choose_device, load_source
 from ..model.configuration_nano_gpt import NanoGPTConfig
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from ..tokenization.find import load_tokenizer
@@ -72,6 +72,7 @@ def sample_text(
         **kwargs: What from_nanogpt_ckpt or from_pretrained takes, such as `dtype`, `n_head`, `activation_function`.
 
     Raises:
+        DeviceError: If torch cannot compute on the device.
         CheckpointError: If there is no whole model.
         TokenizerError: If there is no tokenizer, or the prompt has what it does not know.
         DataError: If the prompt's file cannot be read.
@@ -194,9 +195,10 @@ def load_model_and_tokenizer(
     **kwargs: Any,
 ) -> tuple[NanoGPTLMHeadModel, PreTrainedTokenizerBase, str]:
     """Loads a model to a device, its tokenizer, and what it was loaded from, in words; see sample_text."""
+    torch_device = choose_device(device)
     loaded = load_source(source, **kwargs)
     text_tokenizer = load_tokenizer(loaded.model, source, meta_path=meta_path, tokenizer=tokenizer)
-    loaded.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    loaded.model.to(torch_device)
     return loaded.model, text_tokenizer, loaded.kind
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..checkpoint.optimizer import OptimizerState, group_by_dimension, make_fresh_state
 from ..checkpoint.tensors import strip_wrappers
-from ..errors import ConversionError, list_some
+from ..errors import ConversionError, join_some, list_some
 
 
 def make_optimizer(
@@ -66,6 +66,16 @@ def load_moments(optimizer: torch.optim.Optimizer, model: nn.Module, state: Opti
             f"optimizer state: expected moments of the optimizer's parameters, missing {list_some(missing) or 'none'}"
             f", got others {list_some(unknown) or 'none'}; train the parameters that the checkpoint trained, or start "
             f"afresh"
+        )
+    wrong = [
+        f"{name} of {tuple(state.moments[name]['exp_avg'].shape)} for {tuple(parameter.shape)}"
+        for name, parameter in zip(order, trained, strict=True)
+        if state.moments[name]["exp_avg"].shape != parameter.shape
+    ]
+    if wrong:
+        raise ConversionError(
+            f"optimizer state: expected moments of the parameters' shapes, got {join_some(wrong)}; crop or resize the "
+            f"model after training, or start afresh: replace(training_state, optimizer=None)"
         )
     raw = optimizer.state_dict()
     numbers = [number for group in raw["param_groups"] for number in group["params"]]

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..checkpoint.contents import NO_VAL_LOSS, TrainingState
-from ..convert.source import load_source
+from ..convert.source import choose_device, load_source
 from ..errors import DataError
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from ..tokenization.find import find_tokenizer_or_reason, load_tokenizer
@@ -130,18 +130,20 @@ def evaluate_loss(
         **kwargs: What from_nanogpt_ckpt or from_pretrained takes, such as `dtype`, `n_head`, `activation_function`.
 
     Raises:
+        DeviceError: If torch cannot compute on the device.
         CheckpointError: If there is no whole model.
         DataError: If the data cannot be read, hold nothing to score, or have tokens that the model does not; or the
             stride is not one.
         TokenizerError: If there is no tokenizer for a text, or the text has what the tokenizer does not know.
     """
     path = Path(data_path) / "val.bin" if Path(data_path).is_dir() else Path(data_path)
+    torch_device = choose_device(device)
     loaded = load_source(source, attn_implementation="sdpa", **kwargs)
     model = loaded.model
     stride = model.config.block_size if stride is None else stride
     if not 1 <= stride <= model.config.block_size:
         raise DataError(f"stride: expected 1 to block_size={model.config.block_size}, got {stride}; give one of these")
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(torch_device)
     asked = {"meta_path": meta_path, "tokenizer": tokenizer}
     windows, own_tokenizer, reasons = _open_windows(model, source, path, asked)
     loss, scored = _score(model, windows, stride, path)

@@ -8,9 +8,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from ..checkpoint.contents import NO_VAL_LOSS, TrainingState
+from ..convert.source import choose_device
 from .estimate import Estimate, estimate_loss, get_estimate_settings
 from .models import list_notes
 from .report import Check, VerifyReport
@@ -40,7 +39,7 @@ def verify_loss(
     Args:
         path: Checkpoint file of the nanoGPT family, folder that save_pretrained wrote, or hub id. Without a recorded
             best_val_loss, the loss is measured and the report is not equal.
-        data_dir: Folder with train.bin and val.bin, uint16 tokens as nanoGPT's prepare.py writes them.
+        data_dir: Folder with val.bin and, if it is there, train.bin, as nanoGPT's prepare.py writes them.
         activation_function: Activation in place of the one that the file's age tells; the other is not tried then.
         n_head: Number of heads, for a file that does not record it.
         ignore_extra: Whether to leave out of account what a fork has added to a checkpoint file.
@@ -52,7 +51,7 @@ def verify_loss(
         DataError: If the data cannot be read, or has tokens that the model does not.
     """
     side = load_side(path, activation_function=activation_function, n_head=n_head, ignore_extra=ignore_extra)
-    side.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    side.model.to(choose_device(None))
     state: TrainingState = side.model.nanogpt_training_state
     recorded_iters, batch_size = get_estimate_settings(state)
     iters = eval_iters or recorded_iters
@@ -66,10 +65,10 @@ def verify_loss(
             return estimate_loss(side.model, path, n_batches=iters, batch_size=batch_size)
 
     losses = {name: estimate("val", name) for name in (_CANDIDATES if is_open else (current,))}
-    notes = [
-        f"train loss {estimate('train', current)} with {current}, nothing is recorded to compare it with",
-        *list_notes("left", side),
-    ]
+    train = f"there is no {Path(data_dir) / 'train.bin'}, which is not compared"
+    if (Path(data_dir) / "train.bin").exists():
+        train = f"train loss {estimate('train', current)} with {current}, nothing is recorded to compare it with"
+    notes = [train, *list_notes("left", side)]
     best = state.best_val_loss
     if not best < NO_VAL_LOSS:
         notes.insert(0, f"val loss {losses[current]} with {current}, but no best_val_loss is recorded")
