@@ -20,7 +20,14 @@ DEVICES = [
 ]
 
 # What a CPU cannot show.
-NEEDS_GPU = {"flex_attention", "flash_attention_2", "flash_attention_3", "waits for the GPU", "FSDP2 on one device"}
+NEEDS_GPU = {
+    "flex_attention",
+    "flash_attention_2",
+    "flash_attention_3",
+    "as sample.py draws",
+    "waits for the GPU",
+    "FSDP2 on one device",
+}
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from hugging_nano_gpt import NanoGPTLMHeadModel
+from hugging_nano_gpt.sample.sampling import Sampler
 
 from .probe import Outcome, Probe, Setting, SkippedError, make_batch, make_pair
 
@@ -74,6 +75,43 @@ def probe_sampled(setting: Setting) -> Outcome:
         figures[f"{name}: rows equal of {len(prompt)}"] = int((found == expected).all(1).sum())
     holds = figures[f"without a cache: rows equal of {len(prompt)}"] == len(prompt)
     return Outcome(holds, "the reference's draws from the same seed", figures)
+
+
+class Collector:
+    """A streamer that keeps the tokens."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens.extend(value.flatten().tolist())
+
+    def end(self) -> None:
+        pass
+
+
+def probe_sampler(setting: Setting) -> Outcome:
+    """Draws as the command line does, against the reference under sample.py's bfloat16 autocast."""
+    if not setting.is_cuda:
+        raise SkippedError("on a CPU, sample.py does not autocast")
+    ours, reference = make_eval_pair(setting, n_layer=2)
+    reference.lm_head.register_forward_pre_hook(lambda module, args: (args[0][:, [-1]],))  # as nanoGPT's generate
+    count, settings = setting.choose(N_TOKENS["full"], N_TOKENS["toy"]), {"temperature": 0.8, "top_k": 20}
+    n_equal, n_seeds = {"as sample.py": 0, "in float32": 0}, 4
+    for seed in range(n_seeds):
+        prompt, _ = make_batch(setting, 1, 8, ours.config.vocab_size, seed=seed)
+        torch.manual_seed(seed)
+        with torch.autocast(torch.device(setting.device).type, dtype=torch.bfloat16):
+            expected = reference.sample(prompt, count, **settings)[0].tolist()
+        for way, dtype in (("as sample.py", torch.bfloat16), ("in float32", None)):
+            torch.manual_seed(seed)
+            collector = Collector()
+            Sampler(ours, None, "", dtype).draw(prompt, max_new_tokens=count, streamer=collector, **settings)
+            n_equal[way] += collector.tokens == expected
+    figures = {f"{way}: draws equal of {n_seeds}": n for way, n in n_equal.items()}
+    return Outcome(
+        n_equal["as sample.py"] == n_seeds, "the draws of the reference under sample.py's autocast", figures
+    )
 
 
 def make_eval_pair(setting: Setting, **changes: Any) -> tuple[NanoGPTLMHeadModel, nn.Module]:
@@ -189,6 +227,7 @@ PROBES: dict[str, Probe] = {
     "past block_size, batch 32": partial(probe_past_block_size, batch=32),
     "padded rows": probe_padded,
     "drawn": probe_sampled,
+    "as sample.py draws": probe_sampler,
     "waits for the GPU": probe_waits,
     "static cache": partial(probe_tokens, batch=1, cache_implementation="static"),
     "static cache, batch 32": partial(probe_tokens, batch=32, cache_implementation="static"),
