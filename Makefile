@@ -6,6 +6,8 @@ READY := $(VENV)/.ready
 CLIENTS_VENV := .venv-clients
 CLIENTS_READY := $(CLIENTS_VENV)/.ready
 
+README_VENV := .venv-readme
+
 # With a real llama.cpp, which is compiled here, and a browser's driver: minutes.
 EXPORTS_VENV := .venv-exports
 EXPORTS_READY := $(EXPORTS_VENV)/.ready
@@ -25,7 +27,7 @@ OLDEST_TRANSFORMERS := $(shell echo '$(TRANSFORMERS_RANGE)' | sed 's/>=\([0-9.]*
 # What the package relies on in other libraries: numbers, tokens in every way of drawing, remote code, Trainer, TRL.
 CONTRACT := tests/test_exactness.py tests/test_cache.py tests/test_modeling.py tests/test_generation.py tests/test_window.py tests/test_streaming.py tests/test_hub.py tests/test_training.py tests/test_trl.py
 
-.PHONY: demo test newest oldest clients exports vllm check fix examples bench gpu clean
+.PHONY: demo test newest oldest clients readme exports vllm check fix examples bench gpu clean
 
 demo: $(READY)
 	$(VENV)/bin/hugging-nano-gpt demo
@@ -45,7 +47,13 @@ newest oldest:
 	$(CONTRACT_VENV)/bin/python -m pytest $(CONTRACT)
 
 clients: $(CLIENTS_READY)
-	$(CLIENTS_VENV)/bin/python -m pytest tests/test_quantization.py tests/test_lm_eval.py tests/test_peft.py tests/test_serve.py
+	$(CLIENTS_VENV)/bin/python -m pytest tests/test_quantization.py tests/test_lm_eval.py tests/test_peft.py tests/test_serve.py tests/test_readme.py
+
+# The wheel, in a venv that knows nothing of this clone.
+readme: $(READY)
+	test -d $(README_VENV) || $(PYTHON) -m venv $(README_VENV)
+	$(README_VENV)/bin/python -m pip install --quiet --constraint constraints.txt '.[serve]'
+	README_PROGRAM=$(README_VENV)/bin/hugging-nano-gpt $(VENV)/bin/python -m pytest tests/test_readme.py
 
 exports: $(EXPORTS_READY)
 	$(EXPORTS_VENV)/bin/python -m pytest -m "slow or not slow" tests/test_gguf.py tests/test_gguf_vocabulary.py tests/test_llama_cpp.py tests/test_onnx.py tests/test_onnx_runtime.py tests/test_playground.py
@@ -91,7 +99,7 @@ gpu:
 	$(PYTHON) -m pytest -m gpu
 
 clean:
-	rm -rf $(VENV) $(NEWEST_VENV) $(OLDEST_VENV) $(CLIENTS_VENV) $(EXPORTS_VENV) $(VLLM_VENV)
+	rm -rf $(VENV) $(NEWEST_VENV) $(OLDEST_VENV) $(CLIENTS_VENV) $(README_VENV) $(EXPORTS_VENV) $(VLLM_VENV)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set it with PYTHON=...")'

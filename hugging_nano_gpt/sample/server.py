@@ -158,7 +158,7 @@ class _Chats(_Obedient, ChatCompletionHandler):
         if tokenizer.chat_template is None:
             raise RequestError(
                 "messages: this is a base model: expected a tokenizer with a chat template, got none; send a prompt "
-                "to /v1/completions, or train the model to chat (docs/chat.md)"
+                "to /v1/completions, or give its tokenizer the template that it was trained to chat with"
             )
         messages = body.get("messages")
         if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
