@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from hugging_nano_gpt import NanoGPTLMHeadModel
+from hugging_nano_gpt.sample import sampling
 from hugging_nano_gpt.sample.sampling import Sampler, load_sampler
 
 from .test_commands import CKPT_PATH, META_PATH
@@ -64,6 +65,7 @@ class Collect:
 )
 def test_autocast_is_sample_pys(monkeypatch, device, is_supported, dtype, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: is_supported)
+    monkeypatch.setattr(sampling, "choose_device", torch.device)
     monkeypatch.setattr(NanoGPTLMHeadModel, "to", lambda model, device: model)
     monkeypatch.setattr(NanoGPTLMHeadModel, "device", torch.device(device))
     sampler = load_sampler(CKPT_PATH, meta_path=META_PATH, device=device, **({"dtype": dtype} if dtype else {}))
