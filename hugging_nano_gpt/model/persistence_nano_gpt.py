@@ -58,6 +58,25 @@ class NanoGPTPersistence(PreTrainedModel):
         """
         return _import_conversion().load_model(cls, ckpt_path, **kwargs)
 
+    @classmethod
+    def from_nanogpt(cls, gpt, **kwargs: Any):
+        """Makes a model that shares the tensors of a nanoGPT GPT in memory: what it learns, this model knows.
+
+        Nothing is copied and no random number drawn, so it can be made in the middle of train.py, for cached generate,
+        lm-eval, pipelines or push_to_hub. Its own dropout is off: it is in eval mode whatever the GPT is in.
+
+        Args:
+            gpt: nanoGPT's GPT, compiled or wrapped in DDP too.
+            **kwargs: What NanoGPTConfig takes in place of the GPT's, such as `activation_function`.
+
+        Raises:
+            ConversionError: If it is no nanoGPT model, or its code has been changed.
+            ImportError: If the model runs as remote code where hugging-nano-gpt is not installed.
+        """
+        if _import_from_package("convert.live") is None:
+            _import_conversion()  # raises
+        return _import_from_package("convert.live").share_model(cls, gpt, **kwargs)
+
     @property
     def nanogpt_training_state(self):
         """A TrainingState: where the nanoGPT run stood that this model came from. None without hugging-nano-gpt."""
