@@ -1,5 +1,6 @@
 """What a checkpoint file or a saved folder holds, without making a model of it."""
 
+import math
 import os
 import textwrap
 from dataclasses import asdict, dataclass
@@ -64,8 +65,8 @@ class Inspection:
     assumptions: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the fields as plain JSON types."""
-        return asdict(self)
+        """Returns the fields as plain JSON types: other values, infinity and NaN too, are written out as text."""
+        return _to_json(asdict(self))
 
     def __str__(self) -> str:
         config = NanoGPTConfig(
@@ -103,6 +104,17 @@ def inspect_path(path: str | os.PathLike[str], **kwargs: Any) -> Inspection:
         CheckpointError: If it is neither, or a checkpoint is damaged.
     """
     return _inspect_folder(Path(path)) if Path(path).is_dir() else _inspect_file(Path(path), **kwargs)
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key if isinstance(key, str) else repr(key): _to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_json(item) for item in value]
+    is_json = (
+        value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
+    )
+    return value if is_json else repr(value)
 
 
 def _wrap(name: str, text: str) -> str:

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 
 # The two names that GPT-2 has on the Hub.
+GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+_FILES_ADVICE = (
+    "or give a folder with GPT-2's vocab.json and merges.txt, or its encoder.json and vocab.bpe (--tokenizer)"
+)
 _GPT2_REPOSITORIES = ("openai-community/gpt2", "gpt2")
 
 # Characters that two regex engines may treat differently: spaces and line ends of every kind, digits and letters in
@@ -90,6 +94,40 @@ def build_gpt2_tokenizer(*, block_size: int | None = None) -> PreTrainedTokenize
     return build_tiktoken_tokenizer("gpt2", block_size=block_size)
 
 
+def read_gpt2_files(folder: Path, *, block_size: int | None = None) -> PreTrainedTokenizerFast | None:
+    """Makes a tokenizer of the two files that GPT-2's was published in, under OpenAI's names or Transformers'.
+
+    Args:
+        folder: Folder with encoder.json and vocab.bpe, or vocab.json and merges.txt.
+        block_size: Longest sequence of the model, as model_max_length.
+
+    Returns:
+        The tokenizer; None if the folder does not have the two.
+
+    Raises:
+        TokenizerError: If they cannot be read, or have no <|endoftext|>.
+    """
+    pairs = [(folder / vocabulary, folder / merges) for vocabulary, merges in GPT2_FILES]
+    found = next((pair for pair in pairs if all(path.is_file() for path in pair)), None)
+    if found is None:
+        return None
+    try:
+        backend = Tokenizer(models.BPE.from_file(*map(str, found)))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise TokenizerError(
+            f"{found[0]}: cannot be read with {found[1].name}: {error}; download both again"
+        ) from error
+    if backend.token_to_id(END_OF_TEXT) is None:
+        raise TokenizerError(
+            f"{found[0]}: expected GPT-2's vocabulary, with {END_OF_TEXT}, got one without; give a folder with a "
+            f"tokenizer.json, which says how text is cut"
+        )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # with GPT-2's pattern
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    return wrap_backend(backend, block_size, END_OF_TEXT)
+
+
 def wrap_backend(backend: Tokenizer, block_size: int | None, end_of_text: str | None) -> PreTrainedTokenizerFast:
     """Wraps a backend with the settings that all tokenizers of this package share.
 
@@ -108,7 +146,10 @@ def _get_encoding(name: str) -> "tiktoken.Encoding":
     try:
         import tiktoken
     except ImportError as error:
-        raise MissingDependencyError(f"encoding {name!r}: tiktoken is not installed; pip install tiktoken") from error
+        raise MissingDependencyError(
+            f"encoding {name!r}: tiktoken is not installed; pip install tiktoken"
+            f"{f', {_FILES_ADVICE}' if name == 'gpt2' else ''}"
+        ) from error
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:  # an unknown name, or any failure of the network
@@ -116,7 +157,7 @@ def _get_encoding(name: str) -> "tiktoken.Encoding":
         raise TokenizerError(
             f"encoding {name!r}: tiktoken cannot provide it: {type(error).__name__}: {reason}; give one of "
             f"{tiktoken.list_encoding_names()}, on a machine with network once, then keep the folder that "
-            f"TIKTOKEN_CACHE_DIR names; or give a tiktoken.Encoding"
+            f"TIKTOKEN_CACHE_DIR names; {_FILES_ADVICE if name == 'gpt2' else 'or give a tiktoken.Encoding'}"
         ) from error
 
 

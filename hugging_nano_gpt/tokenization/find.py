@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from ..errors import MissingDependencyError, TokenizerError, list_some
 from ..model.configuration_nano_gpt import GPT2_VOCAB_SIZES
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
-from .bpe import build_gpt2_tokenizer, build_tiktoken_tokenizer
+from .bpe import build_gpt2_tokenizer, build_tiktoken_tokenizer, read_gpt2_files
 from .characters import build_character_tokenizer, read_meta
 from .vocabulary import check_tokenizer, describe_spare_rows
 
@@ -84,7 +84,7 @@ def load_tokenizer(
         config = model.nanogpt_training_state.config
         return find_tokenizer(source, config, vocab_size, block_size=block_size)
     else:
-        where, found = os.fspath(source), _load_saved(os.fspath(source))
+        where, found = os.fspath(source), _load_saved(os.fspath(source), block_size)
     check_tokenizer(where, found, vocab_size)
     describe_spare_rows(where, found, vocab_size)
     return found
@@ -111,11 +111,16 @@ def _load_named(name: str, block_size: int) -> PreTrainedTokenizerBase:
     if name == "gpt2":
         return build_gpt2_tokenizer(block_size=block_size)
     if Path(name).is_dir() or "/" in name:
-        return _load_saved(name)
+        return _load_saved(name, block_size)
     return build_tiktoken_tokenizer(name, block_size=block_size)
 
 
-def _load_saved(name: str) -> PreTrainedTokenizerBase:
+def _load_saved(name: str, block_size: int) -> PreTrainedTokenizerBase:
+    folder = Path(name)
+    if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
+        found = read_gpt2_files(folder, block_size=block_size)
+        if found is not None:
+            return found
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # or it may ask on the terminal
     except Exception as error:  # whatever a tokenizer's files make Transformers raise
