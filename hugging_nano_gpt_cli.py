@@ -203,7 +203,7 @@ def inspect(
     found = inspect_path(
         path, activation_function=activation and activation.value, n_head=n_head, ignore_extra=ignore_extra
     )
-    print(json.dumps(found.to_json(), indent=2) if as_json else found)
+    _print_result(found, as_json)
 
 
 @app.command()
@@ -244,7 +244,7 @@ def verify(
         report = verify_against_nanogpt(a, nanogpt, gradients=gradients, **settings)
     else:
         report = verify_models(a, b, gradients=gradients, **settings)
-    print(json.dumps(report.to_json(), indent=2) if as_json else report)
+    _print_result(report, as_json)
     raise typer.Exit(0 if report.is_equal else 1)
 
 
@@ -284,7 +284,7 @@ def evaluate(
         tokenizer=tokenizer,
         **_select_given(dtype=dtype, activation_function=activation, n_head=n_head, ignore_extra=ignore_extra),
     )
-    print(json.dumps(evaluation.to_json(), indent=2) if as_json else evaluation)
+    _print_result(evaluation, as_json)
 
 
 @app.command()
@@ -432,6 +432,10 @@ def demo() -> None:
     from hugging_nano_gpt.demo import run_demo
 
     raise typer.Exit(0 if run_demo() else 1)
+
+
+def _print_result(result: Any, as_json: bool) -> None:
+    print(json.dumps(result.to_json(), indent=2, allow_nan=False) if as_json else result)
 
 
 def _select_given(**settings: Any) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from hugging_nano_gpt import (
     build_gpt2_tokenizer,
     build_tiktoken_tokenizer,
 )
+from hugging_nano_gpt.tokenization.find import load_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -307,3 +308,67 @@ def test_without_network_it_says_what_to_do(without_cache, monkeypatch):
 def test_unknown_encoding_is_refused():
     with pytest.raises(TokenizerError, match=r"encoding 'gpt9': tiktoken cannot provide it: ValueError: .*'gpt2'"):
         build_tiktoken_tokenizer("gpt9")
+
+
+# GPT-2's two files.
+
+NAMES = [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")]
+
+
+def save_files(encoding, folder, names):
+    folder.mkdir()
+    build_tiktoken_tokenizer(encoding).backend_tokenizer.model.save(str(folder))
+    for old, new in zip(NAMES[0], names, strict=True):
+        (folder / old).rename(folder / new)
+    return folder
+
+
+@pytest.mark.parametrize("names", NAMES, ids=lambda names: names[0])
+def test_tokenizer_of_gpt2_files_has_the_same_ids_without_network_or_tiktoken(tmp_path, monkeypatch, names):
+    encoding = make_encoding()
+    folder = save_files(encoding, tmp_path / "gpt2", names)
+    config = NanoGPTConfig(block_size=8, vocab_size=encoding.n_vocab, n_layer=1, n_head=1, n_embd=2)
+    model = NanoGPTLMHeadModel(config)
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    tokenizer = load_tokenizer(model, tmp_path, tokenizer=str(folder))
+    assert count_differences(tokenizer, encoding, make_texts(encoding, 300)) == 0
+    assert {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} == {encoding.eot_token}
+    assert (tokenizer.model_max_length, tokenizer.padding_side) == (8, "left")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved")("a<|endoftext|>").input_ids[-1] == encoding.eot_token
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "merges.txt").unlink(), "has no tokenizer that can be loaded"),
+        (lambda folder: (folder / "merges.txt").write_text("a b c d\n"), "cannot be read with merges.txt"),
+        (lambda folder: (folder / "vocab.json").write_text("{"), "vocab.json: cannot be read"),
+        (
+            lambda folder: (folder / "vocab.json").write_text('{"a": 0}'),
+            "vocab.json: (cannot be read|expected GPT-2's)",
+        ),
+    ],
+    ids=["half", "merges", "json", "another vocabulary"],
+)
+def test_gpt2_files_that_are_not_whole_are_refused(tmp_path, spoil, message):
+    encoding = make_encoding()
+    folder = save_files(encoding, tmp_path / "gpt2", NAMES[0])
+    spoil(folder)
+    config = NanoGPTConfig(block_size=8, vocab_size=encoding.n_vocab, n_layer=1, n_head=1, n_embd=2)
+    with pytest.raises(TokenizerError, match=message):
+        load_tokenizer(NanoGPTLMHeadModel(config), tmp_path, tokenizer=str(folder))
+
+
+@pytest.mark.parametrize("has_tiktoken", [True, False])
+def test_gpt2_that_cannot_be_had_names_the_files_to_give(without_cache, monkeypatch, has_tiktoken):
+    def fail(_name):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", fail)
+    if not has_tiktoken:
+        monkeypatch.setitem(sys.modules, "tiktoken", None)
+    with pytest.raises(
+        (TokenizerError, MissingDependencyError), match=r"vocab.json and merges.txt, .*encoder.json and voc"
+    ):
+        build_gpt2_tokenizer()

@@ -28,9 +28,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 # The two names that GPT-2 has on the Hub.
 GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
-_FILES_ADVICE = (
-    "or give a folder with GPT-2's vocab.json and merges.txt, or its encoder.json and vocab.bpe (--tokenizer)"
-)
+_FILES = "a folder with its vocab.json and merges.txt, or its encoder.json and vocab.bpe"
 _GPT2_REPOSITORIES = ("openai-community/gpt2", "gpt2")
 
 # Characters that two regex engines may treat differently: spaces and line ends of every kind, digits and letters in
@@ -146,9 +144,9 @@ def _get_encoding(name: str) -> "tiktoken.Encoding":
     try:
         import tiktoken
     except ImportError as error:
+        files = f", and {_FILES}, is not given (--tokenizer)" if name == "gpt2" else ""
         raise MissingDependencyError(
-            f"encoding {name!r}: tiktoken is not installed; pip install tiktoken"
-            f"{f', {_FILES_ADVICE}' if name == 'gpt2' else ''}"
+            f"encoding {name!r}: tiktoken is not installed{files}; pip install tiktoken"
         ) from error
     try:
         return tiktoken.get_encoding(name)
@@ -157,7 +155,7 @@ def _get_encoding(name: str) -> "tiktoken.Encoding":
         raise TokenizerError(
             f"encoding {name!r}: tiktoken cannot provide it: {type(error).__name__}: {reason}; give one of "
             f"{tiktoken.list_encoding_names()}, on a machine with network once, then keep the folder that "
-            f"TIKTOKEN_CACHE_DIR names; {_FILES_ADVICE if name == 'gpt2' else 'or give a tiktoken.Encoding'}"
+            f"TIKTOKEN_CACHE_DIR names; or give {f'{_FILES} (--tokenizer)' if name == 'gpt2' else 'an Encoding'}"
         ) from error
 
 
