@@ -50,11 +50,10 @@ def test_tokens_equal_reference(bias, prompt_length, cache):
     idx, _ = make_batch(2, prompt_length)
     tokens = model.generate(idx, max_new_tokens=50, do_sample=False, **cache)
     assert torch.equal(tokens, reference.generate_greedily(idx, 50))
-    for seed in range(3):
-        torch.manual_seed(seed)
-        tokens = model.generate(idx, max_new_tokens=50, do_sample=True, temperature=0.8, top_k=20, **cache)
-        torch.manual_seed(seed)
-        assert torch.equal(tokens, reference.sample(idx, 50, temperature=0.8, top_k=20))
+    torch.manual_seed(0)
+    tokens = model.generate(idx, max_new_tokens=50, do_sample=True, temperature=0.8, top_k=20, **cache)
+    torch.manual_seed(0)
+    assert torch.equal(tokens, reference.sample(idx, 50, temperature=0.8, top_k=20))
 
 
 def test_logits_without_cache_equal_reference_bitwise():
@@ -114,16 +113,16 @@ def test_padding_of_every_row_takes_no_room_in_the_window():
 
 
 def test_demo_rows_that_cross_block_size_equal_single_rows(demo):
-    lengths = (1, 9, 22, 37, 51, 68, 84, 100)
-    ids = torch.zeros((8, 100), dtype=torch.long)
+    lengths = (1, 22, 68, 100)  # the shortest is the last to cross
+    ids = torch.zeros((4, 100), dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, length in enumerate(lengths):
         ids[row, -length:], mask[row, -length:] = make_batch(1, length, seed=row)[0], 1
-    alone = [demo.generate(ids[i : i + 1, -n:], max_new_tokens=200, do_sample=False) for i, n in enumerate(lengths)]
+    alone = [demo.generate(ids[i : i + 1, -n:], max_new_tokens=140, do_sample=False) for i, n in enumerate(lengths)]
     for settings in ({}, {"cache_implementation": "static"}):
-        tokens = demo.generate(ids, attention_mask=mask, max_new_tokens=200, do_sample=False, **settings)
-        for row in range(8):
-            assert torch.equal(tokens[row, -200:], alone[row][0, -200:]), (settings, lengths[row])
+        tokens = demo.generate(ids, attention_mask=mask, max_new_tokens=140, do_sample=False, **settings)
+        for row in range(4):
+            assert torch.equal(tokens[row, -140:], alone[row][0, -140:]), (settings, lengths[row])
 
 
 def test_stride_keeps_the_window_that_the_length_gives():
