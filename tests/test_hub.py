@@ -42,7 +42,17 @@ from .conftest import assert_same
 from .tiny import MODEL_ARGS, make_batch, make_model
 
 CODE_FILES = [
-    f"{name}_nano_gpt.py" for name in ("cache", "configuration", "generation", "modeling", "persistence", "vocabulary")
+    f"{name}_nano_gpt.py"
+    for name in (
+        "cache",
+        "configuration",
+        "decoding",
+        "generation",
+        "kernels",
+        "modeling",
+        "persistence",
+        "vocabulary",
+    )
 ]
 FILES = sorted([*CODE_FILES, "README.md", "config.json", "generation_config.json", "model.safetensors"])
 PROMPT = "ROMEO:"  # of tests/remote_worker.py too

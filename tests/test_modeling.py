@@ -418,7 +418,9 @@ def test_decay_groups_of_trainer_are_those_of_nanogpt():
     [
         ("configuration_nano_gpt", []),
         ("cache_nano_gpt", []),
-        ("generation_nano_gpt", ["cache_nano_gpt"]),
+        ("kernels_nano_gpt", []),
+        ("decoding_nano_gpt", ["cache_nano_gpt", "kernels_nano_gpt"]),
+        ("generation_nano_gpt", ["cache_nano_gpt", "decoding_nano_gpt", "kernels_nano_gpt"]),
         ("persistence_nano_gpt", ["generation_nano_gpt"]),
         ("vocabulary_nano_gpt", []),
         (
@@ -441,3 +443,19 @@ def test_remote_code_files_import_nothing_else_of_ours(module, siblings):
     absolute = [node.module for node in imported if isinstance(node, ast.ImportFrom) and not node.level]
     assert ours == siblings
     assert not [name for name in plain + absolute if name.startswith("hugging_nano_gpt")]
+
+
+def test_explicit_positions_past_the_table_are_refused_on_a_gpu_too(monkeypatch):
+    class OnGPU:  # what the check asks of a tensor
+        is_cuda, device = True, torch.device("cuda")
+
+        def __init__(self, values):
+            self.max, self.numel = values.max, values.numel
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    check = make_model().transformer._check_positions
+    check(OnGPU(torch.arange(32)), end=8, is_explicit=True)
+    check(OnGPU(torch.tensor([32])), end=8, is_explicit=False)  # not read: the shape settles it
+    check(OnGPU(torch.tensor([32])), end=torch.tensor(8), is_explicit=True)  # a static cache, checked by generate
+    with pytest.raises(ValueError, match="expected at most block_size=32 tokens, got 33"):
+        check(OnGPU(torch.tensor([32])), end=8, is_explicit=True)

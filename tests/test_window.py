@@ -7,7 +7,7 @@ from transformers import DynamicCache
 
 from hugging_nano_gpt import NanoGPTLMHeadModel
 from hugging_nano_gpt.demo import CKPT_PATH, SAMPLES_PATH
-from hugging_nano_gpt.model import generation_nano_gpt
+from hugging_nano_gpt.model import decoding_nano_gpt
 
 from .test_modeling import pad_left
 from .tiny import TORCH_VERSION, make_batch, make_model, make_pair
@@ -158,18 +158,47 @@ def test_impossible_stride_is_refused(stride):
         make_model().generate(make_batch(1, 5)[0], max_new_tokens=5, stride=stride)
 
 
-def test_beams_find_what_a_search_over_windows_finds():
+def test_beams_find_what_a_search_finds_up_to_block_size():
     model, reference = make_pair()
     model.eval(), reference.eval()
-    idx, _ = make_batch(1, 28)
+    idx, _ = make_batch(1, 21)
     beams, scores = idx.repeat(3, 1), torch.tensor([0.0, -1e9, -1e9])
     for _ in range(12):
-        totals = scores[:, None] + reference(beams[:, -BLOCK_SIZE:])[0][:, -1].log_softmax(-1)
+        totals = scores[:, None] + reference(beams)[0][:, -1].log_softmax(-1)
         scores, flat = totals.flatten().topk(3)
         beams = torch.cat([beams[flat // 65], flat[:, None] % 65], dim=1)
     for settings in CACHES.values():
         found = model.generate(idx, max_new_tokens=12, num_beams=3, do_sample=False, **settings)
         assert torch.equal(found, beams[:1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "way", "longest"),
+    [
+        ({"num_beams": 2}, "beam search", 33),
+        ({"num_beams": 2, "do_sample": True}, "beam sample", 33),
+        ({"prompt_lookup_num_tokens": 4}, "assisted generation", 30),
+        ({"guidance_scale": 1.5}, "guidance_scale", 33),
+        ({"guidance_scale": 1.5, "negative_prompt_ids": make_batch(1, 12)[0]}, "guidance_scale", 33),
+        ({"synced_gpus": True}, "greedy search", 33),
+    ],
+)
+def test_what_cannot_go_past_block_size_is_refused_before_the_first_token(settings, way, longest):
+    model = make_model()
+    n_prompt = max(8, settings.get("negative_prompt_ids", torch.zeros(1, 1)).shape[1])
+    idx, _ = make_batch(1, 8)
+    n_new = longest - n_prompt
+    message = rf"generate: sequence too long for {way}: expected at most {longest} .*got {longest + 1}; lower max_new"
+    for length in ({"max_new_tokens": n_new + 1}, {"max_length": n_prompt + n_new + 1}):
+        with pytest.raises(ValueError, match=message):
+            model.generate(idx, **length, **settings)
+    if "synced_gpus" not in settings:  # which needs several processes
+        assert model.generate(idx, max_new_tokens=n_new, **settings).shape == (1, 8 + n_new)
+    ids, mask = pad_left((8, 5))
+    padded = {"inputs": torch.nn.functional.pad(ids, (9, 0)), "attention_mask": torch.nn.functional.pad(mask, (9, 0))}
+    if n_prompt == 8 and "prompt_lookup_num_tokens" not in settings:  # padding of all rows takes no room
+        with pytest.raises(ValueError, match=message):
+            model.generate(**padded, max_new_tokens=n_new + 1, **settings)
 
 
 def test_return_sequences_and_streamed_tokens_go_past_block_size():
@@ -182,17 +211,28 @@ def test_return_sequences_and_streamed_tokens_go_past_block_size():
     assert torch.equal(tokens, reference.sample(idx.repeat(3, 1), 40))
 
 
-def test_drafted_tokens_equal_greedy_and_stop_being_drafted_past_block_size():
+def test_drafted_tokens_equal_greedy_up_to_the_shorter_block_size():
     model, assistant = make_model(), make_model(seed=5, n_layer=1, block_size=24)
     idx, _ = make_batch(1, 6)
-    greedy = model.generate(idx, max_new_tokens=50, do_sample=False)
-    longest = []
-    assistant.transformer.register_forward_pre_hook(
-        lambda module, args, kwargs: longest.append(kwargs["position_ids"].max().item()), with_kwargs=True
-    )
-    for settings in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": assistant}, {"assistant_model": model}):
-        assert torch.equal(model.generate(idx, max_new_tokens=50, do_sample=False, **settings), greedy)
-    assert 0 < max(longest) < 24
+    for settings, n_new in (
+        ({"prompt_lookup_num_tokens": 3}, 25),
+        ({"assistant_model": model}, 27),
+        ({"assistant_model": assistant}, 19),
+    ):
+        greedy = model.generate(idx, max_new_tokens=n_new, do_sample=False)
+        assert torch.equal(model.generate(idx, max_new_tokens=n_new, do_sample=False, **settings), greedy)
+        with pytest.raises(ValueError, match=f"assisted generation: expected at most {6 + n_new} tokens"):
+            model.generate(idx, max_new_tokens=n_new + 1, do_sample=False, **settings)
+
+
+def test_early_exit_is_refused_and_leaves_the_model_as_it_was():
+    model = make_model()
+    idx, _ = make_batch(1, 6)
+    greedy = model.generate(idx, max_new_tokens=8, do_sample=False)
+    with pytest.raises(ValueError, match="no head before their last layer: expected None, got 1; use assistant_model"):
+        model.generate(idx, max_new_tokens=8, do_sample=False, assistant_early_exit=1)
+    assert model.config.n_layer == 2
+    assert torch.equal(model.generate(idx, max_new_tokens=8, do_sample=False), greedy)
 
 
 def test_default_length_is_20_new_tokens_past_block_size_too():
@@ -226,14 +266,14 @@ def test_prompt_of_embeddings_cannot_be_read_again():
     embeds = model.get_input_embeddings()(make_batch(1, 8)[0])
     assert model.generate(inputs_embeds=embeds, max_new_tokens=25, do_sample=False).shape == (1, 25)
     with pytest.raises(
-        ValueError, match=r"at most block_size=32 tokens after .* inputs_embeds, got 34; give input_ids"
+        ValueError, match=r"at most block_size=32 tokens after .* inputs_embeds, .* got 34; give input_ids"
     ):
         model.generate(inputs_embeds=embeds, max_new_tokens=26, do_sample=False)
 
 
 def test_going_past_block_size_is_said_once(monkeypatch):
     messages = []
-    monkeypatch.setattr(generation_nano_gpt.logger, "warning_once", messages.append)
+    monkeypatch.setattr(decoding_nano_gpt.logger, "warning_once", messages.append)
     model = make_model()
     model.generate(make_batch(1, 8)[0], max_new_tokens=25, do_sample=False)  # the last token is not read
     model.generate(make_batch(1, 8)[0], max_new_tokens=26, do_sample=False, stride=2)

@@ -78,7 +78,9 @@ def _holds_keys_and_values(value: Any) -> bool:
 class RoomyLayer(DynamicLayer):
     """A cache layer whose tensors have room to grow, so that a new token does not copy the ones before it.
 
-    It keeps half-precision keys and values in float32: CPUs attend to those several times faster.
+    On a CPU it keeps half-precision keys and values in float32, to which CPUs attend several times faster. What it
+    once handed out never changes: new tokens are written behind it, and a layer that was cropped, reordered or copied
+    writes to a new place.
 
     Args:
         max_length: Tokens that the layer is expected to hold in the end.
@@ -87,7 +89,8 @@ class RoomyLayer(DynamicLayer):
     def __init__(self, max_length: int):
         super().__init__()
         self.max_length = max_length
-        self._buffers: list[torch.Tensor | None] = [None, None]  # of keys and values, (B, H, room, D) each
+        self._own: tuple[torch.Tensor, ...] = ()  # keys and values as this layer left them
+        self._room: list[Any] = [None, 0]  # (2, B, H, room, D), and how much of it is written; shallow copies share it
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -96,27 +99,39 @@ class RoomyLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
-        self.keys: torch.Tensor = self._append(0, self.keys, key_states, start)
-        self.values: torch.Tensor = self._append(1, self.values, value_states, start)
-        return self.keys, self.values
+        end = start + key_states.shape[2]
+        if not self._can_write_behind(start, end):
+            self._move(key_states, start, end)
+        buffer = self._room[0]
+        buffer[0, :, :, start:end] = key_states
+        buffer[1, :, :, start:end] = value_states
+        return self._take(end)
 
-    def _append(self, index: int, old: torch.Tensor, new: torch.Tensor, start: int) -> torch.Tensor:
-        end, buffer = start + new.shape[2], self._buffers[index]
-        # Beam search and others put another tensor in the place of our view; cropping leaves a shorter view.
-        if (
-            buffer is None
-            or len(buffer) != len(new)
-            or buffer.shape[2] < end
-            or (start > 0 and old.data_ptr() != buffer.data_ptr())
-        ):
-            room = max(end, min(2 * end, self.max_length))
-            dtype = torch.promote_types(new.dtype, torch.float32)
-            buffer = new.new_empty((*new.shape[:2], room, new.shape[3]), dtype=dtype)
-            if start > 0:
-                buffer[:, :, :start] = old
-            self._buffers[index] = buffer
-        buffer[:, :, start:end] = new
-        return buffer[:, :, :end]
+    def append(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends one token's keys and values (2, B, H, D), and returns all of them; update() for decoding."""
+        start = self.get_seq_length()
+        if not self._can_write_behind(start, start + 1):
+            self._move(states[0, :, :, None], start, start + 1)
+        self._room[0][:, :, :, start] = states
+        return self._take(start + 1)
+
+    def _can_write_behind(self, start: int, end: int) -> bool:
+        buffer, written = self._room
+        is_own = len(self._own) == 2 and self.keys is self._own[0] and self.values is self._own[1]
+        return is_own and written == start and buffer.shape[3] >= end
+
+    def _move(self, states: torch.Tensor, start: int, end: int) -> None:
+        room = max(end, min(2 * end, self.max_length))
+        dtype = torch.promote_types(states.dtype, torch.float32) if states.device.type == "cpu" else states.dtype
+        buffer = states.new_empty((2, *states.shape[:2], room, states.shape[3]), dtype=dtype)
+        if start > 0:
+            buffer[0, :, :, :start], buffer[1, :, :, :start] = self.keys, self.values
+        self._room = [buffer, start]
+
+    def _take(self, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self._room[1] = end
+        self.keys, self.values = self._own = self._room[0][:, :, :, :end].unbind()
+        return self.keys, self.values
 
 
 __all__ = ["CACHE_NAME", "NEWEST_TESTED", "RoomyLayer", "describe_newest", "is_untested", "take_cache"]

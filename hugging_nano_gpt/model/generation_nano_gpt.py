@@ -1,34 +1,39 @@
-"""How nanoGPT models generate: on past block_size as nanoGPT does, from prompts of any length, and quickly on a CPU.
+"""How nanoGPT models generate: generate() of Transformers, with a decoding loop of nanoGPT's own.
 
-nanoGPT reads the last block_size tokens for every token it draws (model.py @ 3adf61e, GPT.generate). Here the KV cache
-does the same work while the text fits. Beyond that, learned positions cannot move inside a cache, so the window is
-read again: for each token, which gives nanoGPT's own numbers, or for every `stride` tokens, which is cheap. Everything
-else is Transformers' GenerationMixin. This file travels with saved models as remote code, so it imports torch,
-transformers and cache_nano_gpt.py, which travels too.
+Greedy decoding and sampling enter the loop of decoding_nano_gpt.py by the door that Transformers leaves open,
+`generate(custom_generate=...)`, and go on past block_size as nanoGPT does. Beams, drafts and continuous batching are
+Transformers' own and end at block_size, with an error before the first token. This file travels with saved models as
+remote code, so it imports torch, transformers and the files that travel with it.
 """
 
+import copy
 import functools
+import inspect
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
 import transformers
-from torch import nn
-from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin
-from transformers.utils import logging
+from transformers import GenerationConfig, GenerationMixin, StopStringCriteria
+from transformers.generation import GenerationMode
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 
-from .cache_nano_gpt import CACHE_NAME, RoomyLayer, describe_newest, is_untested
+from .cache_nano_gpt import CACHE_NAME, describe_newest, is_untested
+from .decoding_nano_gpt import Call, count_padding, decode
+from .kernels_nano_gpt import use_kernels
 
-logger = logging.get_logger(__name__)
+# What is read of GenerationMixin beside its public methods, with the arguments that it is called with. A test holds
+# every supported Transformers to it.
+PRIVATE_NAMES = {
+    # Whether a static cache's step is compiled is decided by the quantiser, the devices and the settings.
+    "_valid_auto_compile_criteria": ("model_kwargs", "generation_config"),
+}
 
-# Rows up to which oneDNN's float32 kernel takes the place of BLAS, and from which float16 is computed in float32.
-# Measured on 2 AVX512 cores at widths 768 to 50304: BLAS reads 16 GB/s of weights for 1 row and 9 for 8, oneDNN 35 and
-# 26; float16 reads 40 GB/s for 1 row, and its time then grows with the rows.
-_FEW_ROWS = 32
-_MANY_HALF_ROWS = 8
-
+_SIGNATURE = inspect.signature(GenerationMixin.generate)
+_DEFAULT_NEW_TOKENS = 20  # Transformers' own, which it would cut at block_size
 
 Method = TypeVar("Method", bound=Callable)
 
@@ -44,19 +49,65 @@ class NanoGPTGenerationMixin(GenerationMixin):
     _is_cache_checked = False  # in this process; only where Transformers is newer than the tested ones
 
     @document_as(GenerationMixin.generate)
-    def generate(self, *args: Any, **kwargs: Any):
-        for name in ("past_key_values", "cache"):  # either name in any Transformers
-            if kwargs.get(name) is None:
-                kwargs.pop(name, None)
-            elif name != CACHE_NAME:
-                kwargs[CACHE_NAME] = kwargs.pop(name)
-        # Without a cache the kernels stay nanoGPT's, bit for bit; and a compiled model has kernels of its own.
-        is_cached = _get_setting("use_cache", self, args, kwargs) is not False
-        is_compiled = _get_setting("compile_config", self, args, kwargs) is not None
-        if is_cached and is_untested():
+    def generate(self, *args: Any, stride: int = 1, **kwargs: Any):
+        kwargs = _name_arguments(self, args, kwargs)
+        block_size = self.config.block_size
+        if isinstance(stride, bool) or not isinstance(stride, int) or not 1 <= stride <= block_size:
+            raise ValueError(f"{type(self).__name__}.generate: stride: expected 1 to {block_size}, got {stride!r}")
+        settings = _merge_settings(self, kwargs)
+        if settings.use_cache is not False and is_untested():
             self._check_cache_once()
-        with _use_decoding_kernels(self) if is_cached and not is_compiled else nullcontext():
-            return super().generate(*args, **kwargs)
+        if settings.stop_strings is not None and kwargs.get("tokenizer") is not None:
+            criterion = _StopStrings(kwargs["tokenizer"], settings.stop_strings)
+            kwargs |= {
+                "stopping_criteria": [*(kwargs.get("stopping_criteria") or []), criterion],
+                "stop_strings": None,
+            }
+        if settings.suppress_tokens:  # a token that ends the text is one, whatever row it was added in
+            ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+            kwargs["suppress_tokens"] = [each for each in settings.suppress_tokens if each not in ends]
+        is_ours = _uses_own_loop(self, settings, kwargs)
+        if not is_ours or settings.guidance_scale not in (None, 1):
+            self._check_room(settings, kwargs)
+        if is_ours:
+            call = Call(
+                stride=stride,
+                streamer=kwargs.get("streamer"),
+                has_cache=kwargs.get(CACHE_NAME) is not None,
+                has_positions=kwargs.get("position_ids") is not None,
+            )
+            return super().generate(**kwargs, custom_generate=functools.partial(decode, call=call))
+        # Without a cache the kernels stay nanoGPT's, bit for bit; and a compiled model has kernels of its own.
+        is_plain = settings.use_cache is False or settings.compile_config is not None
+        with nullcontext() if is_plain else use_kernels(self)():
+            return super().generate(**kwargs)
+
+    def _check_room(self, settings: GenerationConfig, kwargs: dict[str, Any]) -> None:
+        """Refuses what Transformers does in its own way and could not go on with past block_size."""
+        name = f"{type(self).__name__}.generate"
+        assistant = kwargs.get("assistant_model")
+        mode = settings.get_generation_mode(assistant).value.replace("_", " ")
+        if settings.assistant_early_exit is not None:
+            raise ValueError(
+                f"{name}: assistant_early_exit: nanoGPT's models have no head before their last layer: expected None, "
+                f"got {settings.assistant_early_exit!r}; use assistant_model or prompt_lookup_num_tokens"
+            )
+        if getattr(settings, "is_assistant", False) or kwargs.get("custom_generate") is not None:
+            return
+        limit = getattr(getattr(assistant, "config", self.config), "max_position_embeddings", self.config.block_size)
+        limit = min(limit, self.config.block_size)
+        inputs = (kwargs.get(key) for key in ("inputs", "input_ids", "inputs_embeds", "negative_prompt_ids"))
+        n_prompt = max((each.shape[1] for each in inputs if each is not None), default=1)
+        n_new = settings.max_length - n_prompt if settings.max_new_tokens is None else settings.max_new_tokens
+        length = n_prompt - count_padding(kwargs.get("attention_mask")) + n_new
+        n_ahead = (settings.prompt_lookup_num_tokens or 1) - 1  # drafts can go beyond the end of the text
+        if length - 1 + n_ahead > limit:
+            way = "guidance_scale" if settings.guidance_scale not in (None, 1) else mode
+            raise ValueError(
+                f"{name}: sequence too long for {way}: expected at most {limit + 1 - n_ahead} tokens at "
+                f"block_size={limit}, got {length}; lower max_new_tokens, or use plain sampling or greedy decoding, "
+                f"which go on past block_size"
+            )
 
     def _check_cache_once(self) -> None:
         """Compares this model's logits with a cache and without, on the first cached generate of a process.
@@ -96,145 +147,6 @@ class NanoGPTGenerationMixin(GenerationMixin):
                 f"or install an older Transformers"
             )
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.LongTensor,
-        next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        stride: int = 1,
-        cache: Cache | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Selects what the next forward pass reads; see GenerationMixin.
-
-        Args:
-            input_ids: (B, N) int64, all tokens so far, left-padded.
-            stride: Tokens to drop at once when the text outgrows block_size. 1 is nanoGPT's way. With more, the cache
-                is filled again once every `stride` tokens, and a token sees block_size - stride + 1 to block_size
-                tokens.
-        """
-        cache = past_key_values if cache is None else cache
-        length, position_ids = input_ids.shape[1], kwargs.get("position_ids")
-        has_all_tokens = position_ids is None or position_ids.shape[-1] == length
-        n_padding = 0
-        if has_all_tokens and length > self.config.block_size:
-            n_padding = _count_padding(attention_mask)
-        start = self._find_window_start(length, n_padding, stride)
-        if start == 0 or not has_all_tokens:
-            return super().prepare_inputs_for_generation(
-                input_ids,
-                next_sequence_length=next_sequence_length,
-                **{CACHE_NAME: cache},
-                attention_mask=attention_mask,
-                inputs_embeds=inputs_embeds,
-                is_first_iteration=is_first_iteration,
-                **kwargs,
-            )
-
-        is_new_window = is_first_iteration or start != self._find_window_start(length - 1, n_padding, stride)
-        window_mask = None if attention_mask is None else attention_mask[:, start:]
-        if window_mask is not None and is_new_window and window_mask.all():
-            window_mask = None
-        kwargs["position_ids"] = None
-        if cache is not None:
-            kwargs["position_ids"] = _count_positions(input_ids[:, start:], window_mask)
-            if is_new_window:
-                _empty_cache(cache)
-                next_sequence_length = None
-        return super().prepare_inputs_for_generation(
-            input_ids[:, start:],
-            next_sequence_length=next_sequence_length,
-            **{CACHE_NAME: cache},
-            attention_mask=window_mask,
-            **kwargs,
-        )
-
-    def _find_window_start(self, length: int, n_padding: int, stride: int) -> int:
-        """Returns the first column to read. It depends on the length alone, not on where the prompt ended."""
-        excess = length - n_padding - self.config.block_size
-        return 0 if excess <= 0 else n_padding + min(math.ceil(excess / stride) * stride, length - n_padding - 1)
-
-    def _prepare_generated_length(self, generation_config, has_default_max_length, input_ids_length, **kwargs):
-        default_length = generation_config.max_length
-        if generation_config.suppress_tokens:  # a token that ends the text is one, whatever row it was added in
-            ends = generation_config.eos_token_id
-            ends = ends if isinstance(ends, list) else [ends]
-            generation_config.suppress_tokens = [i for i in generation_config.suppress_tokens if i not in ends]
-        generation_config = super()._prepare_generated_length(
-            generation_config=generation_config,
-            has_default_max_length=has_default_max_length,
-            input_ids_length=input_ids_length,
-            **kwargs,
-        )
-        if has_default_max_length and generation_config.max_new_tokens is None:  # super() stops at block_size
-            generation_config.max_length = default_length + input_ids_length
-        if input_ids_length > self.config.block_size:  # the window is short, and chunks of it would not be
-            generation_config.prefill_chunk_size = None
-        return generation_config
-
-    def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    ):
-        # GenerationMixin calls this once, with the final max_length, before the first forward pass.
-        block_size, stride = self.config.block_size, model_kwargs.get("stride", 1)
-        if isinstance(stride, bool) or not isinstance(stride, int) or not 1 <= stride <= block_size:
-            raise ValueError(f"{type(self).__name__}.generate: stride: expected 1 to {block_size}, got {stride!r}")
-        n_padding = _count_padding(model_kwargs.get("attention_mask"))
-        if max_cache_length - n_padding > block_size:
-            if model_kwargs.get("inputs_embeds") is not None:
-                raise ValueError(
-                    f"{type(self).__name__}.generate: sequence too long: expected at most block_size={block_size} "
-                    f"tokens after a prompt given as inputs_embeds, got {max_cache_length - n_padding + 1}; give "
-                    f"input_ids, or lower max_new_tokens"
-                )
-            if stride == 1:
-                logger.warning_once(
-                    f"{type(self).__name__}.generate: the text grows past block_size={block_size} tokens. From there "
-                    f"on the last {block_size} tokens are read again for every new token, as nanoGPT does; "
-                    f"generate(..., stride=n) drops n tokens at once, which is faster and not what nanoGPT computes"
-                )
-            max_cache_length = block_size + n_padding
-        super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
-        cache = model_kwargs.get(CACHE_NAME)
-        is_new = type(cache) is DynamicCache and cache.get_seq_length() == 0 and not cache.offloading
-        if is_new and not getattr(cache, "_is_user_defined", False) and _decodes_on_cpu(self):
-            cache.layers = [RoomyLayer(max_cache_length) for _ in range(self.config.n_layer)]
-
-    def _get_stopping_criteria(self, *args: Any, **kwargs: Any):
-        criteria = super()._get_stopping_criteria(*args, **kwargs)
-        for criterion in criteria:
-            if hasattr(criterion, "max_position_embeddings"):  # it warns of exceptions past block_size: there are none
-                criterion.max_position_embeddings = None
-        return criteria
-
-    def _get_candidate_generator(self, generation_config, assistant_model=None, **kwargs):
-        # Drafts are checked in one pass, which only works where they all fit; after that, tokens come one by one.
-        limit = self.config.block_size
-        if assistant_model is not None:
-            limit = min(limit, getattr(assistant_model.config, "max_position_embeddings", limit))
-        longest = generation_config.max_length
-        generation_config.max_length = min(longest, limit + 1)
-        generator = super()._get_candidate_generator(
-            generation_config=generation_config, assistant_model=assistant_model, **kwargs
-        )
-        generation_config.max_length = longest
-        draft = generator.get_candidates
-
-        def get_candidates(input_ids: torch.LongTensor, *args: Any, **kwargs: Any):
-            room = limit - input_ids.shape[1]
-            if room <= 0:
-                return input_ids, None
-            candidate_ids, candidate_logits = draft(input_ids, *args, **kwargs)  # prompt lookup may draft too many
-            return candidate_ids[:, :limit], None if candidate_logits is None else candidate_logits[:, :room]
-
-        generator.get_candidates = get_candidates
-        return generator
-
     def generate_batch(self, inputs, generation_config=None, **kwargs):
         # Checked here too: the method of the same name logs errors of the requests and goes on without them.
         settings = self.generation_config if generation_config is None else generation_config
@@ -269,71 +181,64 @@ class NanoGPTGenerationMixin(GenerationMixin):
         return room if max_new_tokens is None else max_new_tokens
 
 
-def _count_padding(attention_mask: torch.Tensor | None) -> int:
-    """Returns how many columns on the left are padding in every row."""
-    return 0 if attention_mask is None else int(attention_mask.long().argmax(-1).min())
+class _StopStrings(StopStringCriteria):
+    """StopStringCriteria for any vocabulary: the original spells tokens behind "abcdef", which some do not have."""
+
+    @staticmethod
+    def clean_tokenizer_vocab(tokenizer: Any, static_prefix: str = "abcdef", **kwargs: Any):
+        vocabulary = tokenizer.get_vocab()
+        if not set(static_prefix) <= {letter for token in vocabulary for letter in token}:
+            static_prefix = next((token for token in sorted(vocabulary) if token.isprintable()), static_prefix)
+        return StopStringCriteria.clean_tokenizer_vocab(tokenizer, static_prefix, **kwargs)
 
 
-def _count_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-    return (mask.cumsum(-1) - 1).clamp(min=0)
+def _name_arguments(model: GenerationMixin, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a call of generate by name, those that hold a cache by this Transformers' name."""
+    arguments = _SIGNATURE.bind(model, *args, **kwargs).arguments
+    named = {**arguments, **arguments.get("kwargs", {})}
+    for name in ("self", "kwargs"):
+        named.pop(name, None)
+    for name in ("past_key_values", "cache"):  # either name in any Transformers
+        if named.get(name) is None:
+            named.pop(name, None)
+        elif name != CACHE_NAME:
+            named[CACHE_NAME] = named.pop(name)
+    return named
 
 
-def _empty_cache(cache: Cache) -> None:
-    if isinstance(cache, DynamicCache):  # before Transformers 5.18, reset() left zeros of the old length
-        cache.crop(-cache.get_seq_length())
-    else:
-        cache.reset()
+def _merge_settings(model: Any, kwargs: dict[str, Any]) -> GenerationConfig:
+    """Returns what a call of generate will use: its arguments, its generation_config, the model's, in this order.
+
+    A length that nobody gave is put into kwargs, because Transformers would end the text at block_size.
+    """
+    given = kwargs.get("generation_config")
+    settings = GenerationConfig() if given is None else copy.deepcopy(given)
+    settings.update(**model.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
+    settings.update(**kwargs)
+    if settings.max_length is None and settings.max_new_tokens is None:
+        warnings.warn(
+            f"{type(model).__name__}.generate: neither max_new_tokens nor max_length is given: "
+            f"{_DEFAULT_NEW_TOKENS} tokens are generated",
+            stacklevel=3,
+        )
+        settings.max_new_tokens = kwargs["max_new_tokens"] = _DEFAULT_NEW_TOKENS
+    return settings
 
 
-def _get_setting(name: str, model: GenerationMixin, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Returns what a call of generate(*args, **kwargs) will use for a generation setting."""
-    given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
-    values = [kwargs.get(name), getattr(given, name, None), getattr(model.generation_config, name, None)]
-    return next((value for value in values if value is not None), None)
+def _uses_own_loop(model: Any, settings: GenerationConfig, kwargs: dict[str, Any]) -> bool:
+    """Tells whether a call of generate goes through decode; otherwise it is Transformers' own from end to end."""
+    is_synced = kwargs.get("synced_gpus")
+    if is_synced is None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        is_synced = is_fsdp_managed_module(model) or is_deepspeed_zero3_enabled()
+    return (
+        settings.get_generation_mode(kwargs.get("assistant_model"))
+        in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+        and not getattr(settings, "is_assistant", False)
+        and kwargs.get("custom_generate") is None
+        and settings.cache_implementation != "paged"
+        and not is_synced  # every process has to read as many tokens as the others
+        and "prepare_inputs_for_generation" not in vars(model)  # PEFT puts virtual tokens before a prompt there
+    )
 
 
-def _decodes_on_cpu(model: nn.Module) -> bool:
-    """Tells whether the model runs on a CPU as it is written, with no part of it compiled."""
-    compiled = (m for m in model.modules() if m._compiled_call_impl is not None or "_orig_mod" in m._modules)
-    return model.device.type == "cpu" and "forward" not in vars(model) and next(compiled, None) is None
-
-
-@contextmanager
-def _use_decoding_kernels(model: nn.Module) -> Iterator[None]:
-    """Lets the Linear modules of a model on a CPU use faster kernels for few rows."""
-    changed = []
-    if _decodes_on_cpu(model) and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
-        kernel = torch.ops.mkldnn._linear_pointwise.default
-        for module in model.modules():
-            # Not where a wrapper, a quantised or a sharded weight has taken the place of plain ones.
-            if (
-                type(module) is nn.Linear
-                and "forward" not in vars(module)
-                and type(module.weight.data) is torch.Tensor
-            ):
-                module.forward = functools.partial(_apply_linear, module, kernel)  # type: ignore[method-assign]
-                changed.append(module)
-    try:
-        yield
-    finally:
-        for module in changed:
-            vars(module).pop("forward", None)
-
-
-def _apply_linear(linear: nn.Linear, kernel: Callable, inputs: torch.Tensor) -> torch.Tensor:
-    weight, bias = linear.weight, linear.bias
-    n_rows = inputs.numel() // inputs.shape[-1]
-    if inputs.dtype != weight.dtype or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-        return nn.functional.linear(inputs, weight, bias)
-    if inputs.dtype == torch.float32 and n_rows <= _FEW_ROWS:
-        return kernel(inputs, weight, bias, "none", [], "")
-    if inputs.dtype == torch.float16 and n_rows >= _MANY_HALF_ROWS:
-        rows = inputs.float()  # in pieces, because a fresh float32 lm_head of 154 MB costs more than the product
-        pieces = [kernel(rows, piece.float(), None, "none", [], "") for piece in weight.split(2048)]
-        outputs = torch.cat(pieces, dim=-1)
-        return (outputs if bias is None else outputs + bias).to(inputs.dtype)
-    return nn.functional.linear(inputs, weight, bias)
-
-
-__all__ = ["NanoGPTGenerationMixin", "document_as"]
+__all__ = ["PRIVATE_NAMES", "NanoGPTGenerationMixin", "document_as"]

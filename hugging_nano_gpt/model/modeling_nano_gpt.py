@@ -30,7 +30,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_nano_gpt import CACHE_NAME, take_cache
+from .cache_nano_gpt import CACHE_NAME, RoomyLayer, take_cache
 from .configuration_nano_gpt import NanoGPTConfig
 from .generation_nano_gpt import NanoGPTGenerationMixin, document_as
 from .persistence_nano_gpt import NanoGPTPersistence, NanoGPTWayBackMixin
@@ -77,7 +77,8 @@ class NanoGPTAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,  # (B, T, C)
         attention_mask: torch.Tensor | None = None,
-        cache: Cache | None = None,
+        past_key_values: Cache
+        | None = None,  # not `cache`: before Transformers 5.24, back ends take one out of kwargs
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # vLLM's Transformers backend reads and rewrites this source: the split by a literal 3-tuple, the -1 heads, the
@@ -91,8 +92,8 @@ class NanoGPTAttention(nn.Module):
         value = value.view(head_shape).transpose(1, 2)
         dtype = query.dtype
 
-        if cache is not None:  # the cache of continuous batching also changes the back end's arguments
-            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)  # (B, H, S, D)
+        if past_key_values is not None:  # the cache of continuous batching also changes the back end's arguments
+            key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)  # (B, H, S, D)
             query = query.to(key.dtype)  # a cache may be more precise than the model is
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -142,6 +143,30 @@ class NanoGPTBlock(GradientCheckpointingLayer):
         attn_output, _ = self.attn(self.ln_1(hidden_states), **kwargs)
         hidden_states = hidden_states + attn_output
         return hidden_states + self.mlp(self.ln_2(hidden_states))
+
+    def step(
+        self, hidden_states: torch.Tensor, layer: RoomyLayer, attention_mask: torch.Tensor | None, linear: Callable
+    ) -> torch.Tensor:  # (B, C) -> (B, C)
+        """Computes what forward does for one new token a row, in fewer calls; a test compares the two.
+
+        Args:
+            hidden_states: (B, C).
+            layer: The keys and values of earlier tokens; the new ones are appended.
+            attention_mask: (B, 1, 1, S) bool, True for tokens; None where all of them are.
+            linear: Computes inputs @ weight.T + bias.
+        """
+        attn, mlp = self.attn, self.mlp
+        states = linear(_normalize(self.ln_1, hidden_states), attn.c_attn.weight, attn.c_attn.bias)
+        states = states.view(len(hidden_states), 3, -1, attn.head_dim).transpose(0, 1)  # (3, B, H, D)
+        key, value = layer.append(states[1:])  # (B, H, S, D)
+        query = states[0].unsqueeze(2).to(key.dtype)
+        attn_output = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, scale=attn.scaling
+        )
+        attn_output = attn_output.flatten(1).to(hidden_states.dtype)
+        hidden_states = hidden_states + linear(attn_output, attn.c_proj.weight, attn.c_proj.bias)
+        inner = linear(_normalize(self.ln_2, hidden_states), mlp.c_fc.weight, mlp.c_fc.bias)
+        return hidden_states + linear(mlp.act(inner), mlp.c_proj.weight, mlp.c_proj.bias)
 
 
 class NanoGPTPreTrainedModel(NanoGPTPersistence):
@@ -303,7 +328,7 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
             hidden_states = block(
                 hidden_states,
                 attention_mask=causal_mask,
-                cache=cache,
+                past_key_values=cache,
                 position_ids=position_ids,
                 **kwargs,
             )
@@ -331,13 +356,13 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         return positions
 
     def _check_positions(self, positions: torch.Tensor, end: int | torch.Tensor, is_explicit: bool) -> None:
-        # The shape alone settles nearly every call. The values are read where padding or packing can make a row longer
-        # than its documents, and on a CPU, where reading them is cheap; never while a graph is recorded.
+        # The shape alone settles nearly every call. The values are read where the caller gave them, as a GPU would die
+        # of one beyond the table, and where padding makes a row longer than its tokens; not while a graph is recorded.
         if torch.compiler.is_compiling() or (positions.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
-        if isinstance(end, torch.Tensor):  # a static cache counts on the device; its size was checked by generate
-            end = self.config.block_size
-        if end <= self.config.block_size and not (is_explicit and positions.device.type == "cpu"):
+        if isinstance(end, torch.Tensor):  # a static cache counts on the device; generate has checked its size
+            end, is_explicit = self.config.block_size, is_explicit and not positions.is_cuda
+        if end <= self.config.block_size and not is_explicit:
             return
         if positions.device.type == "meta" or positions.numel() == 0:
             return
@@ -448,6 +473,50 @@ class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, NanoGPTWayBackMixin, NanoGPTGen
             attentions=outputs.attentions,
         )
 
+    def can_step(self) -> bool:
+        """Tells whether step computes what forward does: all modules are as they were built, and nothing hooks in."""
+        own = {NanoGPTLMHeadModel, NanoGPTModel, NanoGPTBlock, NanoGPTAttention, NanoGPTMLP, nn.ModuleList}
+        kinds = own | {
+            nn.Linear,
+            nn.LayerNorm,
+            nn.Embedding,
+            nn.Dropout,
+            type(ACT2FN[self.config.activation_function]),
+        }
+        parameters = list(self.parameters())
+        return (
+            not self.training
+            and self.config._attn_implementation == "sdpa"
+            and not torch.is_autocast_enabled(self.device.type)
+            and all(type(m) in kinds and not m.training and _is_as_written(m) for m in self.modules())
+            and all(type(p) is nn.Parameter and type(p.data) is torch.Tensor for p in parameters)
+            and len({(p.device, p.dtype) for p in parameters}) == 1
+            and not any(vars(nn.modules.module)[name] for name in _GLOBAL_HOOKS)
+        )
+
+    def step(
+        self,
+        input_ids: torch.Tensor,
+        positions: int | torch.Tensor,
+        layers: list[RoomyLayer],
+        attention_mask: torch.Tensor | None,
+        linear: Callable,
+    ) -> torch.Tensor:
+        """Computes the logits (B, V) after one new token a row, as forward does; see NanoGPTBlock.step.
+
+        Args:
+            input_ids: (B,) int64.
+            positions: The tokens' position, or one for each row, (B,) int64.
+            layers: The cache's, one for each block.
+            attention_mask, linear: See NanoGPTBlock.step.
+        """
+        base = self.transformer
+        hidden_states = nn.functional.embedding(input_ids, base.wte.weight) + base.wpe.weight[positions]  # (B, C)
+        blocks: Any = base.h
+        for block, layer in zip(blocks, layers, strict=True):
+            hidden_states = block.step(hidden_states, layer, attention_mask, linear)
+        return linear(_normalize(base.ln_f, hidden_states), self.lm_head.weight, self.lm_head.bias)
+
     def _compute_chunked_loss(
         self,
         hidden_states: torch.Tensor,  # (B, T, C)
@@ -543,6 +612,18 @@ class NanoGPTForSequenceClassification(NanoGPTPreTrainedModel):
         else:
             return -1
         return (is_token.to(logits.device) * torch.arange(length, device=logits.device)).argmax(-1)  # (B,)
+
+
+_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
+
+
+def _is_as_written(module: nn.Module) -> bool:
+    is_hooked = bool(module._forward_hooks) or bool(module._forward_pre_hooks)
+    return not is_hooked and "forward" not in vars(module) and module._compiled_call_impl is None
+
+
+def _normalize(norm: nn.LayerNorm, hidden_states: torch.Tensor) -> torch.Tensor:
+    return nn.functional.layer_norm(hidden_states, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def _select_columns(
