@@ -105,13 +105,14 @@ def make_config(folder: str, n_updates: int, device: str, dtype: str, batch_size
         "log_interval": 10,
         "device": device,
         "dtype": dtype,
+        "compile": False,
         "wandb_log": False,
     }
 
 
 def run_trainer(model: NanoGPTLMHeadModel, dataset: TokenDataset, config: dict[str, Any]) -> list[float]:
     """Trains with NanoGPTTrainer; returns the time at the end of each update."""
-    args, _ = training_arguments_from_nanogpt(config, save_strategy="no")
+    args, _ = training_arguments_from_nanogpt(config, eval_strategy="no", save_strategy="no")
     times = UpdateTimes()
     trainer = NanoGPTTrainer(model, args, dataset, training_state=TrainingState(config=config), callbacks=[times])
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

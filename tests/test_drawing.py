@@ -37,6 +37,7 @@ SETTINGS = {
     "beta2": 0.99,
     "grad_clip": 1.0,
     "device": "cpu",
+    "compile": False,
     "wandb_log": False,
 }
 

@@ -64,14 +64,14 @@ def test_parameters_are_counted_once(trainer, monkeypatch):
 )
 def test_tf32_is_on_where_a_gpu_has_it_as_in_train_py(monkeypatch, device, is_there, expected):
     monkeypatch.setattr(arguments, "is_torch_tf32_available", lambda: is_there)
-    monkeypatch.setattr(arguments, "TrainingArguments", dict)
+    monkeypatch.setattr(arguments, "NanoGPTArguments", dict)
     args, _ = training_arguments_from_nanogpt({**CONFIG, "device": device})
     assert args.get("tf32") is expected
 
 
 @pytest.mark.parametrize(("device", "is_said"), [("cuda:1", True), ("cuda:0", False), ("cuda", False), ("cpu", False)])
 def test_another_gpu_than_the_first_is_said_to_be_left_out(monkeypatch, device, is_said):
-    monkeypatch.setattr(arguments, "TrainingArguments", dict)
+    monkeypatch.setattr(arguments, "NanoGPTArguments", dict)
     _, left = training_arguments_from_nanogpt({**CONFIG, "device": device})
     assert left.get("device") == (
         "Trainer takes the first GPU that it sees: set CUDA_VISIBLE_DEVICES=1" if is_said else None

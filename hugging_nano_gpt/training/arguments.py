@@ -1,13 +1,21 @@
 """nanoGPT's train.py settings as Transformers' TrainingArguments."""
 
+import math
 import os
 from collections.abc import Mapping
+from copy import copy
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
-from transformers.utils import is_torch_tf32_available
+from transformers.utils import is_torch_tf32_available, logging
 
 from ..errors import ConversionError
+from .configurator import complete_settings
+from .data import TokenDataset
+
+logger = logging.get_logger(__name__)
 
 # train.py's settings that TrainingArguments has under another name (train.py @ 3adf61e).
 _RENAMED = {
@@ -42,61 +50,108 @@ _WITHOUT_COUNTERPART = {
 }
 
 
+@dataclass
+class NanoGPTArguments(TrainingArguments):
+    """TrainingArguments in which every setting is meant: the run's own or train.py's default.
+
+    Args:
+        nanogpt_config: The run's settings that they were made of.
+    """
+
+    nanogpt_config: dict[str, Any] = field(default_factory=dict)
+
+
 def training_arguments_from_nanogpt(
     config: Mapping[str, Any], iter_num: int = 0, **overrides: Any
 ) -> tuple[TrainingArguments, dict[str, str]]:
     """Maps train.py's settings to TrainingArguments.
 
     Args:
-        config: train.py's settings, such as a checkpoint's `config`. What it lacks keeps Transformers' default.
+        config: train.py's settings, such as a checkpoint's `config`. What it lacks is train.py's default; but where
+            there is no GPU, the device is then the CPU.
         iter_num: Number of updates already made: the run ends when nanoGPT's iter_num reaches max_iters.
-        **overrides: Arguments of TrainingArguments that take precedence.
+        **overrides: Arguments of TrainingArguments that take precedence; num_train_epochs over max_iters too.
 
     Returns:
-        The arguments, and the settings that have no counterpart in them, each with the reason or the place to go.
+        The arguments, which NanoGPTTrainer asks for the rest of config too where it is given no training state; and
+        the settings of config without a counterpart in them, each with the reason or the place to go.
 
     Raises:
         ConversionError: If the micro-steps do not divide among the processes.
     """
-    values = {ours: config[theirs] for theirs, ours in _RENAMED.items() if theirs in config}
-    values |= _apply_rules(config, iter_num)
-    if "eval_steps" in values:
-        values |= {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": values["eval_steps"]}
+    settings = complete_settings(config)
+    if "device" not in config and not torch.accelerator.is_available():
+        settings["device"] = "cpu"
+    values = {ours: settings[theirs] for theirs, ours in _RENAMED.items()}
+    values |= _apply_rules(settings, iter_num)
+    values |= {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": values["eval_steps"]}
+    if "num_train_epochs" in overrides:
+        del values["max_steps"]
     left = {
         key: _WITHOUT_COUNTERPART.get(key, "unknown to nanoGPT") for key in config if key not in {*_RENAMED, *_RULED}
     }
     _, _, index = str(config.get("device", "")).partition("cuda:")
     if index not in ("", "0") and "LOCAL_RANK" not in os.environ:  # under torchrun, train.py does not read it either
         left["device"] = f"Trainer takes the first GPU that it sees: set CUDA_VISIBLE_DEVICES={index}"
-    return TrainingArguments(**{**values, **overrides}), left
+    return NanoGPTArguments(**{**values, **overrides}, nanogpt_config=dict(config)), left
+
+
+def complete_arguments(
+    args: TrainingArguments, config: Mapping[str, Any], dataset: TokenDataset | None
+) -> TrainingArguments:
+    """Returns arguments with train.py's settings of the optimizer where they were left at Transformers' default.
+
+    Those that training_arguments_from_nanogpt made stay as they are. Where no max_steps is given, num_train_epochs
+    says how many times as many tokens are drawn as the file has.
+
+    Args:
+        args: Any TrainingArguments.
+        config: train.py's settings; its defaults stand in for missing ones.
+        dataset: What is drawn from; None where the batches are given, and with them the length of an epoch.
+    """
+    changes: dict[str, Any] = {}
+    if not isinstance(args, NanoGPTArguments):
+        settings, defaults = complete_settings(config), {field.name: field.default for field in fields(args)}
+        for theirs in ("learning_rate", "weight_decay", "beta1", "beta2", "grad_clip"):
+            name, value = _RENAMED[theirs], settings[theirs]
+            if getattr(args, name) == defaults[name] != value:
+                changes[name] = value
+        if changes:
+            logger.warning(
+                f"arguments: {', '.join(f'{name}={value}' for name, value in changes.items())}, as train.py has them: "
+                f"Transformers' defaults count as not given; make the arguments with training_arguments_from_nanogpt "
+                f"to choose any value"
+            )
+    if args.max_steps < 0 and dataset is not None:
+        n_windows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        changes["max_steps"] = math.ceil(args.num_train_epochs * dataset.n_tokens / (n_windows * dataset.block_size))
+    completed = copy(args)
+    for name, value in changes.items():
+        setattr(completed, name, value)
+    return completed
 
 
 def _apply_rules(config: Mapping[str, Any], iter_num: int) -> dict[str, Any]:
     # A loss that is no number is reported as such, as nanoGPT does; looking for one would wait for the GPU each time.
     values: dict[str, Any] = {"remove_unused_columns": False, "logging_nan_inf_filter": False}
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if "max_iters" in config:
-        values["max_steps"] = max(config["max_iters"] - iter_num, 1)
-    if "gradient_accumulation_steps" in config:  # nanoGPT counts micro-steps over all processes
-        micro_steps, rest = divmod(config["gradient_accumulation_steps"], world_size)
-        if rest:
-            raise ConversionError(
-                f"config: gradient_accumulation_steps: expected a multiple of the {world_size} processes, got "
-                f"{config['gradient_accumulation_steps']}; change one of the two, as nanoGPT asks too"
-            )
-        values["gradient_accumulation_steps"] = micro_steps
-    if "wandb_log" in config:
-        values["report_to"] = "wandb" if config["wandb_log"] else "none"
-    device = str(config.get("device", ""))
-    is_cpu = device.startswith("cpu")
+    values["max_steps"] = max(config["max_iters"] - iter_num, 1)
+    micro_steps, rest = divmod(config["gradient_accumulation_steps"], world_size)
+    if rest:  # nanoGPT counts micro-steps over all processes
+        raise ConversionError(
+            f"config: gradient_accumulation_steps: expected a multiple of the {world_size} processes, got "
+            f"{config['gradient_accumulation_steps']}; change one of the two, as nanoGPT asks too"
+        )
+    values["gradient_accumulation_steps"] = micro_steps
+    values["report_to"] = "wandb" if config["wandb_log"] else "none"
+    is_cpu = str(config["device"]).startswith("cpu")
     if is_cpu:
         values["use_cpu"] = True
     elif is_torch_tf32_available():
         values["tf32"] = True  # train.py's two switches
-    if not is_cpu and config.get("dtype") in ("bfloat16", "float16"):  # nanoGPT autocasts on an accelerator only
+    if not is_cpu and config["dtype"] in ("bfloat16", "float16"):  # nanoGPT autocasts on an accelerator only
         values["bf16" if config["dtype"] == "bfloat16" else "fp16"] = True
-    if "backend" in config and world_size > 1:  # nanoGPT's default is nccl on every machine, CPUs too
-        values["ddp_backend"] = "gloo" if is_cpu else config["backend"]
     if world_size > 1:
+        values["ddp_backend"] = "gloo" if is_cpu else config["backend"]  # nanoGPT's nccl needs GPUs
         values["ddp_find_unused_parameters"] = False  # all are used, and looking for others costs time
     return values

@@ -50,7 +50,7 @@ TRAIN_DEFAULTS: dict[str, Any] = {
     "min_lr": 6e-5,
     "backend": "nccl",
     "device": "cuda",
-    "dtype": "float16",  # where the GPU computes in it, bfloat16: see read_settings
+    "dtype": "float16",  # where the GPU computes in it, bfloat16: see complete_settings
     "compile": True,
 }
 
@@ -68,6 +68,12 @@ _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
 _LONGEST = 1000
 
 
+def complete_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns all settings of a run: its own, and train.py's defaults for what it lacks."""
+    has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return {**TRAIN_DEFAULTS, **({"dtype": "bfloat16"} if has_bfloat16 else {}), **config}
+
+
 def read_settings(arguments: Sequence[str]) -> dict[str, Any]:
     """Reads train.py's command line: config files and --key=value, the later over the earlier.
 
@@ -78,9 +84,7 @@ def read_settings(arguments: Sequence[str]) -> dict[str, Any]:
         ConversionError: If there is a setting that train.py does not have, a value of another type than the default's,
             or a line that is more than an assignment of literals and arithmetic on them; every bad key at once.
     """
-    settings = dict(TRAIN_DEFAULTS)
-    if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
-        settings["dtype"] = "bfloat16"
+    settings = complete_settings({})
     faults = []
     for argument in arguments:
         if "=" not in argument and not argument.startswith("--"):

@@ -7,14 +7,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-# train.py's settings of the schedule, and their defaults (train.py @ 3adf61e).
-SCHEDULE_DEFAULTS = {
-    "learning_rate": 6e-4,
-    "decay_lr": True,
-    "warmup_iters": 2000,
-    "lr_decay_iters": 600_000,
-    "min_lr": 6e-5,
-}
+from .configurator import TRAIN_DEFAULTS
 
 
 def compute_lr(iter_num: int, config: Mapping[str, Any]) -> float:
@@ -24,7 +17,7 @@ def compute_lr(iter_num: int, config: Mapping[str, Any]) -> float:
         iter_num: Number of updates already made.
         config: train.py's settings; nanoGPT's defaults stand in for missing ones.
     """
-    setting = {name: config.get(name, default) for name, default in SCHEDULE_DEFAULTS.items()}
+    setting = {**TRAIN_DEFAULTS, **config}
     highest, lowest = setting["learning_rate"], setting["min_lr"]
     warmup_iters, decay_iters = setting["warmup_iters"], setting["lr_decay_iters"]
     if not setting["decay_lr"]:

@@ -22,6 +22,8 @@ from transformers.utils import logging
 from ..checkpoint.contents import TrainingState
 from ..convert.nanogpt import remember_training_state, save_model
 from ..errors import ConversionError
+from .arguments import complete_arguments
+from .configurator import TRAIN_DEFAULTS
 from .data import NANOGPT_SEED, RandomOffsetSampler, TokenDataset, check_ids, collate_windows
 from .drawing import BatchesInTurn, DrawnBatches, make_random_state, read_next_batch, write_next_batch
 from .evaluation import estimate_losses
@@ -32,20 +34,19 @@ from .trainer_checkpoint import choose_checkpoint, find_faults, read_counts
 
 logger = logging.get_logger(__name__)
 
-# nanoGPT's number of batches for an estimate of the loss (train.py @ 3adf61e).
-_EVAL_ITERS = 200
-
 
 class NanoGPTTrainer(Trainer):
     """Continues, or begins, a nanoGPT run.
 
     Args:
         model: A NanoGPTLMHeadModel.
-        args: TrainingArguments, such as training_arguments_from_nanogpt makes. max_steps counts updates from now.
+        args: TrainingArguments, such as training_arguments_from_nanogpt makes. max_steps counts updates from now. In
+            others, learning rate, weight decay, betas and clipping at Transformers' default become those of config.
         train_dataset: Windows of train.bin.
         eval_dataset: Windows of val.bin; with it, evaluate() estimates both losses as nanoGPT does.
         training_state: Where the run stands: iter_num, best_val_loss, config and, to go on as if nothing had
-            happened, the optimizer's moments. By default what the model remembers, without moments.
+            happened, the optimizer's moments. By default what the model remembers, without moments, with the config
+            that args were made from. What config lacks is train.py's default.
         train_batch_sampler: Yields the offsets of each micro-step's batch. By default they are drawn as train.py draws
             them, from torch's global generator.
         random_state: State of torch's CPU generator when the run begins; by default train.py's, after it has seeded it
@@ -70,14 +71,17 @@ class NanoGPTTrainer(Trainer):
         random_state: torch.Tensor | None = None,
         **kwargs: Any,
     ):
-        remembered = getattr(model, "nanogpt_training_state", TrainingState())
-        self.training_state: TrainingState = remembered if training_state is None else training_state
+        if training_state is None:
+            training_state = getattr(model, "nanogpt_training_state", TrainingState())
+            asked = getattr(args, "nanogpt_config", {})
+            training_state = replace(training_state, config={**training_state.config, **asked})
+        self.training_state: TrainingState = training_state
         self._train_batch_sampler = train_batch_sampler
         self._random_state = random_state
         self._n_taken_back = 0  # updates that loading the best model undid
         super().__init__(
             model=model,
-            args=args,
+            args=complete_arguments(args, training_state.config, None if train_batch_sampler else train_dataset),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             data_collator=collate_windows,
@@ -202,7 +206,7 @@ class NanoGPTTrainer(Trainer):
         with contextlib.nullcontext() if self.is_in_train else torch.random.fork_rng(devices=[]):
             if not self.is_in_train:
                 self._begin_drawing()
-            n_batches = self.config.get("eval_iters", _EVAL_ITERS)
+            n_batches = self.config.get("eval_iters", TRAIN_DEFAULTS["eval_iters"])
             losses = estimate_losses(self, datasets, n_batches, self.args.per_device_train_batch_size)
         metrics = {f"{split}/loss": loss for split, loss in losses.items()}
         metrics[f"{metric_key_prefix}_loss"] = losses.get("val", losses["train"])
