@@ -155,6 +155,8 @@ def limit_time(seconds: float) -> Iterator[None]:
 def tidy_up(setting: Setting) -> bool:
     """Frees what a probe left and undoes what it may have set; returns whether the device still answers."""
     torch.use_deterministic_algorithms(False)
+    if hasattr(torch.backends, "fp32_precision"):
+        torch.backends.fp32_precision = "none"  # Trainer turns TF32 on for the whole process
     torch.compiler.reset()
     gc.collect()
     try:

@@ -15,7 +15,7 @@ from hugging_nano_gpt import (
     NanoGPTModel,
     read_checkpoint,
 )
-from hugging_nano_gpt.demo import CKPT_PATH, DEMO_DIR
+from hugging_nano_gpt.demo import CKPT_PATH, DEMO_DIR, GOLDEN_TOLERANCE
 
 from .tiny import FIXTURES_DIR, MODEL_ARGS, make_batch, make_model
 
@@ -29,8 +29,10 @@ def test_loaded_model_gives_upstream_logits(folder):
     model = NanoGPTLMHeadModel.from_nanogpt_ckpt(folder / "ckpt.pt")
     golden = load_file(folder / "golden.safetensors")
     outputs = model(golden["idx"], shift_labels=golden.get("targets"))
-    # Upstream ran on another machine: float32 sums in another order; the wrong GELU gives at least 1e-4.
-    torch.testing.assert_close(outputs.logits, golden["logits"], rtol=0, atol=1e-5)
+    # Upstream ran on another machine: float32 sums in another order. The demo's logits, of size 12, are 1.3e-5 off on
+    # a CPU without AVX512 and 9e-3 off with the tanh GELU; the toy models' 6e-6 and at least 1e-4.
+    atol = GOLDEN_TOLERANCE if folder == DEMO_DIR else 1e-5
+    torch.testing.assert_close(outputs.logits, golden["logits"], rtol=0, atol=atol)
     if "loss" in golden:
         torch.testing.assert_close(outputs.loss, golden["loss"].reshape(()), rtol=0, atol=1e-5)
 

@@ -72,13 +72,22 @@ def test_autocast_is_sample_pys(monkeypatch, device, is_supported, dtype, expect
     assert sampler.autocast_dtype == expected
 
 
-@pytest.mark.parametrize(("device", "expected"), [("cuda", "high"), ("cpu", "highest")])
-def test_tf32_is_on_while_a_gpu_draws_and_not_afterwards(monkeypatch, device, expected):
+@pytest.mark.parametrize("was_on", [False, True], ids=["off", "on by Trainer"])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_tf32_is_on_while_a_gpu_draws_and_as_before_afterwards(monkeypatch, device, was_on):
     seen = []
-    monkeypatch.setattr(
-        NanoGPTLMHeadModel, "generate", lambda *args, **kwargs: seen.append(torch.get_float32_matmul_precision())
-    )
+    switch, name = torch.backends.cuda.matmul, "allow_tf32"
+    off, on = False, True
+    if hasattr(switch, "fp32_precision"):  # since torch 2.9
+        name, off, on = "fp32_precision", "none", "tf32"
+    before = getattr(switch, name)
+    setattr(switch, name, on if was_on else off)
+    monkeypatch.setattr(NanoGPTLMHeadModel, "generate", lambda *args, **kwargs: seen.append(getattr(switch, name)))
     monkeypatch.setattr(NanoGPTLMHeadModel, "device", torch.device(device))
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: torch.no_grad())  # which would ask for the GPU
-    Sampler(make_model(), None, "a model").draw(torch.zeros(1, 1), max_new_tokens=1, temperature=1.0, top_k=0)
-    assert (seen, torch.get_float32_matmul_precision()) == ([expected], "highest")
+    try:
+        Sampler(make_model(), None, "a model").draw(torch.zeros(1, 1), max_new_tokens=1, temperature=1.0, top_k=0)
+        assert getattr(switch, name) == (on if was_on else off)
+    finally:
+        setattr(switch, name, before)
+    assert seen == [on if device == "cuda" or was_on else off]

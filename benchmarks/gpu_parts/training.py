@@ -136,7 +136,12 @@ def make_trainer(setting: Setting, folder: Path, **settings: Any) -> Any:
     from tests import trace
 
     place = {"use_cpu": not setting.is_cuda, "torch_compile": False, "save_strategy": "steps", "save_steps": SAVED_AT}
-    kept = {"save_total_limit": 1, "logging_strategy": "no", "report_to": "none"}
+    kept = {
+        "save_total_limit": 1,
+        "logging_strategy": "no",
+        "report_to": "none",
+        "tf32": False,
+    }  # the same sums in each process
     return trace.make_trainer(folder, trace.load_start(), trace.STEPS[:N_UPDATES], **{**place, **kept, **settings})
 
 

@@ -215,14 +215,17 @@ class _Rounding(LogitsProcessor):
 @contextlib.contextmanager
 def _computing_as_sample_py(device_type: str, autocast_dtype: torch.dtype | None) -> Iterator[None]:
     """Turns on autocast, and TF32 for what float32 is left, while the block lasts."""
-    precision = torch.get_float32_matmul_precision()
-    if device_type == "cuda":
-        torch.set_float32_matmul_precision("high")
+    # torch 2.9 gave the switch another name. Trainer turns that one on, and then the old one cannot even be read.
+    switch, name, value = torch.backends.cuda.matmul, "allow_tf32", True
+    if hasattr(switch, "fp32_precision"):
+        name, value = "fp32_precision", "tf32"
+    before = getattr(switch, name)
+    setattr(switch, name, value if device_type == "cuda" else before)
     try:
         with torch.autocast(device_type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        setattr(switch, name, before)
 
 
 def _seed_as_sample_py(config: NanoGPTConfig, seed: int) -> None:
