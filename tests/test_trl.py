@@ -96,9 +96,13 @@ def test_trainer_of_a_saved_folder_warns_of_nothing(name, tokenizer, common, tmp
     trainer.train()
     assert trainer.state.global_step == 1
     assert math.isfinite(trainer.state.log_history[0]["loss"])
-    # Transformers reports the reward's new layer, as it does for GPT2ForSequenceClassification.
-    assert [entry.message for entry in caplog.records if "score.weight | MISSING" not in entry.message] == []
-    assert len(caplog.records) == (name == "Reward")
+    # Transformers reports the reward's new layer, as it does for GPT2ForSequenceClassification. Its older releases
+    # (5.17) also say that the model has a first token, for generate, and a tokenizer of characters has none.
+    messages = [entry.message for entry in caplog.records]
+    assert [text for text in messages if "{'bos_token_id': None}" not in text] == [
+        text for text in messages if "score.weight | MISSING" in text
+    ]
+    assert sum("score.weight | MISSING" in text for text in messages) == (name == "Reward")
 
 
 @torch.no_grad()
