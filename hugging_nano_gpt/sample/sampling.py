@@ -216,9 +216,8 @@ class _Rounding(LogitsProcessor):
 def _computing_as_sample_py(device_type: str, autocast_dtype: torch.dtype | None) -> Iterator[None]:
     """Turns on autocast, and TF32 for what float32 is left, while the block lasts."""
     # torch 2.9 gave the switch another name. Trainer turns that one on, and then the old one cannot even be read.
-    switch, name, value = torch.backends.cuda.matmul, "allow_tf32", True
-    if hasattr(switch, "fp32_precision"):
-        name, value = "fp32_precision", "tf32"
+    switch = torch.backends.cuda.matmul
+    name, value = ("fp32_precision", "tf32") if hasattr(switch, "fp32_precision") else ("allow_tf32", True)
     before = getattr(switch, name)
     setattr(switch, name, value if device_type == "cuda" else before)
     try:
