@@ -49,7 +49,7 @@ newest oldest:
 	$(CONTRACT_VENV)/bin/python -m pytest $(CONTRACT)
 
 clients: $(CLIENTS_READY)
-	$(CLIENTS_VENV)/bin/python -m pytest tests/test_quantization.py tests/test_lm_eval.py tests/test_peft.py tests/test_serve.py tests/test_readme.py
+	$(CLIENTS_VENV)/bin/python -m pytest tests/test_quantization.py tests/test_lm_eval.py tests/test_peft.py tests/test_serve.py tests/test_chat.py tests/test_readme.py
 
 # The wheel, in a venv that knows nothing of this clone.
 readme: $(READY)
@@ -79,6 +79,7 @@ examples: $(READY) $(CLIENTS_READY)
 	$(VENV)/bin/python examples/back_to_nanogpt.py
 	PYTHON=$(VENV)/bin/python sh examples/finetune_fsdp.sh
 	$(VENV)/bin/python examples/sft.py
+	$(VENV)/bin/python examples/chat.py
 	$(VENV)/bin/python examples/dpo.py
 	$(VENV)/bin/python examples/reward.py
 	$(VENV)/bin/python examples/grpo.py

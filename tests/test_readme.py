@@ -82,14 +82,18 @@ def test_readme_serves_and_asks_as_written(workplace, monkeypatch):
     run(["hugging-nano-gpt", "convert", "out-shakespeare-char/ckpt.pt", "shakespeare"])
     (serve,) = (words for words in LINES if words[:2] == ["hugging-nano-gpt", "serve"])
     (curl,) = (words for words in LINES if words[0] == "curl")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = find_port()
     with serving([*serve, "--port", str(port)], monkeypatch):
         command = [word.replace("8000", str(port)) for word in curl]
         retry = ["--silent", "--noproxy", "*", "--retry", "60", "--retry-delay", "1", "--retry-connrefused"]
         done = subprocess.run([*command, *retry], capture_output=True, text=True, check=True, timeout=120)
     answer = json.loads(done.stdout)
     assert (answer["model"], answer["usage"]["completion_tokens"]) == ("shakespeare", 200)
+
+
+def find_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
 
 
 @contextlib.contextmanager
