@@ -27,7 +27,7 @@ def calls(monkeypatch):
         threads.append(threading.get_ident())
         return apply_onednn(*args)
 
-    monkeypatch.setattr(kernels, "_CACHED_BYTES", 0)
+    monkeypatch.setattr(kernels, "_count_cached_bytes", lambda: 0)
     monkeypatch.setattr(kernels, "_apply_onednn", spy)
     return threads
 
@@ -49,7 +49,7 @@ def test_kernels_are_used_while_generating_and_only_then(calls, settings, is_hoo
 
 
 def test_models_that_a_processor_keeps_in_its_cache_stay_with_blas(calls, monkeypatch):
-    monkeypatch.setattr(kernels, "_CACHED_BYTES", 2**20)
+    monkeypatch.setattr(kernels, "_count_cached_bytes", lambda: 2**20)
     make_model().generate(make_batch(1, 4)[0], max_new_tokens=4)
     assert calls == []
 

@@ -1,5 +1,6 @@
 """Saved folders: complete, truthful, and equal bit for bit where nobody has heard of this package."""
 
+import ast
 import builtins
 import json
 import math
@@ -30,6 +31,7 @@ from hugging_nano_gpt import (
     NanoGPTModel,
     TrainingState,
     build_character_tokenizer,
+    convert,
     read_checkpoint,
     read_meta,
     write_checkpoint,
@@ -48,7 +50,9 @@ CODE_FILES = [
         "configuration",
         "decoding",
         "generation",
+        "inputs",
         "kernels",
+        "loss",
         "modeling",
         "persistence",
         "vocabulary",
@@ -224,6 +228,26 @@ def test_auto_map_names_every_class_and_keeps_what_others_put_there(model, tmp_p
         **persistence_nano_gpt.AUTO_MAP,
         "AutoTokenizer": ["a.B", None],
     }
+
+
+def test_package_has_what_the_code_in_saved_folders_asks_it_for():
+    tree = ast.parse(Path(persistence_nano_gpt.__file__).read_text())
+    asked = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("package", "_require_package()")
+    }
+    assert sorted(asked) == convert.__all__
+    assert all(callable(getattr(convert, name)) for name in asked)
+
+
+def test_package_with_a_missing_dependency_is_not_taken_for_absent(monkeypatch):
+    def fail(name):
+        raise ModuleNotFoundError("No module named 'safetensors'", name="safetensors")
+
+    monkeypatch.setattr(persistence_nano_gpt.importlib, "import_module", fail)
+    with pytest.raises(ModuleNotFoundError, match="safetensors"):
+        NanoGPTLMHeadModel.from_nanogpt_ckpt("ckpt.pt")
 
 
 def test_padding_ids_stay_suppressed(tmp_path):

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.loss.loss_utils import LOSS_MAPPING
 
-from hugging_nano_gpt.model import modeling_nano_gpt
+from hugging_nano_gpt.model.loss_nano_gpt import compute_loss
 
 from .processes import needs_gloo
 from .tiny import TORCH_VERSION, make_batch, make_model, make_pair
@@ -94,7 +94,7 @@ def test_under_autocast_on_cuda_the_operations_are_those_of_nanogpt(monkeypatch)
         logits = torch.empty(2, 8, 65, device="cuda", dtype=torch.bfloat16)
         targets = torch.empty(2, 8, device="cuda", dtype=torch.int64)
         for compute in (
-            lambda: modeling_nano_gpt._compute_loss(logits, targets.view(-1)),
+            lambda: compute_loss(logits, targets.view(-1)),
             lambda: F.cross_entropy(logits.view(-1, 65), targets.view(-1), ignore_index=-1),
             lambda: F.cross_entropy(logits.float().view(-1, 65), targets.view(-1)),
         ):

@@ -1,6 +1,7 @@
 """What a first-class Transformers model does, on top of nanoGPT's numbers: masks, caches, back ends, heads."""
 
 import ast
+import functools
 import inspect
 
 import pytest
@@ -14,6 +15,7 @@ from hugging_nano_gpt import (
     NanoGPTLMHeadModel,
     NanoGPTModel,
 )
+from hugging_nano_gpt.model.inputs_nano_gpt import check_positions
 
 from .tiny import MODEL_ARGS, TORCH_VERSION, make_batch, make_model
 
@@ -421,6 +423,8 @@ def test_decay_groups_of_trainer_are_those_of_nanogpt():
         ("kernels_nano_gpt", []),
         ("decoding_nano_gpt", ["cache_nano_gpt", "kernels_nano_gpt"]),
         ("generation_nano_gpt", ["cache_nano_gpt", "decoding_nano_gpt", "kernels_nano_gpt"]),
+        ("inputs_nano_gpt", []),
+        ("loss_nano_gpt", []),
         ("persistence_nano_gpt", ["generation_nano_gpt"]),
         ("vocabulary_nano_gpt", []),
         (
@@ -429,6 +433,8 @@ def test_decay_groups_of_trainer_are_those_of_nanogpt():
                 "cache_nano_gpt",
                 "configuration_nano_gpt",
                 "generation_nano_gpt",
+                "inputs_nano_gpt",
+                "loss_nano_gpt",
                 "persistence_nano_gpt",
                 "vocabulary_nano_gpt",
             ],
@@ -453,7 +459,7 @@ def test_explicit_positions_past_the_table_are_refused_on_a_gpu_too(monkeypatch)
             self.max, self.numel = values.max, values.numel
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    check = make_model().transformer._check_positions
+    check = functools.partial(check_positions, make_model().transformer)
     check(OnGPU(torch.arange(32)), end=8, is_explicit=True)
     check(OnGPU(torch.tensor([32])), end=8, is_explicit=False)  # not read: the shape settles it
     check(OnGPU(torch.tensor([32])), end=torch.tensor(8), is_explicit=True)  # a static cache, checked by generate

@@ -19,9 +19,6 @@ Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tenso
 # 26; float16 reads 40 GB/s for 1 row, and its time then grows with the rows.
 _FEW_ROWS = 32
 _MANY_HALF_ROWS = 8
-# Bytes of a model that stays in the processor's cache. There BLAS is faster: each call of oneDNN costs 11 us. With
-# AVX2 (1 thread) it was faster at 42 MB too, by a tenth, and slower at 498 MB, by a tenth for 8 rows.
-_CACHED_BYTES = (32 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 256) * 2**20
 
 
 def choose_linear(model: Any, n_rows: int) -> Linear:
@@ -66,8 +63,18 @@ def _measure_bytes(model: Any) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
+def _count_cached_bytes() -> int:
+    """Returns the bytes of a model for which BLAS is faster: in the processor's cache a call of oneDNN costs 11 us.
+
+    With one AVX2 thread BLAS is a tenth faster at 42 MB too, and a tenth slower at 498 MB for 8 rows. With two threads
+    oneDNN is faster for 1 row, 1.09 times at 42 MB and 1.31 times at 498 MB, and as fast for 8 rows at 42 MB.
+    """
+    is_slow = torch.get_num_threads() == 1 and torch.backends.cpu.get_cpu_capability() != "AVX512"
+    return (256 if is_slow else 32) * 2**20
+
+
 def _choose(n_bytes: int, dtype: torch.dtype, n_rows: int) -> Linear:
-    if n_bytes > _CACHED_BYTES and dtype == torch.float32 and n_rows <= _FEW_ROWS:
+    if n_bytes > _count_cached_bytes() and dtype == torch.float32 and n_rows <= _FEW_ROWS:
         return _apply_onednn
     if n_bytes > 0 and dtype == torch.float16 and n_rows >= _MANY_HALF_ROWS:
         return _apply_in_float32

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -33,6 +32,14 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache_nano_gpt import CACHE_NAME, RoomyLayer, take_cache
 from .configuration_nano_gpt import NanoGPTConfig
 from .generation_nano_gpt import NanoGPTGenerationMixin, document_as
+from .inputs_nano_gpt import (
+    find_last_tokens,
+    find_positions,
+    refuse_filled_cache,
+    refuse_narrow_flex_heads,
+    select_columns,
+)
+from .loss_nano_gpt import compute_chunked_loss, compute_loss, find_targets, ignore_minus_one
 from .persistence_nano_gpt import NanoGPTPersistence, NanoGPTWayBackMixin
 from .vocabulary_nano_gpt import follow_resize
 
@@ -297,14 +304,14 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         if use_cache is None:  # a cache that training never reads would cost a copy of all keys and values
             use_cache = self.config.use_cache and not self.training
         if self.gradient_checkpointing and self.training:
-            _refuse_filled_cache(self, cache)
+            refuse_filled_cache(self, cache)
             use_cache, cache = False, None
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
 
         past_length = 0 if cache is None or not hasattr(cache, "get_seq_length") else cache.get_seq_length()
-        attention_mask = _select_columns(self, attention_mask, past_length, inputs.shape[1])
-        positions = self._resolve_positions(position_ids, attention_mask, past_length, inputs)
+        attention_mask = select_columns(self, attention_mask, past_length, inputs.shape[1])
+        positions = find_positions(self, position_ids, attention_mask, past_length, inputs)
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)  # (B, T, C)
         hidden_states = self.drop(inputs_embeds + self.wpe(positions))  # (B, T, C)
@@ -312,7 +319,7 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         # Plain causal attention needs no mask: SDPA's is_causal is nanoGPT's own call and the way to flash kernels.
         # create_causal_mask would find that out too, but not under torch.compile, where it always makes a mask.
         if self.config._attn_implementation == "flex_attention":
-            _refuse_narrow_flex_heads(self, inputs_embeds)
+            refuse_narrow_flex_heads(self, self.config.n_embd // self.config.n_head, inputs_embeds.device)
         is_plain = attention_mask is None and position_ids is None and cache is None
         causal_mask = None
         if not (is_plain and self.config._attn_implementation == "sdpa"):
@@ -334,44 +341,6 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
             )
         hidden_states = self.ln_f(hidden_states)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache if use_cache else None})
-
-    def _resolve_positions(
-        self,
-        position_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        past_length: int | torch.Tensor,
-        inputs: torch.Tensor,
-    ) -> torch.Tensor:
-        """Returns the positions (B or 1, T) of the new tokens, after checking that the model has learned them."""
-        length, device = inputs.shape[1], inputs.device
-        if position_ids is not None:
-            positions = position_ids
-        elif attention_mask is not None and attention_mask.ndim == 2:
-            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0).to(device)  # (B, S)
-            if positions.shape[1] != length:
-                positions = positions[:, torch.arange(length, device=device) + past_length]
-        else:
-            positions = torch.arange(length, device=device)[None] + past_length
-        self._check_positions(positions, past_length + length, is_explicit=position_ids is not None)
-        return positions
-
-    def _check_positions(self, positions: torch.Tensor, end: int | torch.Tensor, is_explicit: bool) -> None:
-        # The shape alone settles nearly every call. The values are read where the caller gave them, as a GPU would die
-        # of one beyond the table, and where padding makes a row longer than its tokens; not while a graph is recorded.
-        if torch.compiler.is_compiling() or (positions.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return
-        if isinstance(end, torch.Tensor):  # a static cache counts on the device; generate has checked its size
-            end, is_explicit = self.config.block_size, is_explicit and not positions.is_cuda
-        if end <= self.config.block_size and not is_explicit:
-            return
-        if positions.device.type == "meta" or positions.numel() == 0:
-            return
-        longest = int(positions.max()) + 1
-        if longest > self.config.block_size:
-            raise ValueError(
-                f"{type(self).__name__}: input too long: expected at most block_size={self.config.block_size} tokens, "
-                f"got {longest}; keep the last {self.config.block_size} tokens of the input"
-            )
 
 
 class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, NanoGPTWayBackMixin, NanoGPTGenerationMixin):
@@ -449,19 +418,20 @@ class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, NanoGPTWayBackMixin, NanoGPTGen
         has_labels = labels is not None or shift_labels is not None
         is_nanogpt_loss = has_labels and self.loss_function is ForCausalLMLoss  # no other one or loss_type was set
         if is_nanogpt_loss and self.config.loss_chunk_size is not None:
-            targets = _find_targets(labels, shift_labels, **kwargs)
-            loss = self._compute_chunked_loss(outputs.last_hidden_state, targets, **kwargs)
+            targets = find_targets(labels, shift_labels, **kwargs)
+            chunk_size = self.config.loss_chunk_size
+            loss = compute_chunked_loss(self.lm_head, outputs.last_hidden_state, targets, chunk_size, **kwargs)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(outputs.last_hidden_state[:, kept, :])  # (B, T or kept, V)
         if has_labels and logits is not None:
             if is_nanogpt_loss:
-                loss = _compute_loss(logits, _find_targets(labels, shift_labels, **kwargs), **kwargs)
+                loss = compute_loss(logits, find_targets(labels, shift_labels, **kwargs), **kwargs)
             else:
                 loss = self.loss_function(
                     logits=logits,
-                    labels=_ignore_minus_one(labels),
-                    shift_labels=_ignore_minus_one(shift_labels),
+                    labels=ignore_minus_one(labels),
+                    shift_labels=ignore_minus_one(shift_labels),
                     vocab_size=self.config.vocab_size,
                     **kwargs,
                 )
@@ -517,26 +487,6 @@ class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, NanoGPTWayBackMixin, NanoGPTGen
             hidden_states = block.step(hidden_states, layer, attention_mask, linear)
         return linear(_normalize(base.ln_f, hidden_states), self.lm_head.weight, self.lm_head.bias)
 
-    def _compute_chunked_loss(
-        self,
-        hidden_states: torch.Tensor,  # (B, T, C)
-        targets: torch.Tensor,  # (B * T)
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """Computes the loss some tokens at a time, so that no more than their logits is ever in memory."""
-
-        def sum_losses(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            # The head is called as the module it is: an adapter, hooks and sharding are part of it.
-            return _compute_loss(self.lm_head(rows), targets, num_items_in_batch=1)
-
-        rows, targets = hidden_states.flatten(0, 1), targets.to(hidden_states.device)
-        size = self.config.loss_chunk_size
-        # checkpoint lets go of a chunk's logits, and computes them again in the backward pass.
-        pieces = zip(rows.split(size), targets.split(size), strict=True)
-        loss = torch.stack([checkpoint(sum_losses, *piece, use_reentrant=False) for piece in pieces]).sum()
-        return _divide(loss, (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
-
 
 class NanoGPTForSequenceClassification(NanoGPTPreTrainedModel):
     """The transformer with a linear score of each row's last token: classifiers, reward models, critics."""
@@ -587,7 +537,7 @@ class NanoGPTForSequenceClassification(NanoGPTPreTrainedModel):
         rows = torch.arange(logits.shape[0], device=logits.device)
         cache = past_key_values if cache is None else cache
         start = 0 if cache is None else int(cache.get_seq_length()) - logits.shape[1]  # the new tokens' first column
-        last_tokens = self._find_last_tokens(input_ids, attention_mask, start, logits)
+        last_tokens = find_last_tokens(self.config.pad_token_id, input_ids, attention_mask, start, logits)
         pooled_logits = logits[rows, last_tokens]  # (B, num_labels)
 
         loss = None
@@ -601,18 +551,6 @@ class NanoGPTForSequenceClassification(NanoGPTPreTrainedModel):
             attentions=outputs.attentions,
         )
 
-    def _find_last_tokens(
-        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, start: int, logits: torch.Tensor
-    ) -> torch.Tensor | int:
-        length = logits.shape[1]
-        if attention_mask is not None and attention_mask.ndim == 2:
-            is_token = attention_mask[:, start : start + length] != 0
-        elif input_ids is not None and self.config.pad_token_id is not None:
-            is_token = input_ids != self.config.pad_token_id
-        else:
-            return -1
-        return (is_token.to(logits.device) * torch.arange(length, device=logits.device)).argmax(-1)  # (B,)
-
 
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
@@ -624,84 +562,6 @@ def _is_as_written(module: nn.Module) -> bool:
 
 def _normalize(norm: nn.LayerNorm, hidden_states: torch.Tensor) -> torch.Tensor:
     return nn.functional.layer_norm(hidden_states, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-
-
-def _select_columns(
-    model: nn.Module, attention_mask: torch.Tensor | None, past_length: int | torch.Tensor, length: int
-) -> torch.Tensor | None:
-    """Returns the columns (B, S) of a 2-D mask that stand for the cached and the new tokens; other masks as they are.
-
-    A mask may be longer, as those that are made once for a whole text are. A shorter one leaves open which tokens it
-    speaks of.
-    """
-    if attention_mask is None or attention_mask.ndim != 2 or isinstance(past_length, torch.Tensor):
-        return attention_mask  # a static cache counts on the device, and its masks are as long as it is
-    n_columns = past_length + length
-    if attention_mask.shape[1] < n_columns:
-        raise ValueError(
-            f"{type(model).__name__}: attention_mask: expected a column for each of {past_length} cached and {length} "
-            f"new tokens, got {tuple(attention_mask.shape)}; give the mask of the whole text"
-        )
-    return attention_mask[:, :n_columns]
-
-
-def _refuse_narrow_flex_heads(model: NanoGPTModel, inputs: torch.Tensor) -> None:
-    # Seen in torch 2.13 and 2.14 with AVX2: numbers off by 2.6, or NaN, where T is no multiple of the kernel's block.
-    head_dim = model.config.n_embd // model.config.n_head
-    if inputs.device.type == "cpu" and head_dim < 32 and torch.backends.cpu.get_cpu_capability() != "AVX512":
-        raise ValueError(
-            f"{type(model).__name__}: torch's flex_attention computes wrong numbers on this CPU for heads narrower "
-            f"than 32, and these have n_embd / n_head = {head_dim}; use attn_implementation='sdpa'"
-        )
-
-
-def _refuse_filled_cache(model: nn.Module, cache: Cache | None) -> None:
-    if cache is not None and cache.get_seq_length() > 0:
-        raise ValueError(
-            f"{type(model).__name__}: gradient checkpointing computes each block twice and would add to the cache "
-            f"twice; expected no cached tokens while training, got {int(cache.get_seq_length())}; leave the "
-            f"cache out, or turn gradient checkpointing off"
-        )
-
-
-def _compute_loss(
-    logits: torch.Tensor,  # (B, T, V) or (N, V)
-    targets: torch.Tensor,  # (B * T) or (N)
-    num_items_in_batch: torch.Tensor | int | None = None,
-    **kwargs: Any,
-) -> torch.Tensor:
-    """Computes nanoGPT's loss by nanoGPT's own call, where Transformers' ForCausalLMLoss first makes logits float32.
-
-    That copy is memory and time, and other numbers: under autocast on CUDA nanoGPT's log-probabilities are rounded to
-    the logits' dtype. Half-precision logits without autocast are made float32 here too: nanoGPT, which has float32
-    weights, has no such run to be equal to.
-    """
-    if logits.dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(logits.device.type):
-        logits = logits.float()
-    logits, targets = logits.reshape(-1, logits.shape[-1]), targets.to(logits.device)
-    if num_items_in_batch is None:
-        return nn.functional.cross_entropy(logits, targets)
-    return _divide(nn.functional.cross_entropy(logits, targets, reduction="sum"), num_items_in_batch)
-
-
-def _divide(loss: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
-    return loss / (count.to(loss.device) if isinstance(count, torch.Tensor) else count)
-
-
-def _find_targets(
-    labels: torch.Tensor | None, shift_labels: torch.Tensor | None, ignore_index: int = -100, **kwargs: Any
-) -> torch.Tensor:
-    """Returns the token that each position shall predict, (B * T), or -100."""
-    if shift_labels is None:
-        assert labels is not None  # forward calls this with one of the two
-        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    targets = _ignore_minus_one(shift_labels).reshape(-1)
-    return targets if ignore_index == -100 else targets.masked_fill(targets == ignore_index, -100)
-
-
-def _ignore_minus_one(labels: Any) -> Any:
-    """Turns nanoGPT's ignore index -1 into Transformers' -100."""
-    return None if labels is None else labels.masked_fill(labels == -1, -100)
 
 
 __all__ = [

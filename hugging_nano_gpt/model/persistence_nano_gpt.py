@@ -56,7 +56,7 @@ class NanoGPTPersistence(PreTrainedModel):
             CheckpointError: If the file is not a complete, undamaged nanoGPT checkpoint; every fault is listed.
             ImportError: If the model runs as remote code where hugging-nano-gpt is not installed.
         """
-        return _import_conversion().load_model(cls, ckpt_path, **kwargs)
+        return _require_package().load_model(cls, ckpt_path, **kwargs)
 
     @classmethod
     def from_nanogpt(cls, gpt, **kwargs: Any):
@@ -73,22 +73,20 @@ class NanoGPTPersistence(PreTrainedModel):
             ConversionError: If it is no nanoGPT model, or its code has been changed.
             ImportError: If the model runs as remote code where hugging-nano-gpt is not installed.
         """
-        if _import_from_package("convert.live") is None:
-            _import_conversion()  # raises
-        return _import_from_package("convert.live").share_model(cls, gpt, **kwargs)
+        return _require_package().share_model(cls, gpt, **kwargs)
 
     @property
     def nanogpt_training_state(self):
         """A TrainingState: where the nanoGPT run stood that this model came from. None without hugging-nano-gpt."""
-        conversion = _import_from_package("convert.nanogpt")
-        return None if conversion is None else conversion.read_training_state(self.config)
+        package = _find_package()
+        return None if package is None else package.read_training_state(self.config)
 
     @document_as(PreTrainedModel.save_pretrained)
     def save_pretrained(self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args, **kwargs):
         # Also in place of entries that point to the repository of the Hub that the model came from.
         self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **AUTO_MAP}
-        hub = _import_from_package("convert.card")
-        with contextlib.nullcontext() if hub is None else hub.keep_card(self, save_directory):
+        package = _find_package()
+        with contextlib.nullcontext() if package is None else package.keep_card(self, save_directory):
             super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if self.should_save_on_this_rank(is_main_process):
             self._add_code_and_card(save_directory)
@@ -103,9 +101,9 @@ class NanoGPTPersistence(PreTrainedModel):
         # The file with the model's classes and those that it imports relatively, also for a class derived elsewhere.
         code = next(cls for cls in type(self).__mro__ if cls.__module__.endswith("modeling_nano_gpt"))
         custom_object_save(code, folder)
-        hub = _import_from_package("convert.card")
-        if hub is not None:
-            hub.write_card(self, folder)
+        package = _find_package()
+        if package is not None:
+            package.write_card(self, folder)
 
 
 def _refuse_checkpoint(source: str | os.PathLike[str] | None, class_name: str) -> None:
@@ -142,25 +140,27 @@ class NanoGPTWayBackMixin:
             CheckpointError: If the file cannot be written.
             ImportError: If the model runs as remote code where hugging-nano-gpt is not installed.
         """
-        _import_conversion().save_model(self, ckpt_path, **kwargs)
+        _require_package().save_model(self, ckpt_path, **kwargs)
 
 
-def _import_from_package(name: str):
-    """Imports a module of hugging-nano-gpt; returns None where the model runs as remote code without it."""
+def _find_package():
+    """Imports what reads and writes checkpoints and cards; returns None where hugging-nano-gpt is not installed."""
     try:  # by name, because remote code may not import a package that its users need not have
-        return importlib.import_module(f"hugging_nano_gpt.{name}")
-    except ModuleNotFoundError:
+        return importlib.import_module("hugging_nano_gpt.convert")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "hugging_nano_gpt":
+            raise  # installed, but something that it needs is not
         return None
 
 
-def _import_conversion():
-    conversion = _import_from_package("convert.nanogpt")
-    if conversion is None:
+def _require_package():
+    package = _find_package()
+    if package is None:
         raise ImportError(
             "nanoGPT checkpoints are read and written by the package hugging-nano-gpt, which is not installed here; "
             "run: pip install hugging-nano-gpt"
         )
-    return conversion
+    return package
 
 
 __all__ = ["AUTO_MAP", "NanoGPTPersistence", "NanoGPTWayBackMixin"]
