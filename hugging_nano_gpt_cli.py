@@ -409,6 +409,7 @@ def serve(
     device: _Device = None,
     activation: _ActivationOption = None,
     n_head: _Heads = None,
+    ignore_extra: _IgnoreExtra = False,
 ) -> None:
     """Serve a model as OpenAI's API does: completions and chats, streamed too. Until Ctrl-C."""
     _set_up_transformers(is_quiet=True)
@@ -421,7 +422,7 @@ def serve(
         device=device,
         meta_path=meta,
         tokenizer=tokenizer,
-        **_select_given(dtype=dtype, activation_function=activation, n_head=n_head),
+        **_select_given(dtype=dtype, activation_function=activation, n_head=n_head, ignore_extra=ignore_extra),
     )
 
 
