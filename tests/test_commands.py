@@ -155,8 +155,12 @@ def test_error_with_a_closed_stderr_stays_out_of_stdout():
 
 
 def test_program_without_clients_ends_with_one_line_on_stderr_and_1(tmp_path):
-    """A process of its own, so that nothing but the line is there: no traceback, and no client is missed."""
-    names = ("accelerate", "bitsandbytes", "lm_eval", "peft", "torchao")
+    """A process of its own, so that nothing but the line is there: no traceback, and no client is missed.
+
+    Nor is what one command alone needs, which would make every other wait.
+    """
+    names = "accelerate bitsandbytes lm_eval peft torchao datasets fastapi gguf gradio onnx tiktoken".split()
+    names += ["transformers.trainer", "transformers.models.gpt2.modeling_gpt2"]
     block = f"sys.modules.update(dict.fromkeys({names}))"  # None: cannot be imported
     script = f"import sys; {block}; import hugging_nano_gpt_cli; hugging_nano_gpt_cli.main()"
     result = run_program(sys.executable, "-c", script, "inspect", tmp_path / "missing.pt")

@@ -13,12 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
+import transformers  # GPT2LMHeadModel is imported with its first use: few programs need it
+from transformers import GPT2Config, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..errors import ConversionError, list_some
@@ -96,7 +92,7 @@ def export_gpt2(
 
 
 def import_gpt2(
-    source: str | os.PathLike[str] | GPT2LMHeadModel,
+    source: "str | os.PathLike[str] | transformers.GPT2LMHeadModel",
     *,
     bias: bool | None = None,
     dropout: float | None = None,
@@ -123,13 +119,15 @@ def import_gpt2(
             quantised layers or NaN, or bias=False and a bias that is not zero.
         CheckpointError: If there is no whole GPT-2 model in safetensors, or the Hub cannot be reached.
     """
-    if isinstance(source, GPT2LMHeadModel):
+    if isinstance(source, transformers.GPT2LMHeadModel):
         where = source.name_or_path or type(source).__name__
         _check_options(where, source.config, dropout)
         gpt2 = source
     elif isinstance(source, str | os.PathLike):
         where = os.fspath(source)
-        gpt2 = load_whole_model(GPT2LMHeadModel, where, check=lambda config: _check_options(where, config, dropout))
+        gpt2 = load_whole_model(
+            transformers.GPT2LMHeadModel, where, check=lambda config: _check_options(where, config, dropout)
+        )
     else:
         raise ConversionError(
             f"{type(source).__name__}: not GPT-2's language model: expected a folder, a hub id or a GPT2LMHeadModel, "
@@ -150,13 +148,14 @@ def import_gpt2(
 
 def _make_gpt2(
     model: NanoGPTLMHeadModel, tensors: Mapping[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase | None
-) -> GPT2LMHeadModel:
+) -> "transformers.GPT2LMHeadModel":
     config = model.config
     gpt2_config = make_gpt2_config(config)
     gpt2_config.nanogpt_bias = config.bias  # for the way back, as nanogpt_training_state is
     gpt2_config.nanogpt_training_state = config.to_dict()["nanogpt_training_state"]
     selected = select_tensors(tensors, {**list_args(config), "bias": True}, config.tie_word_embeddings)
-    gpt2: GPT2LMHeadModel = GPT2LMHeadModel.from_pretrained(None, config=gpt2_config, state_dict=_transpose(selected))
+    state_dict = _transpose(selected)
+    gpt2 = transformers.GPT2LMHeadModel.from_pretrained(None, config=gpt2_config, state_dict=state_dict)
     gpt2.generation_config = make_settings(model, tokenizer)
     return gpt2
 
