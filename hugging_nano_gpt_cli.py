@@ -353,6 +353,10 @@ def train(
         bool, typer.Option("--gradient-checkpointing", help="Compute activations twice in place of keeping them.")
     ] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16, on a CPU too.")] = False,
+    fsdp: Annotated[
+        bool,
+        typer.Option("--fsdp", help="Under torchrun: split parameters and moments between the processes (FSDP2)."),
+    ] = False,
 ) -> None:
     """Train as nanoGPT's train.py does: its settings, its lines, its ckpt.pt, bit for bit; and go on after a kill."""
     _set_up_transformers(has_progress=False, is_quiet=True)
@@ -366,6 +370,7 @@ def train(
         loss_chunk_size=loss_chunk_size,
         gradient_checkpointing=gradient_checkpointing,
         bf16=bf16,
+        fsdp=fsdp,
         has_bar=sys.stderr.isatty(),
     )
 

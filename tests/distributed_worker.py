@@ -1,24 +1,38 @@
-"""One process of test_distributed.py: makes recorded updates together with its peers, then writes a checkpoint.
+"""One process of test_distributed.py: makes updates together with its peers, then writes a checkpoint.
 
 torchrun starts it as `-m tests.distributed_worker FOLDER STRATEGY...`. In the folder FOLDER/STRATEGY the checkpoint is
 ckpt-0.pt, as the first process alone writes; held.pt is what the processes hold, gathered by torch's own functions and
-not by ours.
+not by ours. The strategies that begin with `train` are toy runs of train.py's settings, in out/.
 """
 
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.fsdp import fully_shard
 
 from hugging_nano_gpt.training import collate_windows, make_optimizer, read_optimizer
 
+from .toy_run import train
 from .trace import CONFIG, START, STEPS, load_start, make_trainer, train_by_hand
 
 N_UPDATES = 20
+
+# Of the toy run of two processes, which have no dropout masks in common with one. And no biases: that of the keys has
+# a gradient of rounding errors alone, which AdamW divides by their own size.
+CHANGES = {"dropout": 0.0, "bias": False, "max_iters": N_UPDATES, "eval_interval": 10, "lr_decay_iters": N_UPDATES}
+
+# Its first updates once more, with memory saved.
+WAYS = {"lean": {"loss_chunk_size": 7, "gradient_checkpointing": True}, "bf16": {"bf16": True}}
+SHORT = {**CHANGES, "max_iters": 4, "eval_interval": 4}
+
+# Before, Transformers loads several CPU processes' moments of DDP to a "cpu:0" that torch does not know.
+CAN_RESUME = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 19)
 
 # Long enough for a busy machine, short enough that a process without peers does not outlive the tests.
 TIMEOUT_S = 60
@@ -53,6 +67,16 @@ def train_with_fsdp2(folder: Path, rank: int, world_size: int) -> None:
     model.to_nanogpt_ckpt(folder / f"ckpt-{rank}.pt", optimizer=state, iter_num=100 + N_UPDATES)
 
 
+def run_toy(folder: Path, fsdp: bool) -> None:
+    """Makes the toy run, stopped and resumed; sharded, its first updates in every way too."""
+    if CAN_RESUME or fsdp:
+        train(folder, fsdp=fsdp, **{**CHANGES, "max_iters": 10})
+    trainer = train(folder, fsdp=fsdp, resume=True, **CHANGES)
+    assert all(hasattr(parameter, "full_tensor") is fsdp for parameter in trainer.model.parameters())
+    for name, flags in WAYS.items() if fsdp else ():
+        train(folder, fsdp=fsdp, out_dir=name, **flags, **SHORT)
+
+
 def save_held(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Saves parameters and moments by name."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -61,7 +85,12 @@ def save_held(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optim
         torch.save({"parameters": parameters, "moments": state["state"]}, folder / "held.pt")
 
 
-STRATEGIES = {"ddp": train_with_ddp, "fsdp2": train_with_fsdp2}
+STRATEGIES: dict[str, Callable[[Path, int, int], None]] = {
+    "ddp": train_with_ddp,
+    "fsdp2": train_with_fsdp2,
+    "train": lambda folder, *_: run_toy(folder, fsdp=False),
+    "train-fsdp2": lambda folder, *_: run_toy(folder, fsdp=True),
+}
 
 if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_S))

@@ -19,7 +19,7 @@ SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout")
 
 
 class ReferenceRun:
-    """One process's run from scratch, or from what an earlier run saved.
+    """One process's run from scratch, or from what an earlier run saved; or several's, whose sums one process makes.
 
     Args:
         settings: All that the run reads, in train.py's words.
@@ -28,6 +28,7 @@ class ReferenceRun:
         saved: What an earlier run saved, to resume from.
         is_late: Whether all micro-steps' batches are drawn before the first forward pass, which is wrong.
         n_first: Batches drawn before the loop; train.py draws one.
+        n_processes: Processes that share the micro-steps, each with its own seed; for a run without dropout.
     """
 
     def __init__(
@@ -38,13 +39,17 @@ class ReferenceRun:
         saved: Mapping[str, Any] | None = None,
         is_late: bool = False,
         n_first: int = 1,
+        n_processes: int = 1,
     ):
         self.settings = settings
         self.tokens = {split: np.fromfile(data_dir / f"{split}.bin", dtype=np.uint16) for split in ("train", "val")}
         self.is_late = is_late
-        torch.manual_seed(1337)
-        self.model = ReferenceGPT(vocab_size=vocab_size, **{name: settings[name] for name in SHAPE})
-        self.model.draw_weights()
+        self.generators = [torch.default_generator, *(torch.Generator() for _ in range(1, n_processes))]
+        for rank in reversed(range(n_processes)):
+            torch.manual_seed(1337 + rank)
+            self.model = ReferenceGPT(vocab_size=vocab_size, **{name: settings[name] for name in SHAPE})
+            self.model.draw_weights()
+            self.generators[rank].set_state(torch.get_rng_state())
         groups = [[p for p in self.model.parameters() if (p.ndim >= 2) is is_matrix] for is_matrix in (True, False)]
         self.optimizer = torch.optim.AdamW(
             [
@@ -62,12 +67,13 @@ class ReferenceRun:
         self.losses: list[float] = []
         self.evaluations: list[dict[str, float]] = []
         for _ in range(n_first):
-            self.batch = self.draw("train")
+            self.batches = [self.draw("train", rank) for rank in range(n_processes)]
 
-    def draw(self, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw(self, split: str, rank: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Draws idx and targets, (B, T) int64 each."""
         tokens, length = self.tokens[split], self.settings["block_size"]
-        offsets = torch.randint(len(tokens) - length, (self.settings["batch_size"],))
+        size = (self.settings["batch_size"],)
+        offsets = torch.randint(len(tokens) - length, size, generator=self.generators[rank])
         rows = torch.from_numpy(np.stack([tokens[i : i + length + 1] for i in offsets.tolist()]).astype(np.int64))
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
@@ -105,9 +111,10 @@ class ReferenceRun:
         for group in self.optimizer.param_groups:
             group["lr"] = self.compute_lr()
         early = [self.draw("train") for _ in range(micro_steps)] if self.is_late else []
-        for _ in range(micro_steps):
-            loss = self.model(*self.batch)[1] / micro_steps
-            self.batch = early.pop(0) if early else self.draw("train")
+        for number in range(micro_steps):
+            rank = number % len(self.batches)
+            loss = self.model(*self.batches[rank])[1] / micro_steps
+            self.batches[rank] = early.pop(0) if early else self.draw("train", rank)
             loss.backward()
         if self.settings["grad_clip"] != 0.0:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings["grad_clip"])
@@ -128,3 +135,18 @@ class ReferenceRun:
         return lowest + 0.5 * (1.0 + math.cos(math.pi * (self.iter_num - warmup) / (end - warmup))) * (
             highest - lowest
         )
+
+
+def flatten_saved(run: ReferenceRun) -> dict[str, torch.Tensor]:
+    """Lays out what a run saved as toy_run.flatten_checkpoint does."""
+    saved = run.saved
+    names = {id(parameter): name for name, parameter in run.model.named_parameters()}
+    order = [names[id(parameter)] for group in run.optimizer.param_groups for parameter in group["params"]]
+    moments = {
+        f"{key} of {name}": saved["optimizer"]["state"][number][key]
+        for number, name in enumerate(order)
+        for key in ("step", "exp_avg", "exp_avg_sq")
+    }
+    counts = {"iter_num": torch.tensor(saved["iter_num"])}
+    counts["best_val_loss"] = torch.tensor(saved["best_val_loss"]).double()
+    return {**saved["model"], **moments, **counts}

@@ -10,7 +10,7 @@ from hugging_nano_gpt import ConversionError, NanoGPTLMHeadModel, TokenizerError
 
 from .programs import run_command
 from .record_training import FIXTURE_PATH, summarize
-from .reference_run import ReferenceRun
+from .reference_run import ReferenceRun, flatten_saved
 from .scripts import link_scripts, run_script, skip_without_nanogpt
 from .toy_run import SETTINGS, VOCAB_SIZE, flatten_checkpoint, list_differences, make_workplace, train
 from .trace import TOLERANCE, TRACE_DIR
@@ -28,21 +28,6 @@ CHANGES = {
 def run_reference(changes, saved=None):
     settings = {**SETTINGS, **changes}
     return ReferenceRun(settings, TRACE_DIR, VOCAB_SIZE, saved)
-
-
-def flatten_saved(run):
-    """Lays out what a reference run saved as flatten_checkpoint does."""
-    saved = run.saved
-    names = {id(parameter): name for name, parameter in run.model.named_parameters()}
-    order = [names[id(parameter)] for group in run.optimizer.param_groups for parameter in group["params"]]
-    moments = {
-        f"{key} of {name}": saved["optimizer"]["state"][number][key]
-        for number, name in enumerate(order)
-        for key in ("step", "exp_avg", "exp_avg_sq")
-    }
-    counts = {"iter_num": torch.tensor(saved["iter_num"])}
-    counts["best_val_loss"] = torch.tensor(saved["best_val_loss"]).double()
-    return {**saved["model"], **moments, **counts}
 
 
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)

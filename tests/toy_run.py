@@ -47,10 +47,11 @@ def make_workplace(folder: Path) -> Path:
     return folder
 
 
-def train(folder: Path, *, resume: bool = False, **changes: Any) -> NanoGPTTrainer:
-    """Makes the toy run in a folder, with some settings changed."""
+def train(folder: Path, **changes: Any) -> NanoGPTTrainer:
+    """Makes the toy run in a folder, with some settings of train.py's or arguments of run_training changed."""
+    arguments = {name: changes.pop(name) for name in changes.keys() - TRAIN_DEFAULTS.keys()}
     with contextlib.chdir(make_workplace(folder)):
-        return run_training({**SETTINGS, **changes}, resume=resume)
+        return run_training({**SETTINGS, **changes}, **arguments)
 
 
 def flatten_checkpoint(path: Path) -> dict[str, torch.Tensor]:

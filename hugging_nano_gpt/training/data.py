@@ -133,6 +133,19 @@ def collate_windows(windows: Sequence[dict[str, torch.Tensor]]) -> dict[str, tor
     return {name: torch.stack([window[name] for window in windows]) for name in ("input_ids", "shift_labels")}
 
 
+def collate_checked(
+    windows: Sequence[dict[str, torch.Tensor]], vocab_size: int, where: object
+) -> dict[str, torch.Tensor]:
+    """Stacks windows, and refuses ids that the model does not have.
+
+    Raises:
+        DataError: If there are any; it names the place that the windows are from.
+    """
+    batch = collate_windows(windows)
+    check_ids(batch, vocab_size, where)
+    return batch
+
+
 def check_ids(batch: Mapping[str, torch.Tensor], vocab_size: int, where: object) -> None:
     """Refuses a batch of windows, still on the CPU, with ids that the model does not have: on a GPU they are no error.
 

@@ -9,15 +9,20 @@ import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import TrainerCallback
 
 from ..checkpoint.tensors import MODEL_ARGS
 from ..errors import CheckpointError
 from ..files import open_atomically
 from ..model.configuration_nano_gpt import NanoGPTConfig
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
-from .data import NANOGPT_SEED, TokenDataset, check_ids, collate_windows
+from .data import NANOGPT_SEED, TokenDataset, collate_checked
+
+if TYPE_CHECKING:
+    from .trainer import NanoGPTTrainer
 
 
 def make_random_state(config: NanoGPTConfig, rank: int = 0) -> torch.Tensor:
@@ -47,9 +52,7 @@ def load_windows(dataset: TokenDataset, offsets: list[int], vocab_size: int) -> 
     Raises:
         DataError: If there are ids that the model does not have.
     """
-    batch = collate_windows([dataset[offset] for offset in offsets])
-    check_ids(batch, vocab_size, getattr(dataset, "path", dataset))
-    return batch
+    return collate_checked([dataset[offset] for offset in offsets], vocab_size, getattr(dataset, "path", dataset))
 
 
 class DrawnBatches:
@@ -97,6 +100,30 @@ class BatchesInTurn:
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         return (self.batches.take() for _ in range(self.count))
+
+
+class DrawingCallback(TrainerCallback):
+    """Begins a run with train.py's random numbers, and keeps the batch that is drawn when Trainer saves.
+
+    Trainer's checkpoints hold the state of the generators; the batch that comes next was drawn before an evaluation.
+    """
+
+    def __init__(self, trainer: "NanoGPTTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        if trainer._resumed_from is not None:  # Trainer itself sets the generators' states
+            offsets = read_next_batch(trainer._resumed_from, args.process_index, args.world_size)
+            if trainer._train_batch_sampler is None:
+                trainer._batches.choose(offsets)
+            return
+        torch.manual_seed(NANOGPT_SEED + args.process_index)  # the accelerator's generators, for dropout
+        trainer._begin_drawing()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        write_next_batch(folder, self.trainer._batches.offsets, args.process_index, args.world_size)
 
 
 def write_next_batch(folder: Path, offsets: list[int], rank: int, world_size: int) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from transformers import PrinterCallback, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from ..convert.nanogpt import remember_training_state
-from ..errors import CheckpointError, ConversionError
+from ..errors import CheckpointError, ConversionError, MissingDependencyError, list_some
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from .arguments import training_arguments_from_nanogpt
 from .data import TokenDataset
@@ -34,6 +35,7 @@ def run_training(
     loss_chunk_size: int | None = None,
     gradient_checkpointing: bool = False,
     bf16: bool = False,
+    fsdp: bool = False,
     has_bar: bool = False,
 ) -> NanoGPTTrainer:
     """Does what train.py does with these settings, and prints its lines.
@@ -46,21 +48,23 @@ def run_training(
             directory, as train.py does.
         resume: Go on from the last whole checkpoint of Trainer's in out_dir, as if nothing had happened; if there is
             none, begin as init_from says.
-        report_to: Names of Trainer's loggers: "tensorboard", "wandb", "trackio". wandb_log adds "wandb".
+        report_to: Names of Trainer's loggers, such as "tensorboard" or "trackio". wandb_log adds "wandb".
         folder: Folder for Transformers to write with every ckpt.pt.
         loss_chunk_size: See NanoGPTConfig; changes the numbers a little.
         gradient_checkpointing: Compute activations again in place of keeping them; changes no number.
         bf16: Compute in bfloat16, on a CPU too, where train.py does not.
+        fsdp: Split parameters and moments between the processes (FSDP2) in place of keeping them in each (DDP).
         has_bar: Show a progress bar on standard error.
 
     Returns:
         The trainer, after the last update; of an eval_only run, after the evaluation.
 
     Raises:
-        NanoGPTError: If a setting, the data, the start or the checkpoint to resume from cannot be used, or an earlier
-            run in out_dir could go on and resume is not given.
+        NanoGPTError: If a setting, the data, the start or the checkpoint to resume from cannot be used, a logger is
+            not installed, or an earlier run in out_dir could go on and resume is not given.
     """
-    _check_settings(settings)
+    _check_settings(settings, fsdp)
+    loggers = _list_loggers(settings, report_to)
     rank = int(os.environ.get("RANK", "0"))
     tell = say if rank == 0 else _say_nothing
     n_tokens = settings["gradient_accumulation_steps"] * settings["batch_size"] * settings["block_size"]
@@ -82,7 +86,7 @@ def run_training(
     if gradient_checkpointing:
         enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable()  # renamed in Transformers 5.23
-    args = _make_arguments(settings, state.iter_num, last is not None, report_to, **({"bf16": True} if bf16 else {}))
+    args = _make_arguments(settings, state.iter_num, last is not None, loggers, bf16, fsdp)
     trainer = NanoGPTTrainer(model, args, train_dataset, eval_dataset, training_state=state, random_state=random_state)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(TrainPyCallback(trainer, None if folder is None else Path(folder), tell))
@@ -109,7 +113,12 @@ def _start_again(folder: Path, settings: Mapping[str, Any], rank: int) -> Start:
     return Start(model, state, make_random_state(model.config, rank))
 
 
-def _check_settings(settings: Mapping[str, Any]) -> None:
+def _check_settings(settings: Mapping[str, Any], fsdp: bool) -> None:
+    if fsdp and "LOCAL_RANK" not in os.environ:
+        raise ConversionError(
+            "fsdp: expected the processes that torchrun starts, got a process alone; start it with `torchrun "
+            "--nproc-per-node=N --no-python hugging-nano-gpt train ...`, or leave fsdp out"
+        )
     if str(settings["device"]).startswith("cuda") and not torch.cuda.is_available():
         raise ConversionError(
             f"device: expected a GPU for {settings['device']!r}, as train.py's default asks, got none; give "
@@ -117,13 +126,27 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
         )
 
 
+def _list_loggers(settings: Mapping[str, Any], report_to: str | list[str]) -> list[str]:
+    names = [report_to] if isinstance(report_to, str) else report_to
+    wanted = [*names, "wandb"] if settings["wandb_log"] else names
+    loggers = [name for name in dict.fromkeys(wanted) if name != "none"]
+    unknown = [name for name in loggers if name not in INTEGRATION_TO_CALLBACK]
+    if unknown:
+        raise ConversionError(
+            f"report_to: expected names of Trainer's loggers, got {list_some(unknown)}; give tensorboard, wandb or "
+            f"trackio"
+        )
+    missing = [name for name in loggers if name not in get_available_reporting_integrations()]
+    if missing:
+        raise MissingDependencyError(f"report_to: {missing[0]} is not installed; pip install {missing[0]}")
+    return loggers
+
+
 def _make_arguments(
-    settings: Mapping[str, Any], iter_num: int, is_resumed: bool, report_to: str | list[str], **precision: bool
+    settings: Mapping[str, Any], iter_num: int, is_resumed: bool, loggers: list[str], bf16: bool, fsdp: bool
 ) -> TrainingArguments:
     """Makes Trainer's arguments: it logs to its loggers alone; TrainPyCallback says when to evaluate and save."""
-    loggers = [name for name in ([report_to] if isinstance(report_to, str) else report_to) if name != "none"]
-    if settings["wandb_log"]:
-        loggers.append("wandb")
+    if "wandb" in loggers:
         os.environ.setdefault("WANDB_PROJECT", settings["wandb_project"])
     args, _ = training_arguments_from_nanogpt(
         settings,
@@ -135,7 +158,8 @@ def _make_arguments(
         logging_strategy="steps" if loggers else "no",
         report_to=loggers or "none",
         disable_tqdm=True,
-        **precision,
+        fsdp=fsdp,
+        **({"bf16": True, "fp16": False} if bf16 else {}),
     )
     return args
 

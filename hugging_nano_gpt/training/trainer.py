@@ -7,7 +7,7 @@ replay of a recorded nanoGPT run ends at the same bits.
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import replace
 from functools import cached_property, partial
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
@@ -24,8 +26,8 @@ from ..convert.nanogpt import remember_training_state, save_model
 from ..errors import ConversionError
 from .arguments import complete_arguments
 from .configurator import TRAIN_DEFAULTS
-from .data import NANOGPT_SEED, RandomOffsetSampler, TokenDataset, check_ids, collate_windows
-from .drawing import BatchesInTurn, DrawnBatches, make_random_state, read_next_batch, write_next_batch
+from .data import RandomOffsetSampler, TokenDataset, collate_checked, collate_windows
+from .drawing import BatchesInTurn, DrawingCallback, DrawnBatches, make_random_state
 from .evaluation import estimate_losses
 from .optimizer import load_moments, make_optimizer, read_optimizer
 from .schedule import NanoGPTSchedule
@@ -94,7 +96,7 @@ class NanoGPTTrainer(Trainer):
             )
         batch_size, vocab_size = self.args.per_device_train_batch_size, model.config.vocab_size
         self._batches = DrawnBatches(train_dataset, batch_size, vocab_size, self.args.device)
-        self.add_callback(_DrawingCallback(self))
+        self.add_callback(DrawingCallback(self))
         self.add_callback(SettingsCallback(self))
 
     @property
@@ -143,13 +145,36 @@ class NanoGPTTrainer(Trainer):
         self._remember()
         super().save_model(output_dir, _internal_call)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Makes the accelerator as Trainer does, but that FSDP is FSDP on a CPU too, where Accelerate makes DDP of it.
+
+        Parameters and gradients stay in float32 under FSDP, where Accelerate would round them to the half precision.
+        """
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp:
+            self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            for state in (self.accelerator.state, PartialState()):  # one takes it from the other, again and again
+                state.distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager:
+        """Autocasts as train.py does under FSDP, where Accelerate does not; elsewhere it has done so."""
+        return self.accelerator.autocast() if self.is_fsdp_enabled else contextlib.nullcontext()
+
     def get_train_dataloader(self) -> DataLoader:
         """Serves the given batches. Those that are drawn come from get_batch_samples, and this says their number."""
         n_batches = self.args.max_steps * self.args.gradient_accumulation_steps
         sampler = self._train_batch_sampler or RandomOffsetSampler(
             self.train_dataset, self.args.per_device_train_batch_size, n_batches, rank=self.args.process_index
         )
-        return self._make_loader(self.train_dataset, sampler)
+        where, vocab_size = getattr(self.train_dataset, "path", self.train_dataset), self.model.config.vocab_size
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=sampler,
+            collate_fn=partial(collate_checked, vocab_size=vocab_size, where=where),
+            generator=torch.Generator(),  # or an iterator of the loader would draw its seed from the global one
+            num_workers=self.args.dataloader_num_workers,
+        )
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[Any, Any]:
         """Serves the micro-steps' batches of an update; drawn ones in turn, as each is drawn after a forward pass."""
@@ -288,49 +313,6 @@ class NanoGPTTrainer(Trainer):
             self._random_state = make_random_state(self.model.config, self.args.process_index)
         torch.set_rng_state(self._random_state)
         self._batches.draw()
-
-    def _make_loader(self, dataset: TokenDataset, batch_sampler: Any) -> DataLoader:
-        return DataLoader(
-            dataset,
-            batch_sampler=batch_sampler,
-            collate_fn=partial(
-                _collate_checked, vocab_size=self.model.config.vocab_size, where=getattr(dataset, "path", dataset)
-            ),
-            generator=torch.Generator(),  # or an iterator of the loader would draw its seed from the global one
-            num_workers=self.args.dataloader_num_workers,
-        )
-
-
-def _collate_checked(
-    windows: Sequence[dict[str, torch.Tensor]], vocab_size: int, where: object
-) -> dict[str, torch.Tensor]:
-    batch = collate_windows(windows)
-    check_ids(batch, vocab_size, where)
-    return batch
-
-
-class _DrawingCallback(TrainerCallback):
-    """Begins a run with train.py's random numbers, and keeps the batch that is drawn when Trainer saves.
-
-    Trainer's checkpoints hold the state of the generators; the batch that comes next was drawn before an evaluation.
-    """
-
-    def __init__(self, trainer: NanoGPTTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        if trainer._resumed_from is not None:  # Trainer itself sets the generators' states
-            offsets = read_next_batch(trainer._resumed_from, args.process_index, args.world_size)
-            if trainer._train_batch_sampler is None:
-                trainer._batches.choose(offsets)
-            return
-        torch.manual_seed(NANOGPT_SEED + args.process_index)  # the accelerator's generators, for dropout
-        trainer._begin_drawing()
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        write_next_batch(folder, self.trainer._batches.offsets, args.process_index, args.world_size)
 
 
 class NanoGPTCheckpointCallback(TrainerCallback):
