@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import resource
 import signal
 from pathlib import Path
@@ -13,6 +14,13 @@ import torch
 from hugging_nano_gpt import Checkpoint, ConversionError, NanoGPTLMHeadModel, read_checkpoint, write_checkpoint
 
 from .tiny import MODEL_ARGS
+
+
+@pytest.fixture(scope="module", autouse=True)
+def keep_what_is_loaded():
+    """Takes what is loaded out of garbage collection, which Trainer and torch call often: half a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
