@@ -1,7 +1,7 @@
 """The README followed line by line in a folder that is not the clone; it stays short, and so do the pages of docs/.
 
-Its commands run in this process, or as the program that README_PROGRAM names: make readme installs the wheel for that.
-nanoGPT's part is the bundled checkpoint; where NANOGPT_DIR names a checkout, the line that needs it runs too.
+Its commands run in this process, or as the program that README_PROGRAM names, in the empty venv of make readme, where
+its pip lines run too. nanoGPT's part is the bundled checkpoint, or nanoGPT where NANOGPT_DIR names a checkout.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import socket
 import subprocess
 import threading
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +24,31 @@ from hugging_nano_gpt import read_checkpoint
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
 from .programs import run_command, run_program
-from .scripts import NANOGPT_DIR
+from .scripts import NANOGPT_DIR, link_scripts, run_script
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 (BLOCK,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 (SESSION,) = re.findall(r"```\n(python train\.py.*?)```", README, flags=re.DOTALL)
-LINES = [words for line in SESSION.replace("\\\n", "").splitlines() if (words := shlex.split(line, comments=True))]
+(INSTALL,) = re.findall(r"```\n(pip install.*?)```", README, flags=re.DOTALL)
 PROGRAM = os.environ.get("README_PROGRAM")
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+# What makes seconds of minutes; the model is as large as the bundled one.
+SHORTER = {
+    "evaluate": "--eval-iters 1",
+    "generate": "--num-samples 1 --max-new-tokens 20",
+    "train.py": "--device=cpu --dtype=float32 --compile=False --n_layer=3 --n_head=3 --n_embd=96 --block_size=128 "
+    "--batch_size=2 --eval_iters=1 --eval_interval=2",
+}
+
+
+def split(block):
+    lines = block.replace("\\\n", "").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+LINES = split(SESSION)
 
 
 @pytest.fixture
@@ -43,9 +60,25 @@ def workplace(tmp_path, monkeypatch):
     data_dir = tmp_path / "data" / "shakespeare_char"
     data_dir.mkdir(parents=True)
     shutil.copy(META_PATH, data_dir / "meta.pkl")
-    np.random.default_rng(0).integers(0, 65, 1000, dtype=np.uint16).tofile(data_dir / "val.bin")
+    for split_name in ("train", "val"):
+        np.random.default_rng(0).integers(0, 65, 1000, dtype=np.uint16).tofile(data_dir / f"{split_name}.bin")
+    if NANOGPT_DIR:
+        link_scripts(tmp_path)
+        (tmp_path / "config").symlink_to(Path(NANOGPT_DIR) / "config")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _install():
+    if PROGRAM:
+        for words in split(INSTALL):
+            run_pip(words)
+
+
+def run_pip(words):
+    python = Path(PROGRAM).absolute().with_name("python")
+    subprocess.run([python, "-m", *words, "--quiet"], cwd=ROOT, check=True)
 
 
 def run(words, *options):
@@ -61,19 +94,23 @@ def test_readme_python_runs_as_written(workplace):
 
 
 def test_readme_session_runs_line_by_line(workplace):
-    shorter = {"generate": ("--num-samples", "1", "--max-new-tokens", "20"), "evaluate": ("--eval-iters", "1")}
-    ran = {}
+    printed, n_updates = {}, 0
     for words in LINES:
-        if words[0] != "hugging-nano-gpt" or words[1] == "serve" or ("--nanogpt" in words and not NANOGPT_DIR):
-            continue
-        if "--nanogpt" in words:
-            (workplace / "model.py").symlink_to(Path(NANOGPT_DIR) / "model.py")
-        ran[words[1]] = run(words, *shorter.get(words[1], ()))
-    assert list(ran) == ["inspect", "evaluate", "convert", "verify", "generate", "back"]
-    assert "bits per character" in ran["evaluate"]
-    assert ran["convert"].startswith("Wrote shakespeare: 350,976 parameters, float32, and a tokenizer of 65 tokens")
-    assert "ROMEO:" in ran["generate"]
-    assert read_checkpoint("out-back/ckpt.pt").training_state.iter_num == 5000
+        options = SHORTER.get(words[1], "").split()
+        if words[0] == "pip" and PROGRAM:
+            run_pip(words)
+        elif words[0] == "python" and NANOGPT_DIR:
+            n_updates += 2
+            run_script(workplace, *words[1:], *options, f"--max_iters={n_updates}")
+        elif words[0] == "hugging-nano-gpt" and words[1] != "serve" and (NANOGPT_DIR or "--nanogpt" not in words):
+            printed[words[1]] = run(words, *options)
+    assert list(printed) == ["inspect", "evaluate", "convert", "verify", "generate", "back"]
+    assert "bits per character" in printed["evaluate"]
+    assert printed["convert"].startswith(
+        "Wrote shakespeare: 350,976 parameters, float32, and a tokenizer of 65 tokens"
+    )
+    assert "ROMEO:" in printed["generate"]
+    assert read_checkpoint("out-back/ckpt.pt").training_state.iter_num == (4 if NANOGPT_DIR else 5000)
 
 
 @pytest.mark.filterwarnings("ignore")  # of the packages underneath
@@ -139,10 +176,24 @@ def test_readme_has_at_most_800_words_and_a_page_1200():
     assert long <= {"benchmarks.md", "cli.md", "training.md"}
 
 
+def list_links(page):
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
+    return [page.parent / link for link in links if "://" not in link]
+
+
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda page: page.name)
 def test_links_lead_to_files_that_exist(page):
-    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
-    assert not [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not [path for path in list_links(page) if not path.exists()]
+
+
+def test_links_lead_to_files_of_the_source_distribution():
+    """So they work there: the project has no address of its own that they could lead to."""
+    packed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["sdist"]
+    targets = {
+        path.resolve().relative_to(ROOT).parts[0] for page in (ROOT / "README.md", *PAGES) for path in list_links(page)
+    }
+    assert "docs" in targets
+    assert targets <= {*packed["only-include"], "README.md", "LICENSE"}
 
 
 def test_contributing_names_existing_files():
