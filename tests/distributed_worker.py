@@ -1,11 +1,10 @@
 """One process of test_distributed.py: makes updates together with its peers, then writes a checkpoint.
 
-torchrun starts it as `-m tests.distributed_worker FOLDER STRATEGY...`. In the folder FOLDER/STRATEGY the checkpoint is
-ckpt-0.pt, as the first process alone writes; held.pt is what the processes hold, gathered by torch's own functions and
-not by ours. The strategies that begin with `train` are toy runs of train.py's settings, in out/.
+tests/processes.py calls main in each of two. In the folder FOLDER/STRATEGY the checkpoint is ckpt-0.pt, as the first
+process alone writes; held.pt is what the processes hold, gathered by torch's own functions and not by ours. The
+strategies that begin with `train` are toy runs of train.py's settings, in out/.
 """
 
-import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -92,9 +91,11 @@ STRATEGIES: dict[str, Callable[[Path, int, int], None]] = {
     "train-fsdp2": lambda folder, *_: run_toy(folder, fsdp=True),
 }
 
-if __name__ == "__main__":
+
+def main(folder: str, *strategies: str) -> None:
+    """Follows the strategies one after another."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_S))
-    for name in sys.argv[2:]:
-        STRATEGIES[name](Path(sys.argv[1]) / name, dist.get_rank(), dist.get_world_size())
+    for name in strategies:
+        STRATEGIES[name](Path(folder) / name, dist.get_rank(), dist.get_world_size())
         dist.barrier()
     dist.destroy_process_group()

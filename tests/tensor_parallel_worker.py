@@ -1,10 +1,9 @@
 """One process of test_tensor_parallel.py: loads saved models split over all processes, and saves what they compute.
 
-torchrun starts it as `-m tests.tensor_parallel_worker FOLDER CASE...`. Each CASE is a folder in FOLDER with a saved
-model; computed-RANK.pt in it is what process RANK computed, ckpt.pt and saved/ are what all of them wrote.
+tests/processes.py calls main in each of two. Each CASE is a folder in FOLDER with a saved model; computed-RANK.pt in
+it is what process RANK computed, ckpt.pt and saved/ are what all of them wrote.
 """
 
-import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -38,7 +37,7 @@ def compute(model: NanoGPTLMHeadModel) -> dict[str, torch.Tensor]:
     return computed
 
 
-def main(folder: Path, case: str) -> None:
+def run_case(folder: Path, case: str) -> None:
     """Loads a case, computes and saves."""
     plan = DistributedConfig(tp_plan=PLANS.get(case, "auto"))
     model = NanoGPTLMHeadModel.from_pretrained(folder / case / "model", distributed_config=plan)
@@ -53,9 +52,10 @@ def main(folder: Path, case: str) -> None:
     torch.save(computed, folder / case / f"computed-{dist.get_rank()}.pt")
 
 
-if __name__ == "__main__":
+def main(folder: str, *cases: str) -> None:
+    """Runs the cases one after another."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_S))
-    for case in sys.argv[2:]:
-        main(Path(sys.argv[1]), case)
+    for case in cases:
+        run_case(Path(folder), case)
     dist.barrier()
     dist.destroy_process_group()

@@ -1,16 +1,20 @@
 """Memory while converting: the optimizer state, two thirds of a file, costs nothing; each tensor is read once."""
 
-import subprocess
+import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from transformers.utils import logging
 
 from hugging_nano_gpt import NanoGPTConfig, NanoGPTLMHeadModel
 from hugging_nano_gpt.checkpoint import torch_file
 from hugging_nano_gpt.checkpoint.optimizer import group_by_dimension, list_parameter_shapes
+from hugging_nano_gpt.demo import CKPT_PATH
 
+from .processes import run_forked
 from .tiny import TORCH_VERSION
 
 # 4 layers of width 512: 54 MB of weights, so that a copy too many stands out from the noise of an allocator.
@@ -19,24 +23,20 @@ WEIGHTS_BYTES = 4 * sum(torch.Size(shape).numel() for shape in list_parameter_sh
 
 needs_offsets = pytest.mark.skipif(TORCH_VERSION < (2, 7), reason="torch 2.6 notes no offsets: its map is copied")
 
-CONVERT = """
-import pathlib, sys
-import torch
-from transformers.utils import logging
-from hugging_nano_gpt import NanoGPTLMHeadModel
-from hugging_nano_gpt.demo import CKPT_PATH
 
 def read_status(field):
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
 
-logging.disable_progress_bar()
-NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH).save_pretrained(sys.argv[2])  # what is imported late is imported now
-pathlib.Path("/proc/self/clear_refs").write_text("5")
-before = read_status("VmRSS")
-NanoGPTLMHeadModel.from_nanogpt_ckpt(sys.argv[1]).save_pretrained(sys.argv[2], max_shard_size="20MB")
-print(read_status("VmHWM") - before)
-"""
+
+def convert(path, out):
+    """Converts a file in a process of its own, and prints by how much its memory has grown at most."""
+    logging.disable_progress_bar()
+    NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH).save_pretrained(out)  # what is imported late is imported now
+    Path("/proc/self/clear_refs").write_text("5")
+    before = read_status("VmRSS")
+    NanoGPTLMHeadModel.from_nanogpt_ckpt(path).save_pretrained(out, max_shard_size="20MB")
+    print(read_status("VmHWM") - before)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,8 @@ def paths(tmp_path_factory):
 
 
 def measure(path, out):
-    done = subprocess.run([sys.executable, "-c", CONVERT, path, out], capture_output=True, text=True, check=True)
+    (done,) = run_forked([(convert, (path, out))], [os.environ])
+    assert done.returncode == 0, done.stderr
     return int(done.stdout.split()[-1])
 
 

@@ -1,16 +1,23 @@
-"""Verifying against a nanoGPT checkout: a small one written here, and the real one where NANOGPT_DIR names it."""
+"""Verifying against a nanoGPT checkout: a small one written here, and the real one where NANOGPT_DIR names it.
+
+Their code's process is forked, with torch imported; three tests start one as users do.
+"""
 
 import json
+import subprocess
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from hugging_nano_gpt import NanoGPTLMHeadModel, VerifyError, verify_against_nanogpt
 from hugging_nano_gpt.demo import CKPT_PATH
+from hugging_nano_gpt.verify import nanogpt
 
 from .conftest import save
+from .processes import run_script_forked
 from .scripts import NANOGPT_DIR, skip_without_nanogpt
 from .test_verify import find_wrong
 
@@ -84,6 +91,16 @@ class GPT(GPT):
 """
 
 
+@pytest.fixture(autouse=True)
+def forked(monkeypatch):
+    monkeypatch.setattr(nanogpt, "subprocess", SimpleNamespace(run=run_script_forked))
+
+
+@pytest.fixture
+def not_forked(forked, monkeypatch):
+    monkeypatch.setattr(nanogpt, "subprocess", subprocess)
+
+
 @pytest.fixture
 def make_checkout(tmp_path, monkeypatch):
     """Writes a checkout; afterwards nothing may be left in it nor in the temporary folder."""
@@ -106,7 +123,7 @@ def ckpt_path(contents, tmp_path) -> Path:
     return save(contents, tmp_path)
 
 
-def test_equal_model_is_bitwise_equal_from_any_folder(ckpt_path, make_checkout, monkeypatch, capfd):
+def test_equal_model_is_bitwise_equal_from_any_folder(not_forked, ckpt_path, make_checkout, monkeypatch, capfd):
     make_checkout()
     monkeypatch.chdir(ckpt_path.parent)
     report = verify_against_nanogpt("ckpt.pt", "nanoGPT", gradients=True)
@@ -193,6 +210,16 @@ def test_code_that_does_not_run_is_reported_in_one_line(ckpt_path, make_checkout
     assert "\n" not in str(caught.value)
 
 
+def test_code_that_does_not_run_is_reported_in_one_line_from_a_process_of_its_own(
+    not_forked, ckpt_path, make_checkout
+):
+    with pytest.raises(
+        VerifyError, match=r"model\.py: stopped while it computed: .*, got SystemError: no; see"
+    ) as caught:
+        verify_against_nanogpt(ckpt_path, make_checkout("raise SystemError('no')"))
+    assert "\n" not in str(caught.value)
+
+
 def test_folder_without_model_py_is_refused(ckpt_path, tmp_path):
     with pytest.raises(VerifyError, match=r"expected a checkout of nanoGPT, got no model\.py in it"):
         verify_against_nanogpt(ckpt_path, tmp_path)
@@ -207,7 +234,7 @@ def test_bfloat16_weights_are_computed_in_float32_as_nanogpt_does(ckpt_path, mak
 
 @pytest.mark.nanogpt
 @skip_without_nanogpt
-def test_demo_checkpoint_equals_nanogpt_itself_bitwise():
+def test_demo_checkpoint_equals_nanogpt_itself_bitwise(not_forked):
     report = verify_against_nanogpt(CKPT_PATH, NANOGPT_DIR, gradients=True)
     assert find_wrong(report) == {}
     assert {check.largest_difference for check in report.checks} == {None, 0.0}
