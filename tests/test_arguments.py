@@ -53,6 +53,7 @@ def test_empty_config_is_train_pys_defaults():
     assert (args.output_dir, args.run_name, args.report_to) == ("out", "gpt2", [])
     assert (args.max_steps, args.per_device_train_batch_size, args.gradient_accumulation_steps) == (600_000, 12, 40)
     assert (args.eval_steps, args.save_steps, args.logging_steps, args.torch_compile) == (2000, 2000, 1, True)
+    assert args.save_total_limit == 1  # as train.py keeps one file
     assert left == {}
 
 

@@ -133,7 +133,7 @@ def test_reference_drawn_in_another_order_ends_elsewhere(reference):
 
 def test_run_resumed_from_trainers_checkpoint_ends_at_the_same_bits(tmp_path, reference):
     """With dropout, and saved after an evaluation: the next batch had been drawn before both."""
-    make_trainer(tmp_path, save_strategy="steps", save_steps=4, n_updates=11).train()
+    make_trainer(tmp_path, save_strategy="steps", save_steps=4, save_total_limit=None, n_updates=11).train()
     shutil.rmtree(tmp_path / "checkpoint-8")
     torch.manual_seed(5)
     trainer = make_trainer(tmp_path, eval_on_start=False)

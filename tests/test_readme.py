@@ -31,7 +31,7 @@ README = (ROOT / "README.md").read_text()
 (BLOCK,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 (SESSION,) = re.findall(r"```\n(python train\.py.*?)```", README, flags=re.DOTALL)
 (INSTALL,) = re.findall(r"```\n(pip install.*?)```", README, flags=re.DOTALL)
-PROGRAM = os.environ.get("README_PROGRAM")
+PROGRAM = Path(name).absolute() if (name := os.environ.get("README_PROGRAM")) else None
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 # What makes seconds of minutes; the model is as large as the bundled one.
@@ -77,13 +77,13 @@ def _install():
 
 
 def run_pip(words):
-    python = Path(PROGRAM).absolute().with_name("python")
+    python = PROGRAM.with_name("python")
     subprocess.run([python, "-m", *words, "--quiet"], cwd=ROOT, check=True)
 
 
 def run(words, *options):
     arguments = [*words[1:], *options]
-    result = run_program(Path(PROGRAM).absolute(), *arguments) if PROGRAM else run_command(*arguments)
+    result = run_program(PROGRAM, *arguments) if PROGRAM else run_command(*arguments)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -136,7 +136,7 @@ def find_port():
 @contextlib.contextmanager
 def serving(words, monkeypatch):
     if PROGRAM:
-        with subprocess.Popen([Path(PROGRAM).absolute(), *words[1:]]) as process:
+        with subprocess.Popen([PROGRAM, *words[1:]]) as process:
             try:
                 yield
             finally:

@@ -12,13 +12,15 @@ from hugging_nano_gpt.training import (
     FixedOffsetSampler,
     NanoGPTSchedule,
     compute_lr,
+    drawing,
     make_optimizer,
     read_optimizer,
 )
+from hugging_nano_gpt.training import trainer as trainer_module
 
 from .trace import CONFIG, START, STEPS, list_offsets, load_start, make_trainer, train_by_hand
 
-SAVING = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1}
+SAVING = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": None, "logging_steps": 1}
 
 
 @pytest.fixture(scope="module")
@@ -330,6 +332,26 @@ def test_checkpoint_that_one_process_did_not_finish_is_not_whole(broken, caplog)
         trainer.train(resume_from_checkpoint=str(path.parent))
     trainer.train(resume_from_checkpoint=True)
     assert "not whole are 'checkpoint-4'" in caplog.text
+
+
+def test_kept_checkpoint_goes_only_when_the_next_one_is_whole(tmp_path, monkeypatch):
+    """A kill while the second one is saved, at the last file that Trainer does not write."""
+    model, write = load_start(), drawing.write_next_batch
+
+    def write_and_be_killed(folder, *args):
+        if folder.name == "checkpoint-4":
+            raise KeyboardInterrupt
+        write(folder, *args)
+
+    for module in (drawing, trainer_module):
+        monkeypatch.setattr(module, "write_next_batch", write_and_be_killed, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path, model, STEPS[:6], **{**SAVING, "save_total_limit": 1}).train()
+    monkeypatch.undo()
+    trainer = make_trainer(tmp_path, load_start(), STEPS[:6], **{**SAVING, "save_total_limit": 1})
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.iter_num == 106
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-6"]
 
 
 def test_without_a_whole_checkpoint_there_is_nothing_to_resume_from(broken):

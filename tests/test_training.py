@@ -208,7 +208,7 @@ def interrupted(tmp_path):
     """Parameters and losses of 8 updates that were never interrupted, and the checkpoint that was saved after 5."""
     model = load_start()
     losses = record_losses(model)
-    make_trainer(tmp_path, model, STEPS[:8], save_strategy="steps", save_steps=5).train()
+    make_trainer(tmp_path, model, STEPS[:8], save_strategy="steps", save_steps=5, save_total_limit=None).train()
     return model.state_dict(), losses, tmp_path / "checkpoint-5"
 
 

@@ -85,6 +85,7 @@ def training_arguments_from_nanogpt(
     values = {ours: settings[theirs] for theirs, ours in _RENAMED.items()}
     values |= _apply_rules(settings, iter_num)
     values |= {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": values["eval_steps"]}
+    values["save_total_limit"] = 1  # train.py keeps one file
     if "num_train_epochs" in overrides:
         del values["max_steps"]
     left = {

@@ -103,10 +103,7 @@ class BatchesInTurn:
 
 
 class DrawingCallback(TrainerCallback):
-    """Begins a run with train.py's random numbers, and keeps the batch that is drawn when Trainer saves.
-
-    Trainer's checkpoints hold the state of the generators; the batch that comes next was drawn before an evaluation.
-    """
+    """Begins a run with train.py's random numbers, or goes on with the batch that was drawn when Trainer saved."""
 
     def __init__(self, trainer: "NanoGPTTrainer"):
         self.trainer = trainer
@@ -121,16 +118,9 @@ class DrawingCallback(TrainerCallback):
         torch.manual_seed(NANOGPT_SEED + args.process_index)  # the accelerator's generators, for dropout
         trainer._begin_drawing()
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        write_next_batch(folder, self.trainer._batches.offsets, args.process_index, args.world_size)
-
 
 def write_next_batch(folder: Path, offsets: list[int], rank: int, world_size: int) -> None:
-    """Writes the batch that a process has drawn and not used beside the rest of a checkpoint of Trainer's.
-
-    It is the last that the process writes there, so where it is, all is.
-    """
+    """Writes the batch that a process has drawn and not used beside the rest of a checkpoint of Trainer's."""
     with open_atomically(folder / _name_file(rank)) as file:
         file.write(json.dumps({"offsets": offsets, "world_size": world_size}).encode())
 

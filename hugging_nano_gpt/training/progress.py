@@ -1,7 +1,6 @@
 """What train.py does between its updates (@ 3adf61e): its lines, when it evaluates, what it saves and when."""
 
 import math
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -78,14 +77,6 @@ class TrainPyCallback(TrainerCallback):
             self.trainer.save_nanogpt_ckpt(self.out_dir / "ckpt.pt")
             if self.folder is not None and state.is_world_process_zero:
                 convert_to_folder(self.out_dir / "ckpt.pt", self.folder, overwrite=True)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Removes the checkpoints of Trainer's before the one that every process has now written."""
-        self.trainer.accelerator.wait_for_everyone()
-        if state.is_world_process_zero:
-            for folder in self.out_dir.glob("checkpoint-*"):
-                if folder.name != f"checkpoint-{state.global_step}":
-                    shutil.rmtree(folder)
 
     def _say_update(self, iter_num: int, seconds: float) -> None:
         loss = self.trainer.micro_loss.item()

@@ -27,7 +27,7 @@ from ..errors import ConversionError
 from .arguments import complete_arguments
 from .configurator import TRAIN_DEFAULTS
 from .data import RandomOffsetSampler, TokenDataset, collate_checked, collate_windows
-from .drawing import BatchesInTurn, DrawingCallback, DrawnBatches, make_random_state
+from .drawing import BatchesInTurn, DrawingCallback, DrawnBatches, make_random_state, write_next_batch
 from .evaluation import estimate_losses
 from .optimizer import load_moments, make_optimizer, read_optimizer
 from .schedule import NanoGPTSchedule
@@ -279,6 +279,17 @@ class NanoGPTTrainer(Trainer):
         # an optimizer that is there has later moments than the training state
         self.training_state = state if self.optimizer is None else replace(state, optimizer=None)
         self.state.global_step, self._n_taken_back = 0, 0
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Keeps the generators' states as Trainer does, and the batch drawn before an evaluation moved them on.
+
+        Trainer then writes trainer_state.json and removes what save_total_limit lets go. So this waits for all
+        processes: until the new checkpoint is whole, the one before stays.
+        """
+        super()._save_rng_state(output_dir)
+        args = self.args
+        write_next_batch(Path(output_dir), self._batches.offsets, args.process_index, args.world_size)
+        self.accelerator.wait_for_everyone()
 
     def _load_best_model(self) -> None:
         """Loads the best weights as Trainer does, and what belongs to them: their moments and their count."""

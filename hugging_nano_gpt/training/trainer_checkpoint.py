@@ -33,7 +33,7 @@ _PARTS = {
     "schedule": ("scheduler.pt",),
     "random state": ("rng_state*.pth",),
     "state": (_STATE,),
-    "next batch": ("nanogpt_next_batch_*.json",),  # the last that each process writes
+    "next batch": ("nanogpt_next_batch_*.json",),  # one of each process
 }
 
 
