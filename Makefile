@@ -76,7 +76,9 @@ examples: export OMP_WAIT_POLICY = passive
 examples: $(READY) $(CLIENTS_READY)
 	$(VENV)/bin/python examples/resume_in_trainer.py
 	$(VENV)/bin/python examples/back_to_nanogpt.py
+	PYTHON=$(VENV)/bin/python sh examples/pretrain.sh
 	PYTHON=$(VENV)/bin/python sh examples/finetune_fsdp.sh
+	test -z "$$NANOGPT_DIR" || $(VENV)/bin/python examples/sample_in_train.py
 	$(VENV)/bin/python examples/sft.py
 	$(VENV)/bin/python examples/chat.py
 	$(VENV)/bin/python examples/dpo.py

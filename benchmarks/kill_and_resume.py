@@ -49,7 +49,7 @@ def main() -> None:
     draw = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_data(folder / "data" / SETTINGS["dataset"])
+        write_data(folder)
         length_s = run_to_the_end(folder, "whole", options.updates)
         while_saving = 0
         for number in range(options.kills):
@@ -59,7 +59,8 @@ def main() -> None:
             while_saving += state != "training"
             print(f"kill {number + 1}: {moment_s:.3f} s after the first update, while {state}", flush=True)
         run_to_the_end(folder, "killed", options.updates, "--resume")
-        differences = compare(folder / "whole" / "ckpt.pt", folder / "killed" / "ckpt.pt")
+        whole, killed = (read_numbers(folder / name / "ckpt.pt") for name in ("whole", "killed"))
+    differences = [name for name, tensor in whole.items() if not torch.equal(tensor, killed[name])]
     result = {"kills": options.kills, "while_saving": while_saving, "updates": options.updates}
     print(json.dumps({**result, "different_tensors": len(differences), "torch": torch.__version__}))
     sys.exit(bool(differences))
@@ -67,17 +68,22 @@ def main() -> None:
 
 def write_data(folder: Path) -> None:
     """Writes random tokens where train.py looks for them, and a vocabulary of 64."""
-    folder.mkdir(parents=True)
+    data_dir = folder / "data" / SETTINGS["dataset"]
+    data_dir.mkdir(parents=True)
     for split, seed in (("train", 0), ("val", 1)):
-        np.random.default_rng(seed).integers(0, 64, 20_000, dtype=np.uint16).tofile(folder / f"{split}.bin")
-    (folder / "meta.pkl").write_bytes(b"\x80\x04}\x8c\x0avocab_size\x4b\x40s.")
+        np.random.default_rng(seed).integers(0, 64, 20_000, dtype=np.uint16).tofile(data_dir / f"{split}.bin")
+    (data_dir / "meta.pkl").write_bytes(b"\x80\x04}\x8c\x0avocab_size\x4b\x40s.")
+
+
+def list_flags(out_dir: str, n_updates: int) -> list[str]:
+    """Lists the settings of a run as flags."""
+    settings = {**SETTINGS, "out_dir": out_dir, "max_iters": n_updates, "lr_decay_iters": n_updates}
+    return [f"--{name}={value}" for name, value in settings.items()]
 
 
 def start(folder: Path, out_dir: str, n_updates: int, *flags: str) -> subprocess.Popen[str]:
     """Starts the command."""
-    settings = {**SETTINGS, "out_dir": out_dir, "max_iters": n_updates, "lr_decay_iters": n_updates}
-    arguments = [f"--{name}={value}" for name, value in settings.items()]
-    command = [sys.executable, "-m", "hugging_nano_gpt_cli", "train", *arguments, *flags]
+    command = [sys.executable, "-m", "hugging_nano_gpt_cli", "train", *list_flags(out_dir, n_updates), *flags]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=folder, **pipes)
 
@@ -116,16 +122,17 @@ def kill(folder: Path, n_updates: int, moment_s: float) -> str:
     return "training" if is_whole else "writing or removing a checkpoint of Trainer's"
 
 
-def compare(left_path: Path, right_path: Path) -> list[str]:
-    """Lists the tensors and counts that differ."""
-    left, right = read_checkpoint(left_path), read_checkpoint(right_path)
-    differences = [name for name, tensor in left.state_dict.items() if not torch.equal(tensor, right.state_dict[name])]
-    states = left.training_state, right.training_state
-    for name, moments in states[0].optimizer.moments.items():
-        other = states[1].optimizer.moments[name]
-        differences += [f"{key} of {name}" for key, value in moments.items() if not torch.equal(value, other[key])]
-    counts = ("iter_num", "best_val_loss")
-    return differences + [name for name in counts if getattr(states[0], name) != getattr(states[1], name)]
+def read_numbers(path: Path) -> dict[str, torch.Tensor]:
+    """Reads weights, moments, iter_num and best_val_loss of a ckpt.pt, by name."""
+    checkpoint = read_checkpoint(path)
+    state = checkpoint.training_state
+    moments = {
+        f"{key} of {name}": value for name, kept in state.optimizer.moments.items() for key, value in kept.items()
+    }
+    counts = {
+        name: torch.tensor(float(getattr(state, name)), dtype=torch.float64) for name in ("iter_num", "best_val_loss")
+    }
+    return {**checkpoint.state_dict, **moments, **counts}
 
 
 if __name__ == "__main__":

@@ -1,14 +1,26 @@
-"""Measures NanoGPTTrainer end to end against a bare loop in nanoGPT's style; part of train_step.py.
+"""Measures NanoGPTTrainer against a bare loop in nanoGPT's style, and the command against nanoGPT's train.py.
 
-Both make the same updates at the size of train_shakespeare_char.py (2 micro-steps), on the same windows of a token
-file, with nanoGPT's optimizer, schedule and clipping; the loop is what train.py does and no more. They take
-turns, and both end at the same bits. Progress bars and logging are on, as users have them.
+NanoGPTTrainer and the loop make the same updates at the size of train_shakespeare_char.py (2 micro-steps), on the same
+windows of a token file, with nanoGPT's optimizer, schedule and clipping; the loop is what train.py does and no more.
+They take turns, and both end at the same bits. Progress bars and logging are on, as users have them. train_step.py
+does this.
+
+`hugging-nano-gpt train` and train.py itself make the same run in turns, each in a process of its own; compared are the
+milliseconds that both print for every update.
+
+Run: NANOGPT_DIR=/path/to/nanoGPT python benchmarks/trainer.py [--rounds 5] [--updates 20]
+The last line is one JSON object.
 """
 
+import argparse
 import contextlib
 import io
 import itertools
+import os
+import re
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -16,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import Target, print_result
 from transformers import TrainerCallback
 
 from hugging_nano_gpt import NanoGPTConfig, NanoGPTLMHeadModel, TrainingState
@@ -28,6 +41,18 @@ from hugging_nano_gpt.training import (
     training_arguments_from_nanogpt,
 )
 from hugging_nano_gpt.training.drawing import make_random_state
+
+# config/train_shakespeare_char.py's shape, and an evaluation at the first update alone.
+SHAKESPEARE = {
+    "dataset": "random",
+    "n_layer": 6,
+    "n_head": 6,
+    "n_embd": 384,
+    "block_size": 256,
+    "dropout": 0.2,
+    "eval_interval": 1000,
+    "eval_iters": 1,
+}
 
 MICRO_STEPS = 2
 WARM_UP_UPDATES = 3
@@ -148,3 +173,50 @@ def draw_batch(dataset: TokenDataset, batch_size: int, device: torch.device) -> 
     if device.type != "cuda":
         return batch
     return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def measure_command(nanogpt_dir: Path, rounds: int, n_updates: int) -> dict[str, Any]:
+    """Returns the milliseconds of an update of the command and of train.py, and the median ratio of a round's medians.
+
+    In every round each of them makes one run, another one first each time. Evaluations are in their first update.
+    """
+    medians: dict[str, list[float]] = {"command": [], "train_py": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        settings = {**make_config("out", n_updates, "cpu", "float32", batch_size=4), **SHAKESPEARE, "log_interval": 1}
+        (folder / "data" / settings["dataset"]).mkdir(parents=True)
+        for split in ("train", "val"):
+            tokens = np.random.default_rng(0).integers(0, 65, 100_000, dtype=np.uint16)
+            tokens.tofile(folder / "data" / settings["dataset"] / f"{split}.bin")
+        for script in ("train.py", "model.py", "configurator.py"):
+            (folder / script).symlink_to(nanogpt_dir / script)
+        flags = [f"--{name}={value}" for name, value in settings.items()]
+        ways = {"command": ["-m", "hugging_nano_gpt_cli", "train"], "train_py": ["train.py"]}
+        for number in range(rounds):
+            for way in sorted(ways, reverse=number % 2 == 1):
+                command = [sys.executable, *ways[way], *flags, f"--out_dir=out-{way}-{number}"]
+                done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+                times_ms = [float(ms) for ms in re.findall(r"^iter \d+:.* time ([\d.]+)ms", done.stdout, re.MULTILINE)]
+                medians[way].append(statistics.median(times_ms[WARM_UP_UPDATES:]))
+    ratios = [ours / theirs for ours, theirs in zip(*medians.values(), strict=True)]
+    return {
+        **{f"{way}_ms": [round(ms, 2) for ms in found] for way, found in medians.items()},
+        "command_overhead": round(statistics.median(ratios) - 1, 4),
+    }
+
+
+def main() -> None:
+    """Measures the command and prints what came out."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--updates", type=int, default=20, help="of each run")
+    options = parser.parse_args()
+    figures = measure_command(Path(os.environ["NANOGPT_DIR"]).absolute(), options.rounds, options.updates)
+    for name, figure in figures.items():
+        print(f"{name}: {figure}")
+    target = Target("command_overhead", figures["command_overhead"], MOST_OVERHEAD)
+    print_result({"benchmark": "trainer", **vars(options), **figures}, [target])
+
+
+if __name__ == "__main__":
+    main()

@@ -44,7 +44,7 @@ def run_script(workplace: Path, script: str, *flags: str, n_threads: int = 1) ->
         contextlib.redirect_stdout(output),
         mock.patch.multiple(sys, argv=[script, *flags], path=[str(workplace), *sys.path]),
         warnings.catch_warnings(),
-        _keep_settings(),
+        keep_settings(),
     ):
         warnings.simplefilter("ignore")  # of what torch has renamed since
         torch.set_num_threads(n_threads)
@@ -53,7 +53,7 @@ def run_script(workplace: Path, script: str, *flags: str, n_threads: int = 1) ->
 
 
 @contextlib.contextmanager
-def _keep_settings() -> Iterator[None]:
+def keep_settings() -> Iterator[None]:
     """Undoes what a script does to torch and to the modules of this process."""
     n_threads, modules = torch.get_num_threads(), {name: sys.modules.pop(name, None) for name in MODULES}
     backends = (torch.backends.cuda.matmul, torch.backends.cudnn)

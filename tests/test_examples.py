@@ -1,4 +1,5 @@
-"""The examples do what they say, in this process and with few updates, and so does the Python of docs/training.md.
+"""The examples do what they say, in this process and with few updates, and so does the Python of docs/training.md
+and docs/trainer.md.
 
 `make examples` runs them whole, each in a process of its own, where each makes good its claim or fails.
 """
@@ -8,21 +9,24 @@ import re
 import shlex
 import shutil
 import socket
+import sys
+import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from hugging_nano_gpt import read_checkpoint
 from hugging_nano_gpt.demo import CKPT_PATH
-from hugging_nano_gpt.training import TokenDataset, training_arguments_from_nanogpt
+from hugging_nano_gpt.training import TokenDataset, read_settings, training_arguments_from_nanogpt
 
 from .processes import needs_gloo
-from .scripts import NANOGPT_DIR, run_script, skip_without_nanogpt
+from .scripts import NANOGPT_DIR, keep_settings, run_script, skip_without_nanogpt
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES_DIR = ROOT / "examples"
-GUIDE = (ROOT / "docs" / "training.md").read_text()
+GUIDE = "\n".join((ROOT / "docs" / name).read_text() for name in ("training.md", "trainer.md"))
 N_ITERATIONS = 5000  # of the demo checkpoint
 
 
@@ -80,6 +84,26 @@ def test_back_to_nanogpt_prints_the_command_that_goes_on_in_train_py(load_exampl
     state = read_checkpoint(tmp_path / "ckpt.pt").training_state
     assert state.iter_num == N_ITERATIONS + 4
     assert {int(moments["step"]) for moments in state.optimizer.moments.values()} == {4}
+
+
+@pytest.mark.nanogpt
+@skip_without_nanogpt
+def test_sample_in_train_writes_samples_and_changes_no_bit(load_example, tmp_path, capsys, monkeypatch):
+    example = load_example("sample_in_train")
+    few = ["--max_iters=2", "--eval_interval=1", "--eval_iters=1"]
+    monkeypatch.setattr(example, "FLAGS", [*example.FLAGS, *few])
+    with warnings.catch_warnings(), keep_settings(), mock.patch.multiple(sys, argv=[], path=[*sys.path]):
+        warnings.simplefilter("ignore")  # of what torch has renamed since
+        example.main(tmp_path)
+    claim = capsys.readouterr().out.splitlines()[-1]
+    assert claim == "Three samples, and the bits of iteration 2 as without them."
+
+
+def test_pretrain_sh_gives_flags_that_train_knows():
+    script = (EXAMPLES_DIR / "pretrain.sh").read_text()
+    flags = re.search(r"hugging_nano_gpt_cli train (.*?)\"\$@", script, flags=re.DOTALL).group(1)
+    settings = read_settings(shlex.split(flags.replace("\\\n", "")))
+    assert (settings["device"], settings["max_iters"]) == ("cpu", 40)
 
 
 @needs_gloo

@@ -173,7 +173,7 @@ def test_readme_shows_both_commands():
 def test_readme_has_at_most_800_words_and_a_page_1200():
     assert len(README.split()) <= 800
     long = {page.name for page in PAGES if len(page.read_text().split()) > 1200}
-    assert long <= {"benchmarks.md", "cli.md", "training.md"}
+    assert long <= {"benchmarks.md", "cli.md"}
 
 
 def list_links(page):
