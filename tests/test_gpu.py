@@ -121,7 +121,7 @@ def test_every_part_can_fail(script, capsys, monkeypatch, part, break_something,
 class Part:
     """A part made of given probes."""
 
-    def __init__(self, limit_s=60.0, **probes):
+    def __init__(self, limit_s=600.0, **probes):
         self.LIMIT_S, self.PROBES = limit_s, probes
 
 
