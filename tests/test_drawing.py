@@ -10,36 +10,11 @@ from hugging_nano_gpt import CheckpointError, NanoGPTConfig, NanoGPTLMHeadModel,
 from hugging_nano_gpt.training import NanoGPTTrainer, TokenDataset, read_optimizer, training_arguments_from_nanogpt
 
 from .reference_run import SHAPE, ReferenceRun
+from .toy_run import SETTINGS as TOY_SETTINGS
 from .trace import TRACE_DIR
 
 VOCAB_SIZE = 65
-SETTINGS = {
-    "n_layer": 2,
-    "n_head": 2,
-    "n_embd": 16,
-    "block_size": 16,
-    "bias": True,
-    "dropout": 0.2,
-    "batch_size": 3,
-    "gradient_accumulation_steps": 2,
-    "max_iters": 10,
-    "eval_interval": 4,
-    "eval_iters": 2,
-    "log_interval": 1,
-    "always_save_checkpoint": True,
-    "learning_rate": 1e-2,
-    "decay_lr": True,
-    "warmup_iters": 3,
-    "lr_decay_iters": 8,
-    "min_lr": 1e-3,
-    "weight_decay": 0.1,
-    "beta1": 0.9,
-    "beta2": 0.99,
-    "grad_clip": 1.0,
-    "device": "cpu",
-    "compile": False,
-    "wandb_log": False,
-}
+SETTINGS = {**TOY_SETTINGS, "max_iters": 10, "lr_decay_iters": 8}
 
 
 def make_trainer(folder, trainer_class=NanoGPTTrainer, n_updates=11, **arguments):

@@ -22,6 +22,9 @@ from hugging_nano_gpt import (
     write_meta,
 )
 from hugging_nano_gpt.convert.card import make_card
+from hugging_nano_gpt.training import NanoGPTTrainer, TokenDataset, training_arguments_from_nanogpt
+
+from .trace import TRACE_DIR
 
 END = 50256
 
@@ -142,6 +145,16 @@ def test_token_added_in_a_spare_row_is_drawn_after_fit_vocabulary(tmp_path):
     assert draw(model) == [40] * 5
     settings = model.generation_config
     assert (settings.bos_token_id, settings.eos_token_id, settings.pad_token_id) == (7, 7, 8)
+
+
+def test_trainer_with_a_tokenizer_lets_generate_draw_its_new_tokens(tmp_path):
+    model, tokenizer = prefer(load(tmp_path, 64), 40), make_tokenizer(40)
+    fit_vocabulary(model, tokenizer)
+    tokenizer.add_tokens("<new>")
+    config = {"device": "cpu", "compile": False, "out_dir": str(tmp_path)}
+    args, _ = training_arguments_from_nanogpt(config, eval_strategy="no")
+    NanoGPTTrainer(model, args, TokenDataset(TRACE_DIR / "train.bin", 16), processing_class=tokenizer)
+    assert draw(model) == [40] * 5
 
 
 def test_fit_vocabulary_keeps_what_the_user_set():

@@ -18,12 +18,13 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from ..checkpoint.contents import TrainingState
 from ..convert.nanogpt import remember_training_state, save_model
 from ..errors import ConversionError
+from ..tokenization.vocabulary import fit_vocabulary
 from .arguments import complete_arguments
 from .configurator import TRAIN_DEFAULTS
 from .data import RandomOffsetSampler, TokenDataset, collate_checked, collate_windows
@@ -53,7 +54,7 @@ class NanoGPTTrainer(Trainer):
             them, from torch's global generator.
         random_state: State of torch's CPU generator when the run begins; by default train.py's, after it has seeded it
             and made a model of this configuration: see make_random_state.
-        **kwargs: Passed to Trainer.
+        **kwargs: Passed to Trainer. A tokenizer as processing_class is what generate follows: see fit_vocabulary.
     """
 
     args: Any
@@ -81,6 +82,8 @@ class NanoGPTTrainer(Trainer):
         self._train_batch_sampler = train_batch_sampler
         self._random_state = random_state
         self._n_taken_back = 0  # updates that loading the best model undid
+        if isinstance(kwargs.get("processing_class"), PreTrainedTokenizerBase):  # with tokens for spare rows, perhaps
+            fit_vocabulary(model, kwargs["processing_class"])
         super().__init__(
             model=model,
             args=complete_arguments(args, training_state.config, None if train_batch_sampler else train_dataset),
