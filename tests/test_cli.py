@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from hugging_nano_gpt import NanoGPTLMHeadModel, demo
 
-from .programs import PROGRAM, run_command, run_program
+from .programs import run_command, run_program
 from .tiny import TORCH_VERSION
 
 # Runs the command line with the arguments given to python -c, and then prints what it imported.
@@ -27,7 +27,7 @@ finally:
 
 
 def test_demo_shows_five_steps_and_succeeds():
-    result = run_program(PROGRAM, "demo")
+    result = run_command("demo")
     assert (result.returncode, result.stderr) == (0, "")
     assert re.findall(r"^(\d)\. (\w+)", result.stdout, re.M) == [
         ("1", "Load"),

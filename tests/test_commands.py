@@ -155,14 +155,14 @@ def test_error_with_a_closed_stderr_stays_out_of_stdout():
 
 
 def test_program_without_clients_ends_with_one_line_on_stderr_and_1(tmp_path):
-    """A process of its own, so that nothing but the line is there: no traceback, and no client is missed.
+    """A process of its own, as `python -m` starts it: nothing but the line is there, and no client is missed.
 
     Nor is what one command alone needs, which would make every other wait.
     """
     names = "accelerate bitsandbytes lm_eval peft torchao datasets fastapi gguf gradio onnx tiktoken".split()
     names += ["transformers.trainer", "transformers.models.gpt2.modeling_gpt2"]
     block = f"sys.modules.update(dict.fromkeys({names}))"  # None: cannot be imported
-    script = f"import sys; {block}; import hugging_nano_gpt_cli; hugging_nano_gpt_cli.main()"
+    script = f"import runpy, sys; {block}; runpy.run_module('hugging_nano_gpt_cli', run_name='__main__')"
     result = run_program(sys.executable, "-c", script, "inspect", tmp_path / "missing.pt")
     assert (result.returncode, result.stdout) == (1, "")
     assert re.fullmatch(rf"error: {tmp_path}/missing\.pt: cannot be opened: .*\n", result.stderr)

@@ -1,7 +1,6 @@
 """The command `verify`: what it prints where, its exit codes, and its --json."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from hugging_nano_gpt.demo import CKPT_PATH as DEMO_CKPT_PATH
 from hugging_nano_gpt.model.configuration_nano_gpt import ACTIVATION_FUNCTIONS
 
 from .conftest import save
-from .programs import run_command, run_program
+from .programs import run_command
 from .scripts import NANOGPT_DIR, skip_without_nanogpt
 from .test_verify import HEAD, swap
 from .trace import TRACE_DIR
@@ -45,7 +44,7 @@ def test_equal_models_print_the_report_and_exit_with_0(pair):
 
 
 def test_unequal_models_print_the_same_facts_as_json_and_exit_with_1(pair):
-    result = run_program(sys.executable, "-m", "hugging_nano_gpt_cli", "verify", *pair, "--gradients", "--json")
+    result = verify(*pair, "--gradients", "--json")
     assert (result.returncode, result.stderr) == (1, "")
     report = verify_models(*pair, gradients=True)
     facts = json.loads(result.stdout)

@@ -22,6 +22,7 @@ from hugging_nano_gpt import (
     write_meta,
 )
 from hugging_nano_gpt.convert.card import make_card
+from hugging_nano_gpt.export import onnx
 from hugging_nano_gpt.training import NanoGPTTrainer, TokenDataset, training_arguments_from_nanogpt
 
 from .trace import TRACE_DIR
@@ -206,8 +207,10 @@ def test_rows_without_a_character_are_never_drawn(padded, capsys):
 
 
 @pytest.mark.parametrize("export", [export_gpt2, export_onnx])
-def test_exported_folders_follow_the_tokenizer(padded, export):
+def test_exported_folders_follow_the_tokenizer(padded, monkeypatch, export):
     pytest.importorskip("onnxscript")
+    monkeypatch.setattr(onnx, "_make_graph", lambda plain: None)  # which takes seconds, and is not looked at here
+    monkeypatch.setattr(onnx, "_write", lambda graph, folder: None)
     model = NanoGPTLMHeadModel.from_nanogpt_ckpt(padded / "ckpt.pt")
     table = CharacterTable(tuple("\nabcdefghijklmnopqrstuvwxyz "))
     export(model, padded / "out", tokenizer=build_character_tokenizer(table))

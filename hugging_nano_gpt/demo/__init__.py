@@ -6,7 +6,6 @@ meta.pkl its alphabet, golden.safetensors the logits that nanoGPT's own model co
 """
 
 import logging
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any, TextIO
@@ -29,7 +28,7 @@ SAMPLES_PATH = DEMO_DIR / "samples.safetensors"
 GOLDEN_TOLERANCE = 5e-5
 
 
-def run_demo(stream: TextIO = sys.stdout) -> bool:
+def run_demo(stream: TextIO | None = None) -> bool:
     """Loads the bundled checkpoint, generates, compares with nanoGPT, converts back, and compares again.
 
     Returns:
