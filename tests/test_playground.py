@@ -40,8 +40,7 @@ pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium and 
 ENDLESS = """
 import contextlib, pathlib, sys
 import hugging_nano_gpt_cli
-from hugging_nano_gpt import streaming
-from hugging_nano_gpt.playground import page
+from hugging_nano_gpt.sample import page, streaming
 
 class Sign(contextlib.AbstractContextManager):
     path, lock = pathlib.Path(sys.argv.pop(1)), streaming._DRAWING
@@ -259,7 +258,7 @@ def test_no_other_machine_is_asked(page, proxy):
 def test_screenshot_shows_the_page(page, tmp_path):
     """Makes docs/playground.png: PLAYGROUND_PNG=docs/playground.png python -m pytest tests/test_playground.py"""
     path = Path(os.environ.get("PLAYGROUND_PNG", tmp_path / "playground.png"))
-    size = {"width": 1280, "height": 900}
+    size = {"width": 1280, "height": 940}
     page.driver.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride", {**size, "deviceScaleFactor": 1, "mobile": False}
     )
