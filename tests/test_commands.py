@@ -154,18 +154,37 @@ def test_error_with_a_closed_stderr_stays_out_of_stdout():
     assert run_command("inspect", "missing.pt", closed="stderr") == (1, "", "")
 
 
-def test_program_without_clients_ends_with_one_line_on_stderr_and_1(tmp_path):
-    """A process of its own, as `python -m` starts it: nothing but the line is there, and no client is missed.
+# Runs commands as `python -m` starts them, one after the other, without the modules that are named.
+RUN_WITHOUT = """
+import json, runpy, sys
+names, commands = map(json.loads, sys.argv[1:])
+sys.modules.update(dict.fromkeys(names))  # None: cannot be imported
+for sys.argv[1:] in commands:
+    try:
+        runpy.run_module("hugging_nano_gpt_cli", run_name="__main__")
+    except SystemExit as end:
+        print("ended with", end.code)
+"""
 
-    Nor is what one command alone needs, which would make every other wait.
-    """
+
+def test_program_without_clients_misses_none_and_ends_with_one_line_on_stderr(tmp_path):
+    """A process of its own: nothing but the line is there. Nor is what another command needs, which takes time."""
     names = "accelerate bitsandbytes lm_eval peft torchao datasets fastapi gguf gradio onnx tiktoken".split()
     names += ["transformers.trainer", "transformers.models.gpt2.modeling_gpt2"]
-    block = f"sys.modules.update(dict.fromkeys({names}))"  # None: cannot be imported
-    script = f"import runpy, sys; {block}; runpy.run_module('hugging_nano_gpt_cli', run_name='__main__')"
-    result = run_program(sys.executable, "-c", script, "inspect", tmp_path / "missing.pt")
-    assert (result.returncode, result.stdout) == (1, "")
+    np.arange(200, dtype=np.uint16).clip(0, 64).tofile(tmp_path / "val.bin")
+    commands = [["evaluate", CKPT_PATH, tmp_path, "--meta", META_PATH], ["inspect", tmp_path / "missing.pt"]]
+    arguments = json.dumps(names), json.dumps(commands, default=str)
+    result = run_program(sys.executable, "-c", RUN_WITHOUT, *arguments)
+    assert re.fullmatch(r".*bits per character.*\nended with 0\nended with 1\n", result.stdout, re.DOTALL)
     assert re.fullmatch(rf"error: {tmp_path}/missing\.pt: cannot be opened: .*\n", result.stderr)
+
+
+def test_train_without_accelerate_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    for module in ("run", "trainer"):
+        monkeypatch.delitem(sys.modules, f"hugging_nano_gpt.training.{module}", raising=False)
+    result = run_command("train")
+    assert result == (1, "", "error: training: accelerate is missing; pip install accelerate\n")
 
 
 def test_debug_lets_the_error_through_for_its_traceback(tmp_path):

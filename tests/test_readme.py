@@ -117,6 +117,9 @@ def test_readme_session_runs_line_by_line(workplace):
 @pytest.mark.skipif(not shutil.which("curl"), reason="no curl")
 def test_readme_serves_and_asks_as_written(workplace, monkeypatch):
     run(["hugging-nano-gpt", "convert", "out-shakespeare-char/ckpt.pt", "shakespeare"])
+    for words in LINES:
+        if words[0] == "pip" and PROGRAM:
+            run_pip(words)
     (serve,) = (words for words in LINES if words[:2] == ["hugging-nano-gpt", "serve"])
     (curl,) = (words for words in LINES if words[0] == "curl")
     port = find_port()

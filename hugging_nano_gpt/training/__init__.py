@@ -1,13 +1,19 @@
-"""Training with nanoGPT's numbers: optimizer state, schedule, data and a Trainer. Needs accelerate."""
+"""Training with nanoGPT's numbers: optimizer state, schedule, data and a Trainer, which alone needs accelerate."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ..errors import MissingDependencyError
 from .arguments import training_arguments_from_nanogpt
 from .configurator import TRAIN_DEFAULTS, read_settings
 from .data import FixedOffsetSampler, RandomOffsetSampler, TokenDataset, collate_windows
 from .drawing import make_random_state
 from .optimizer import load_moments, make_optimizer, read_optimizer
-from .run import run_training
 from .schedule import NanoGPTSchedule, compute_lr
-from .trainer import NanoGPTCheckpointCallback, NanoGPTTrainer
+
+if TYPE_CHECKING:
+    from .run import run_training
+    from .trainer import NanoGPTCheckpointCallback, NanoGPTTrainer
 
 __all__ = [
     "TRAIN_DEFAULTS",
@@ -27,3 +33,17 @@ __all__ = [
     "run_training",
     "training_arguments_from_nanogpt",
 ]
+
+_OF_TRAINER = {"NanoGPTCheckpointCallback": ".trainer", "NanoGPTTrainer": ".trainer", "run_training": ".run"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what Trainer is needed for when it is asked for: evaluating needs the data alone."""
+    if name not in _OF_TRAINER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(import_module(_OF_TRAINER[name], __name__), name)
+    except ModuleNotFoundError as error:
+        if error.name != "accelerate":
+            raise
+        raise MissingDependencyError("training: accelerate is missing; pip install accelerate") from error

@@ -105,7 +105,7 @@ def compute_losses(model: NanoGPTLMHeadModel, batch: dict[str, torch.Tensor], wh
     Raises:
         DataError: If there are ids that the model does not have.
     """
-    from ..training.data import check_ids  # here, because that package imports Trainer
+    from ..training.data import check_ids  # here, as few commands need it
 
     check_ids(batch, model.config.vocab_size, where)
     n_rows = max(1, _MOST_LOGITS // (batch["input_ids"].shape[1] * model.config.vocab_size))

@@ -198,7 +198,7 @@ def _open_windows(
     """Opens a file, and finds the tokenizer of its tokens, or the reason that there is none."""
     block_size = model.config.block_size
     if path.suffix in _TOKEN_SUFFIXES:
-        from ..training.data import TokenDataset  # here, because that package imports Trainer
+        from ..training.data import TokenDataset  # here, as few commands need it
 
         windows = TokenDataset(path, block_size)
         tokenizer, reasons = find_tokenizer_or_reason(model, source, **asked)
