@@ -33,9 +33,11 @@ demo: $(READY)
 	$(VENV)/bin/hugging-nano-gpt demo
 
 # Two processes of one thread, a file of tests to each at a time: files make what is dear once.
-test: export OMP_NUM_THREADS = 1
+PYTEST := python -m pytest -n 2 --dist loadfile
+test newest oldest: export OMP_NUM_THREADS = 1
+
 test: $(READY)
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	$(VENV)/bin/$(PYTEST)
 
 newest: VERSIONS := '$(TRANSFORMERS_RANGE)'
 oldest: VERSIONS := '$(OLDEST_TRANSFORMERS)'
@@ -46,7 +48,7 @@ newest oldest:
 	grep '^torch==' constraints.txt > $(CONTRACT_VENV)/torch.txt
 	$(CONTRACT_VENV)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --constraint $(CONTRACT_VENV)/torch.txt --editable '.[dev]' $(VERSIONS)
 	$(CONTRACT_VENV)/bin/python -c 'import torch, transformers; print("torch", torch.__version__, "transformers", transformers.__version__)'
-	$(CONTRACT_VENV)/bin/python -m pytest $(CONTRACT)
+	$(CONTRACT_VENV)/bin/$(PYTEST) $(CONTRACT)
 
 clients: $(CLIENTS_READY)
 	$(CLIENTS_VENV)/bin/python -m pytest tests/test_quantization.py tests/test_lm_eval.py tests/test_peft.py tests/test_serve.py tests/test_chat.py tests/test_readme.py
