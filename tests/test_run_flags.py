@@ -14,6 +14,7 @@ from hugging_nano_gpt.training import arguments, compute_lr, run, run_training
 
 from .programs import run_command
 from .reference_run import ReferenceRun
+from .scripts import link_scripts, run_script, skip_without_nanogpt
 from .toy_run import SETTINGS, VOCAB_SIZE, flatten_checkpoint, list_differences, make_workplace, train
 from .trace import TRACE_DIR, find_largest_difference
 
@@ -154,3 +155,28 @@ def test_run_from_gpt2_is_cropped_to_block_size_as_train_py_does(tmp_path):
     checkpoint = read_checkpoint(tmp_path / "out-flags" / "ckpt.pt")
     assert checkpoint.model_args["block_size"] == SETTINGS["block_size"]
     assert torch.equal(found["transformer.wpe.weight"], weights["transformer.wpe.weight"][: SETTINGS["block_size"]])
+
+
+@pytest.mark.nanogpt
+@skip_without_nanogpt
+def test_run_from_gpt2_writes_train_pys_own_bits(tmp_path):
+    """With model.py's table of GPT-2's sizes made small, and its crop to block_size."""
+    make_gpt2(make_workplace(tmp_path) / "gpt2", 2 * SETTINGS["block_size"])
+    link_scripts(tmp_path)
+    source = (tmp_path / "model.py").read_text()
+    for theirs, small in (
+        ("n_layer=12, n_head=12, n_embd=768", "n_layer=2, n_head=2, n_embd=16"),
+        ("= 50257 #", f"= {VOCAB_SIZE} #"),
+        ("= 1024 #", f"= {2 * SETTINGS['block_size']} #"),
+    ):
+        assert theirs in source
+        source = source.replace(theirs, small)
+    (tmp_path / "model.py").unlink()
+    (tmp_path / "model.py").write_text(source)
+    found = run_train(tmp_path, init_from="gpt2")
+    settings = {**SETTINGS, **SHORT, "init_from": "gpt2"}
+    run_script(tmp_path, "train.py", *(f"--{name}={value}" for name, value in settings.items()))
+    expected = flatten_checkpoint(tmp_path / "out" / "ckpt.pt")
+    assert list_differences(found, expected) == []
+    model_args = [read_checkpoint(tmp_path / name / "ckpt.pt").model_args for name in ("out", "out-flags")]
+    assert model_args[0] == model_args[1]
