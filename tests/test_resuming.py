@@ -1,7 +1,10 @@
 """Going on in NanoGPTTrainer: what is written together has seen the same updates; what the run asks for now goes."""
 
+import functools
 import shutil
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +59,19 @@ def assert_written_together(trainer, folder, iter_num):
     assert {int(moments["step"]) for moments in state.optimizer.moments.values()} == {iter_num}
     assert trainer.model.nanogpt_training_state.iter_num == iter_num
     assert all(torch.equal(written.state_dict[name], t) for name, t in trainer.model.state_dict().items())
+
+
+@functools.cache
+def train_whole(n_updates):
+    """Returns the parameters after some updates that were never interrupted."""
+    model = load_start()
+    with tempfile.TemporaryDirectory() as folder:
+        make_trainer(Path(folder), model, STEPS[:n_updates]).train()
+    return list(model.parameters())
+
+
+def assert_ends_as_whole(trainer, n_updates):
+    assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), train_whole(n_updates), strict=True))
 
 
 # What the run asks for now
@@ -153,9 +169,7 @@ def test_train_called_again_goes_on_where_it_ended(tmp_path, n_updates):
         done += number
         assert_written_together(trainer, tmp_path, 100 + done)
     assert rates == [compute_lr(100 + number, CONFIG) for number in range(4)]
-    whole = load_start()
-    make_trainer(tmp_path, whole, STEPS[:4]).train()
-    assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), whole.parameters(), strict=True))
+    assert_ends_as_whole(trainer, 4)
 
 
 def test_train_called_again_after_an_interruption_counts_what_was_done(tmp_path):
@@ -178,9 +192,7 @@ def test_resume_counts_from_the_checkpoint_whatever_state_is_given(saved, tmp_pa
     trainer.args.max_steps = 106 - given
     trainer.train(resume_from_checkpoint=str(saved / "checkpoint-4"))
     assert_written_together(trainer, tmp_path, 106)
-    whole = load_start()
-    make_trainer(tmp_path, whole, STEPS[:6]).train()
-    assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), whole.parameters(), strict=True))
+    assert_ends_as_whole(trainer, 6)
 
 
 def test_resume_in_a_trainer_that_has_trained_goes_back_to_the_checkpoint(saved, tmp_path):
@@ -295,9 +307,7 @@ def test_checkpoint_that_is_not_whole_is_refused_and_the_last_whole_one_is_found
     text = caplog.text
     assert f"{broken / 'checkpoint-2'}: resuming from here: not whole are 'checkpoint-4', which came later" in text
     assert_written_together(trainer, broken, 106)
-    whole = load_start()
-    make_trainer(broken, whole, STEPS[:6]).train()
-    assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), whole.parameters(), strict=True))
+    assert_ends_as_whole(trainer, 6)
 
 
 def test_last_whole_checkpoint_is_that_of_the_highest_number(saved, broken, caplog):
