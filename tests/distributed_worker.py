@@ -8,6 +8,7 @@ strategies that begin with `train` are toy runs of train.py's settings, in out/.
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,7 @@ CHANGES = {"dropout": 0.0, "bias": False, "max_iters": N_UPDATES, "eval_interval
 # Its first updates once more, with memory saved.
 WAYS = {"lean": {"loss_chunk_size": 7, "gradient_checkpointing": True}, "bf16": {"bf16": True}}
 SHORT = {**CHANGES, "max_iters": 4, "eval_interval": 4}
+LONGER = {**SHORT, "max_iters": 8}
 
 # Before, Transformers loads several CPU processes' moments of DDP to a "cpu:0" that torch does not know.
 CAN_RESUME = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 19)
@@ -76,6 +78,14 @@ def run_toy(folder: Path, fsdp: bool) -> None:
         train(folder, fsdp=fsdp, out_dir=name, **flags, **SHORT)
 
 
+def run_compiled_toy(folder: Path) -> None:
+    """Makes the toy run sharded and compiled, stopped and resumed."""
+    compiler = torch.compile
+    with mock.patch.object(torch, "compile", lambda model, **_: compiler(model, backend="eager")):  # the quickest
+        train(folder, fsdp=True, compile=True, **SHORT)
+        train(folder, fsdp=True, compile=True, resume=True, **LONGER)
+
+
 def save_held(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Saves parameters and moments by name."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -89,6 +99,7 @@ STRATEGIES: dict[str, Callable[[Path, int, int], None]] = {
     "fsdp2": train_with_fsdp2,
     "train": lambda folder, *_: run_toy(folder, fsdp=False),
     "train-fsdp2": lambda folder, *_: run_toy(folder, fsdp=True),
+    "train-compiled": lambda folder, *_: run_compiled_toy(folder),
 }
 
 

@@ -13,7 +13,7 @@ from hugging_nano_gpt import NanoGPTLMHeadModel, read_checkpoint
 from hugging_nano_gpt.training import make_optimizer, read_optimizer
 
 from .conftest import assert_same
-from .distributed_worker import CHANGES, SHORT
+from .distributed_worker import CHANGES, LONGER, SHORT
 from .processes import needs_gloo, run_two_processes
 from .reference_run import ReferenceRun, flatten_saved
 from .scripts import link_scripts, resume_trace, run_script, skip_without_nanogpt
@@ -151,6 +151,17 @@ def test_toy_run_leaves_a_whole_ckpt_pt_and_one_checkpoint_of_trainers(toy_folde
 def test_sharded_toy_run_with_memory_saved_ends_near_one_without(folders, way, least, most):
     found = flatten_checkpoint(folders / "train-fsdp2" / way / "ckpt.pt")
     assert least < find_largest_difference(found, run_toy_alone(**SHORT)) < most
+
+
+@pytest.mark.slow
+@needs_newer_torch
+def test_sharded_and_compiled_toy_run_stopped_and_resumed_ends_where_one_does(tmp_path):
+    folder = tmp_path / "train-compiled"
+    folder.mkdir()
+    make_workplace(folder)
+    run_two_processes("distributed_worker", tmp_path, "train-compiled")
+    found = flatten_checkpoint(folder / "out" / "ckpt.pt")
+    assert find_largest_difference(found, run_toy_alone(**LONGER)) <= TOLERANCE
 
 
 @pytest.mark.nanogpt

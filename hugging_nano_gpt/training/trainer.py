@@ -244,11 +244,12 @@ class NanoGPTTrainer(Trainer):
 
     def save_nanogpt_ckpt(self, path: str | os.PathLike[str]) -> None:
         """Writes a checkpoint from which nanoGPT's train.py resumes; under torchrun every process has to call this."""
-        model = self.accelerator.unwrap_model(self.model)
+        # first, as it shards again what an evaluation has left whole
+        optimizer = None if self.optimizer is None else read_optimizer(self.optimizer, self.model)
         save_model(
-            model,
+            self.accelerator.unwrap_model(self.model, keep_torch_compile=False),
             path,
-            optimizer=None if self.optimizer is None else read_optimizer(self.optimizer, model),
+            optimizer=optimizer,
             iter_num=self.iter_num,
             best_val_loss=self.best_val_loss,
             config=self.config,
@@ -308,7 +309,7 @@ class NanoGPTTrainer(Trainer):
 
     def _remember(self) -> None:
         state = TrainingState(self.iter_num, self.best_val_loss, dict(self.config))
-        remember_training_state(self.accelerator.unwrap_model(self.model), state)
+        remember_training_state(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), state)
 
     def _settings(self) -> dict[str, Any]:
         # What the arguments say goes, for settings that both have; but a state with moments brings its own weight
