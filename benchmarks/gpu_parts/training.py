@@ -90,8 +90,6 @@ def probe_resume(setting: Setting) -> Outcome:
 def probe_fsdp(setting: Setting) -> Outcome:
     """Trains with Trainer's fsdp argument (FSDP2) on one device, and compares with training without it."""
     check_accelerate()
-    if not setting.is_cuda:
-        raise SkippedError("on a CPU, Accelerate makes DDP of Trainer's fsdp argument")
     if not setting.has_children:
         raise SkippedError("it needs a process of its own")
     with tempfile.TemporaryDirectory() as name:
