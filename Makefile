@@ -95,6 +95,7 @@ examples: $(READY) $(CLIENTS_READY)
 bench: $(READY)
 	$(VENV)/bin/python benchmarks/load.py
 	$(VENV)/bin/python benchmarks/train_step.py
+	test -z "$$NANOGPT_DIR" || $(VENV)/bin/python benchmarks/trainer.py
 	$(VENV)/bin/python benchmarks/generate.py --rounds 3
 	$(VENV)/bin/python benchmarks/onnx_runtime.py --rounds 3
 

@@ -5,8 +5,8 @@ windows of a token file, with nanoGPT's optimizer, schedule and clipping; the lo
 They take turns, and both end at the same bits. Progress bars and logging are on, as users have them. train_step.py
 does this.
 
-`hugging-nano-gpt train` and train.py itself make the same run in turns, each in a process of its own; compared are the
-milliseconds that both print for every update.
+`hugging-nano-gpt train` and train.py itself make the same run in turns; compared are the processor's seconds between
+the lines that both print for every update.
 
 Run: NANOGPT_DIR=/path/to/nanoGPT python benchmarks/trainer.py [--rounds 5] [--updates 20]
 The last line is one JSON object.
@@ -17,12 +17,13 @@ import contextlib
 import io
 import itertools
 import os
-import re
+import pickle
+import runpy
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 from common import Target, print_result
 from transformers import TrainerCallback
+from transformers.utils.logging import disable_progress_bar
 
 from hugging_nano_gpt import NanoGPTConfig, NanoGPTLMHeadModel, TrainingState
 from hugging_nano_gpt.training import (
@@ -38,6 +40,8 @@ from hugging_nano_gpt.training import (
     TokenDataset,
     collate_windows,
     make_optimizer,
+    read_settings,
+    run_training,
     training_arguments_from_nanogpt,
 )
 from hugging_nano_gpt.training.drawing import make_random_state
@@ -175,34 +179,69 @@ def draw_batch(dataset: TokenDataset, batch_size: int, device: torch.device) -> 
     return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
-def measure_command(nanogpt_dir: Path, rounds: int, n_updates: int) -> dict[str, Any]:
-    """Returns the milliseconds of an update of the command and of train.py, and the median ratio of a round's medians.
+class UpdateLines(io.StringIO):
+    """Takes what a run prints, and notes both clocks at the line of every update."""
 
-    In every round each of them makes one run, another one first each time. Evaluations are in their first update.
+    def __init__(self) -> None:
+        super().__init__()
+        self.ends: list[tuple[float, float]] = []
+
+    def write(self, text: str) -> int:
+        """Takes a piece of a line."""
+        if text.startswith("iter "):
+            self.ends.append((time.perf_counter(), time.process_time()))
+        return super().write(text)
+
+
+def measure_command(nanogpt_dir: Path, rounds: int, n_updates: int) -> dict[str, Any]:
+    """Returns the seconds of an update of the command and of train.py, and the median ratio of a round's medians.
+
+    In every round each of them makes one run, another one first each time. The processor's seconds are what counts:
+    those of the wall, given too, are longer where other programs run.
     """
-    medians: dict[str, list[float]] = {"command": [], "train_py": []}
+    seconds: dict[str, dict[str, list[float]]] = {clock: {"command": [], "train_py": []} for clock in ("wall", "cpu")}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder = make_workplace(Path(name), nanogpt_dir)
         settings = {**make_config("out", n_updates, "cpu", "float32", batch_size=4), **SHAKESPEARE, "log_interval": 1}
-        (folder / "data" / settings["dataset"]).mkdir(parents=True)
-        for split in ("train", "val"):
-            tokens = np.random.default_rng(0).integers(0, 65, 100_000, dtype=np.uint16)
-            tokens.tofile(folder / "data" / settings["dataset"] / f"{split}.bin")
-        for script in ("train.py", "model.py", "configurator.py"):
-            (folder / script).symlink_to(nanogpt_dir / script)
         flags = [f"--{name}={value}" for name, value in settings.items()]
-        ways = {"command": ["-m", "hugging_nano_gpt_cli", "train"], "train_py": ["train.py"]}
+        ways = {"command": run_command, "train_py": run_train_py}
         for number in range(rounds):
             for way in sorted(ways, reverse=number % 2 == 1):
-                command = [sys.executable, *ways[way], *flags, f"--out_dir=out-{way}-{number}"]
-                done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-                times_ms = [float(ms) for ms in re.findall(r"^iter \d+:.* time ([\d.]+)ms", done.stdout, re.MULTILINE)]
-                medians[way].append(statistics.median(times_ms[WARM_UP_UPDATES:]))
-    ratios = [ours / theirs for ours, theirs in zip(*medians.values(), strict=True)]
-    return {
-        **{f"{way}_ms": [round(ms, 2) for ms in found] for way, found in medians.items()},
-        "command_overhead": round(statistics.median(ratios) - 1, 4),
+                lines = UpdateLines()
+                with contextlib.chdir(folder), contextlib.redirect_stdout(lines), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of what torch has renamed since
+                    ways[way]([*flags, f"--out_dir=out-{way}-{number}"])
+                for clock, ends in zip(seconds, zip(*lines.ends[WARM_UP_UPDATES - 1 :], strict=True), strict=True):
+                    times_s = [end - start for start, end in itertools.pairwise(ends)]
+                    seconds[clock][way].append(round(statistics.median(times_s), 4))
+    overheads = {
+        clock: round(statistics.median(a / b for a, b in zip(*found.values(), strict=True)) - 1, 4)
+        for clock, found in seconds.items()
     }
+    return {"seconds": seconds, "command_overhead": overheads["cpu"], "command_overhead_wall": overheads["wall"]}
+
+
+def make_workplace(folder: Path, nanogpt_dir: Path) -> Path:
+    """Makes a folder in which train.py runs: random data of 65 characters, and links to the checkout."""
+    data_dir = folder / "data" / str(SHAKESPEARE["dataset"])
+    data_dir.mkdir(parents=True)
+    for split in ("train", "val"):
+        np.random.default_rng(0).integers(0, 65, 100_000, dtype=np.uint16).tofile(data_dir / f"{split}.bin")
+    (data_dir / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 65}))
+    for script in ("train.py", "model.py", "configurator.py"):
+        (folder / script).symlink_to(nanogpt_dir / script)
+    return folder
+
+
+def run_command(flags: list[str]) -> None:
+    """Does what `hugging-nano-gpt train` does."""
+    run_training(read_settings(flags))
+
+
+def run_train_py(flags: list[str]) -> None:
+    """Runs the train.py of the working directory, in this process."""
+    sys.argv, sys.path[:0] = ["train.py", *flags], [str(Path.cwd())]
+    runpy.run_path("train.py", run_name="__main__")
 
 
 def main() -> None:
@@ -211,6 +250,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--updates", type=int, default=20, help="of each run")
     options = parser.parse_args()
+    disable_progress_bar()
     figures = measure_command(Path(os.environ["NANOGPT_DIR"]).absolute(), options.rounds, options.updates)
     for name, figure in figures.items():
         print(f"{name}: {figure}")
