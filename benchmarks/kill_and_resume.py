@@ -118,7 +118,7 @@ def kill(folder: Path, n_updates: int, moment_s: float) -> str:
     if list(out_dir.glob(".writing-*")):
         return "writing ckpt.pt"
     checkpoints = list(out_dir.glob("checkpoint-*"))
-    is_whole = len(checkpoints) <= 1 and all((path / "nanogpt_next_batch_0.json").exists() for path in checkpoints)
+    is_whole = len(checkpoints) <= 1 and all((path / "trainer_state.json").exists() for path in checkpoints)
     return "training" if is_whole else "writing or removing a checkpoint of Trainer's"
 
 
