@@ -17,7 +17,7 @@ from hugging_nano_gpt import NanoGPTForSequenceClassification, demo
 from hugging_nano_gpt.model import cache_nano_gpt, generation_nano_gpt
 
 from .test_modeling import pad_left
-from .tiny import make_batch, make_model, make_pair
+from .tiny import TORCH_VERSION, make_batch, make_model, make_pair
 
 CACHE_NAME = cache_nano_gpt.CACHE_NAME
 NAMES = ["past_key_values", "cache"]
@@ -217,7 +217,8 @@ def test_demo_with_a_broken_cache_says_which_tokens(monkeypatch, break_cache, fa
     assert not demo.run_demo(stream)
     text = stream.getvalue()
     assert re.search(f"   greedy: {fault}", text)
-    assert text.count("[WRONG: expected the tokens nanoGPT drew]") == 2
+    n_ways = 2 if TORCH_VERSION >= (2, 7) else 1  # torch 2.6 draws other numbers from a seed: greedy alone is compared
+    assert text.count("[WRONG: expected the tokens nanoGPT drew]") == n_ways
 
 
 def test_range_admits_what_was_tested_and_no_more():
