@@ -25,7 +25,7 @@ OLDEST_VENV := .venv-oldest
 TRANSFORMERS_RANGE := $(shell sed -n 's/.*"\(transformers>=[^"]*\)".*/\1/p' pyproject.toml)
 OLDEST_TRANSFORMERS := $(shell echo '$(TRANSFORMERS_RANGE)' | sed 's/>=\([0-9.]*\),.*/==\1.*/')
 # What the package relies on in other libraries: numbers, tokens in every way of drawing, remote code, Trainer, TRL.
-CONTRACT := tests/test_exactness.py tests/test_cache.py tests/test_modeling.py tests/test_generation.py tests/test_window.py tests/test_streaming.py tests/test_hub.py tests/test_training.py tests/test_trl.py
+CONTRACT := tests/test_exactness.py tests/test_cache.py tests/test_modeling.py tests/test_generation.py tests/test_window.py tests/test_streaming.py tests/test_hub.py tests/test_training.py tests/test_plain_trainer.py tests/test_trl.py
 
 .PHONY: demo test newest oldest clients readme exports vllm check fix examples bench gpu clean
 

@@ -133,12 +133,11 @@ def test_device_that_is_not_there_takes_one_line(command, device, tmp_path):
     assert re.fullmatch(message, result.stderr)
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
-def test_gpu_where_there_is_none_takes_one_line():
-    result = run_command("generate", CKPT_PATH, "a", "--device", "cuda")
+def test_gpu_that_is_not_there_takes_one_line():
+    result = run_command("generate", CKPT_PATH, "a", "--device", "cuda:99")
     assert (result.returncode, result.stdout) == (1, "")
     assert re.fullmatch(
-        r"error: device: expected one on .* here, cpu, got 'cuda'; give one of these.*\n", result.stderr
+        r"error: device: expected one on .* here, cpu.*, got 'cuda:99'; give one of these.*\n", result.stderr
     )
 
 

@@ -46,6 +46,7 @@ from .tiny import MODEL_ARGS, make_batch, make_model
 CODE_FILES = [
     f"{name}_nano_gpt.py"
     for name in (
+        "block",
         "cache",
         "configuration",
         "decoding",

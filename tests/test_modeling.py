@@ -419,6 +419,7 @@ def test_decay_groups_of_trainer_are_those_of_nanogpt():
     ("module", "siblings"),
     [
         ("configuration_nano_gpt", []),
+        ("block_nano_gpt", ["cache_nano_gpt", "configuration_nano_gpt"]),
         ("cache_nano_gpt", []),
         ("kernels_nano_gpt", []),
         ("decoding_nano_gpt", ["cache_nano_gpt", "kernels_nano_gpt"]),
@@ -430,6 +431,7 @@ def test_decay_groups_of_trainer_are_those_of_nanogpt():
         (
             "modeling_nano_gpt",
             [
+                "block_nano_gpt",
                 "cache_nano_gpt",
                 "configuration_nano_gpt",
                 "generation_nano_gpt",

@@ -174,15 +174,6 @@ def test_train_py_resumes_from_ours_as_from_its_own(resumed):
     assert find_largest_difference(without, its_own) > 100 * TOLERANCE
 
 
-@pytest.fixture
-def two_threads():
-    """The recorded run had two, and with another number the sums come in another order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_train_py_goes_on_from_our_updates_as_from_its_own(workplace, two_threads):
     """50 updates of ours and 50 of nanoGPT's after them end at the bits of 100 of nanoGPT's."""
     path = workplace / "out" / "ckpt.pt"

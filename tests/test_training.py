@@ -4,14 +4,12 @@ tests/fixtures/trace was made by train.py: two checkpoints 100 updates apart, an
 between them (2 micro-steps an update, 2 CPU threads).
 """
 
-import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from hugging_nano_gpt import ConversionError, DataError, NanoGPTLMHeadModel, read_checkpoint
 from hugging_nano_gpt.demo import CKPT_PATH
@@ -27,37 +25,25 @@ from hugging_nano_gpt.training import (
     training_arguments_from_nanogpt,
 )
 
-from .tiny import TORCH_VERSION, make_model
+from .tiny import make_model
 from .trace import (
     CONFIG,
     END,
     START,
     STEPS,
     TOLERANCE,
-    TRACE_DIR,
     find_largest_difference,
     flatten_moments,
     load_start,
     make_trainer,
+    record_losses,
     train_by_hand,
 )
 
 LOSSES = [micro["loss"] for step in STEPS for micro in step["micro"]]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def two_threads():
-    """The trace was made with two threads, and with one the sums come in another order (4e-7)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-def record_losses(model):
-    losses = []
-    model.register_forward_hook(lambda module, args, outputs: losses.append(outputs.loss.item()))
-    return losses
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 def measure_distance(model, optimizer, expected=None):
@@ -401,158 +387,3 @@ def test_arguments_from_nanogpt_map_or_name_every_setting(tmp_path):
 
 
 # renamed in transformers 5.23
-CHECKPOINTING = (
-    "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
-)
-
-
-needs_compiler = pytest.mark.skipif(TORCH_VERSION < (2, 7), reason="the compiler of torch 2.6 fails")
-ignore_compiler = [pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # torch's own, when it compiles
-
-
-class Windows(torch.utils.data.Dataset):
-    """The first windows of the trace as plain examples, as users of Trainer have them."""
-
-    def __init__(self, count):
-        self.dataset, self.count = TokenDataset(TRACE_DIR / "train.bin", 32), count
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        ids = self.dataset[32 * range(self.count)[index]]["input_ids"]  # one sampler asks until an IndexError
-        return {"input_ids": ids, "labels": ids}
-
-
-def make_plain_trainer(folder, model, windows=8, **settings):
-    defaults = {"per_device_train_batch_size": 4, "max_steps": 1, "logging_steps": 1, "report_to": "none"}
-    args = TrainingArguments(
-        str(folder), **{**defaults, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, **settings}
-    )
-    return Trainer(model, args, train_dataset=Windows(windows))
-
-
-def test_plain_trainer_logs_the_loss_of_nanogpt_and_its_groups(tmp_path):
-    model = load_start()
-    trainer = make_plain_trainer(tmp_path, model, max_grad_norm=0.0)
-    batch = next(iter(trainer.get_train_dataloader()))
-    ids = batch["input_ids"]
-    with torch.no_grad():  # nanoGPT's loss of these tokens: the first 31 predict the last 31
-        expected = model(ids[:, :-1], shift_labels=ids[:, 1:].contiguous()).loss.item()
-    trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, abs=1e-6)
-    groups = trainer.optimizer.param_groups
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    without_decay = [names[id(parameter)] for parameter in groups[1]["params"]]
-    assert without_decay == [name for name, parameter in model.named_parameters() if parameter.ndim < 2]
-    assert groups[1]["weight_decay"] == 0.0
-
-
-def test_plain_trainer_shifts_labels_when_it_smooths_them(tmp_path):
-    model = load_start()
-    trainer = make_plain_trainer(tmp_path, model, label_smoothing_factor=0.1)
-    ids = next(iter(trainer.get_train_dataloader()))["input_ids"]
-    with torch.no_grad():
-        logits = model(ids).logits[:, :-1].flatten(0, 1)
-        expected = nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), label_smoothing=0.1).item()
-        unshifted = nn.functional.cross_entropy(
-            model(ids).logits.flatten(0, 1), ids.flatten(), label_smoothing=0.1
-        ).item()
-    trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, abs=1e-5)
-    assert abs(unshifted - expected) > 0.1
-
-
-def measure_switches(folder, settings, twin):
-    """Makes 6 updates with each of two settings; returns how far apart they end, as a share of the way from the start.
-
-    0 is the same bits, and 1 as far as not to have trained at all.
-    """
-    ends = []
-    for changes in (settings, twin):
-        model = load_start()
-        trainer = make_plain_trainer(folder, model, windows=24, max_steps=6, learning_rate=1e-3, **changes)
-        trainer.train()
-        assert [math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry] == [True] * 6
-        ends.append(nn.utils.parameters_to_vector(model.parameters()))
-    start = nn.utils.parameters_to_vector(load_start().parameters())
-    return ((ends[0] - ends[1]).norm() / (ends[1] - start).norm()).item()
-
-
-# Another order of float32 sums; measured at most 3e-6, and 0.014 with the nearest wrong setting below.
-OTHER_SUMS = (0.0, 1e-4)
-
-
-@pytest.mark.parametrize(
-    ("settings", "twin", "limits"),
-    [
-        ({CHECKPOINTING: True}, {}, (0.0, 0.0)),
-        ({"bf16": True}, {}, (1e-3, 0.15)),  # 8 bits, where they are used at all; measured 0.05
-        ({"gradient_accumulation_steps": 3}, {"per_device_train_batch_size": 12}, OTHER_SUMS),
-        ({"optim": "adamw_torch"}, {"optim": "adamw_torch_fused"}, OTHER_SUMS),
-        # Of a batch with every window the order does not matter.
-        (
-            {"per_device_train_batch_size": 24, "train_sampling_strategy": "group_by_length"},
-            {"per_device_train_batch_size": 24},
-            OTHER_SUMS,
-        ),
-        # The graphs without the code of the default back end, which takes half a minute to make.
-        pytest.param({"torch_compile_backend": "aot_eager"}, {}, OTHER_SUMS, marks=[needs_compiler, *ignore_compiler]),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
-)
-def test_plain_trainer_with_its_usual_switches_ends_where_it_does_without(tmp_path, settings, twin, limits):
-    least, most = limits
-    assert least <= measure_switches(tmp_path, settings, twin) <= most
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"per_device_train_batch_size": 3},
-        {"label_smoothing_factor": 0.1},
-        {"neftune_noise_alpha": 5.0},
-        {"adam_beta2": 0.9},
-    ],
-    ids=lambda settings: next(iter(settings)),
-)
-def test_plain_trainer_with_another_setting_ends_elsewhere(tmp_path, wrong):
-    """Shows that the test above can fail."""
-    assert measure_switches(tmp_path, wrong, {}) > 100 * OTHER_SUMS[1]
-
-
-def test_neftune_adds_noise_in_training_alone(tmp_path):
-    model = load_start()
-    trainer = make_plain_trainer(tmp_path, model, neftune_noise_alpha=5.0, logging_steps=1, max_grad_norm=0.0)
-    ids = next(iter(trainer.get_train_dataloader()))["input_ids"]
-    with torch.no_grad():
-        expected = model(ids, labels=ids).loss.item()
-    trainer.train()
-    assert 1e-3 < abs(trainer.state.log_history[0]["loss"] - expected) < 1
-    assert not model.transformer.wte._forward_hooks
-
-
-def test_plain_trainer_resumed_in_the_middle_of_an_epoch_ends_at_the_same_bits(tmp_path):
-    """8 windows in batches of 2 are 4 updates an epoch: the checkpoint is one and a half epochs in."""
-    settings = {"max_steps": 10, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 6}
-    ends = []
-    for checkpoint in (None, str(tmp_path / "checkpoint-6")):
-        model = load_start()
-        losses = record_losses(model)
-        make_plain_trainer(tmp_path, model, **settings).train(resume_from_checkpoint=checkpoint)
-        ends.append((losses, model.state_dict()))
-    (losses, parameters), (resumed_losses, resumed) = ends
-    assert resumed_losses == losses[6:]  # the first 6 updates are not made again
-    assert all(torch.equal(parameters[name], resumed[name]) for name in parameters)
-
-
-def test_flattened_documents_have_the_loss_of_separate_ones():
-    """DataCollatorWithFlattening packs documents into one row, and marks them by positions that begin again."""
-    model = load_start()
-    documents = [Windows(3)[index]["input_ids"][:length].tolist() for index, length in enumerate((32, 7, 20))]
-    batch = DataCollatorWithFlattening()([{"input_ids": document} for document in documents])
-    assert batch["position_ids"].shape == (1, 59)
-    with torch.no_grad():
-        packed = model(**batch, use_cache=False).loss
-        separate = [model(torch.tensor([d]), labels=torch.tensor([d])).loss * (len(d) - 1) for d in documents]
-    torch.testing.assert_close(packed, sum(separate) / (59 - 3), rtol=0, atol=1e-6)

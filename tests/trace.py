@@ -40,6 +40,13 @@ def load_start() -> NanoGPTLMHeadModel:
     return NanoGPTLMHeadModel.from_nanogpt_ckpt(START_PATH)
 
 
+def record_losses(model: nn.Module) -> list[float]:
+    """Returns the list to which every forward pass from now on adds its loss."""
+    losses: list[float] = []
+    model.register_forward_hook(lambda module, args, outputs: losses.append(outputs.loss.item()))
+    return losses
+
+
 def list_offsets(steps: Sequence[Mapping[str, Any]], rank: int = 0, world_size: int = 1) -> list[list[int]]:
     """Lists the offsets of each micro-step; of several processes each takes its share, as nanoGPT divides them."""
     return [micro["offsets"] for step in steps for micro in step["micro"][rank::world_size]]

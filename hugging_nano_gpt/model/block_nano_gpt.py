@@ -1,0 +1,160 @@
+"""One block of the model: causal self-attention and an MLP, with nanoGPT's names, layouts and order of arithmetic.
+
+This file travels with saved models as remote code.
+
+Shapes: B batch, T tokens, S keys (cached + T), C n_embd, H heads, D head size = C / H.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .cache_nano_gpt import RoomyLayer
+from .configuration_nano_gpt import NanoGPTConfig
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,  # (B, H, T, D)
+    key: torch.Tensor,  # (B, H, S, D)
+    value: torch.Tensor,  # (B, H, S, D)
+    attention_mask: torch.Tensor | None,  # (B or 1, 1, T, S), added to the scores
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Computes attention step by step, as nanoGPT does without flash attention, and returns the weights too."""
+    scores = (query @ key.transpose(-2, -1)) * scaling  # (B, H, T, S)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights  # (B, T, H, D)
+
+
+class NanoGPTAttention(nn.Module):
+    """Causal self-attention of all heads, with query, key and value in one projection."""
+
+    def __init__(self, config: NanoGPTConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.n_embd // config.n_head
+        self.scaling = 1.0 / math.sqrt(self.head_dim)
+        self.is_causal = True
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj.is_residual_projection = True  # type: ignore[assignment]  # read by _init_weights
+        # Never called, as the back ends drop weights themselves: TRL turns dropout off by setting p of nn.Dropout.
+        self.attn_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # (B, T, C)
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache
+        | None = None,  # not `cache`: before Transformers 5.24, back ends take one out of kwargs
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # vLLM's Transformers backend reads and rewrites this source: the split by a literal 3-tuple, the -1 heads, the
+        # interface fetched once into a local and called once, and `scaling=self.scaling` are its contract.
+        input_shape = hidden_states.shape[:-1]
+        head_shape = (*input_shape, -1, self.head_dim)
+        C = self.config.n_embd
+        query, key, value = self.c_attn(hidden_states).split((C, C, C), dim=-1)
+        query = query.view(head_shape).transpose(1, 2)  # (B, H, T, D)
+        key = key.view(head_shape).transpose(1, 2)
+        value = value.view(head_shape).transpose(1, 2)
+        dtype = query.dtype
+
+        if past_key_values is not None:  # the cache of continuous batching also changes the back end's arguments
+            key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)  # (B, H, S, D)
+            query = query.to(key.dtype)  # a cache may be more precise than the model is
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attn_dropout.p if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        attn_output = attn_output.reshape(*input_shape, -1).contiguous().to(dtype)  # (B, T, C)
+        return self.resid_dropout(self.c_proj(attn_output)), attn_weights
+
+
+class NanoGPTMLP(nn.Module):
+    """The feed-forward half of a block, four times as wide inside."""
+
+    def __init__(self, config: NanoGPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.act = ACT2FN[config.activation_function]
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj.is_residual_projection = True  # type: ignore[assignment]  # read by _init_weights
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, T, C) -> (B, T, C)
+        return self.dropout(self.c_proj(self.act(self.c_fc(hidden_states))))
+
+
+class NanoGPTBlock(GradientCheckpointingLayer):
+    """A transformer block: attention and MLP, each behind a LayerNorm and added to the residual stream."""
+
+    def __init__(self, config: NanoGPTConfig, layer_idx: int):
+        super().__init__()
+        # nn.LayerNorm itself, not a subclass of ours: Trainer exempts it from weight decay by its type.
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        self.attn = NanoGPTAttention(config, layer_idx)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        self.mlp = NanoGPTMLP(config)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:  # (B, T, C) -> (B, T, C)
+        attn_output, _ = self.attn(self.ln_1(hidden_states), **kwargs)
+        hidden_states = hidden_states + attn_output
+        return hidden_states + self.mlp(self.ln_2(hidden_states))
+
+    def step(
+        self, hidden_states: torch.Tensor, layer: RoomyLayer, attention_mask: torch.Tensor | None, linear: Callable
+    ) -> torch.Tensor:  # (B, C) -> (B, C)
+        """Computes what forward does for one new token a row, in fewer calls; a test compares the two.
+
+        Args:
+            hidden_states: (B, C).
+            layer: The keys and values of earlier tokens; the new ones are appended.
+            attention_mask: (B, 1, 1, S) bool, True for tokens; None where all of them are.
+            linear: Computes inputs @ weight.T + bias.
+        """
+        attn, mlp = self.attn, self.mlp
+        states = linear(normalize(self.ln_1, hidden_states), attn.c_attn.weight, attn.c_attn.bias)
+        states = states.view(len(hidden_states), 3, -1, attn.head_dim).transpose(0, 1)  # (3, B, H, D)
+        key, value = layer.append(states[1:])  # (B, H, S, D)
+        query = states[0].unsqueeze(2).to(key.dtype)
+        attn_output = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, scale=attn.scaling
+        )
+        attn_output = attn_output.flatten(1).to(hidden_states.dtype)
+        hidden_states = hidden_states + linear(attn_output, attn.c_proj.weight, attn.c_proj.bias)
+        inner = linear(normalize(self.ln_2, hidden_states), mlp.c_fc.weight, mlp.c_fc.bias)
+        return hidden_states + linear(mlp.act(inner), mlp.c_proj.weight, mlp.c_proj.bias)
+
+
+def normalize(norm: nn.LayerNorm, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Computes what a LayerNorm's forward does, in fewer calls; shapes as there."""
+    return nn.functional.layer_norm(hidden_states, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+__all__ = ["NanoGPTAttention", "NanoGPTBlock", "NanoGPTMLP", "eager_attention_forward", "normalize"]
