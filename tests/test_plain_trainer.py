@@ -20,7 +20,9 @@ CHECKPOINTING = (
 )
 
 
-needs_compiler = pytest.mark.skipif(TORCH_VERSION < (2, 7), reason="the compiler of torch 2.6 fails")
+needs_compiler = pytest.mark.skipif(
+    TORCH_VERSION < (2, 7), reason="torch.compile does not work with torch 2.6 and Transformers 5"
+)
 ignore_compiler = [pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # torch's own, when it compiles
 
 

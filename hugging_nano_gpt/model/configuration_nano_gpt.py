@@ -90,9 +90,8 @@ class NanoGPTConfig(PreTrainedConfig):
     nanogpt_training_state: dict | None = None
 
     def __post_init__(self, **kwargs):
-        faults = self._find_faults(
-            self.dtype or kwargs.get("torch_dtype")
-        )  # as older releases of Transformers named it
+        dtype = self.dtype or kwargs.get("torch_dtype")  # as older releases of Transformers named it
+        faults = self._find_faults(dtype)
         if faults:
             raise ValueError(f"{type(self).__name__}: impossible values: {'; '.join(faults)}")
         super().__post_init__(**kwargs)

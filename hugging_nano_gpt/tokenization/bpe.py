@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 
-# The two names that GPT-2 has on the Hub.
-GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+# The names of the two files that GPT-2's tokenizer was published in: Transformers', and OpenAI's own.
+_GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 _FILES = "a folder with its vocab.json and merges.txt, or its encoder.json and vocab.bpe"
+
+# The two names that GPT-2 has on the Hub.
 _GPT2_REPOSITORIES = ("openai-community/gpt2", "gpt2")
 
 # Characters that two regex engines may treat differently: spaces and line ends of every kind, digits and letters in
@@ -105,7 +107,7 @@ def read_gpt2_files(folder: Path, *, block_size: int | None = None) -> PreTraine
     Raises:
         TokenizerError: If they cannot be read, or have no <|endoftext|>.
     """
-    pairs = [(folder / vocabulary, folder / merges) for vocabulary, merges in GPT2_FILES]
+    pairs = [(folder / vocabulary, folder / merges) for vocabulary, merges in _GPT2_FILES]
     found = next((pair for pair in pairs if all(path.is_file() for path in pair)), None)
     if found is None:
         return None
