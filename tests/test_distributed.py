@@ -153,7 +153,6 @@ def test_sharded_toy_run_with_memory_saved_ends_near_one_without(folders, way, l
     assert least < find_largest_difference(found, run_toy_alone(**SHORT)) < most
 
 
-@pytest.mark.slow
 @needs_newer_torch
 def test_sharded_and_compiled_toy_run_stopped_and_resumed_ends_where_one_does(tmp_path):
     folder = tmp_path / "train-compiled"
