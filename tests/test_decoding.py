@@ -40,6 +40,7 @@ def test_step_equals_forward(bias, activation, is_padded, dtype, tolerance, is_t
     plain = DynamicCache(config=model.config)
     roomy = DynamicCache()
     roomy.layers = [RoomyLayer(12) for _ in range(2)]
+    step = model.bind_step(nn.functional.linear)
     with torch.no_grad():
         for cache in (plain, roomy):
             model(ids[:, :8], attention_mask=mask[:, :8], past_key_values=cache)
@@ -47,7 +48,7 @@ def test_step_equals_forward(bias, activation, is_padded, dtype, tolerance, is_t
             positions = mask[:, :end].sum(-1) - 1 if is_padded else end - 1
             key_mask = mask[:, None, None, :end] != 0 if is_padded else None
             expected = model(ids[:, end - 1 : end], attention_mask=mask[:, :end], past_key_values=plain).logits[:, 0]
-            found = model.step(ids[:, end - 1], positions, roomy.layers, key_mask, nn.functional.linear)
+            found = step(ids[:, end - 1], positions, roomy.layers, key_mask)
             assert found.dtype == dtype
             assert (found - expected).abs().max() <= tolerance
             assert found.abs().max() > 100 * tolerance or dtype in (torch.bfloat16, torch.float16)
@@ -133,6 +134,30 @@ def flatten(values):
     if values is None or isinstance(values, torch.Tensor):
         return [] if values is None else [values]
     return [each for value in values for each in flatten(value)]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"stride": 4}, {"use_cache": False}, {"return_dict_in_generate": True}], ids=str
+)
+def test_what_generate_returns_can_be_written_to_and_trained_on(settings):
+    """The loop reads in torch's inference mode, whose tensors cannot."""
+    model = make_model()
+
+    def ban(input_ids, scores):
+        scores[:, 7] = -torch.inf
+        input_ids[:, 0] = input_ids[:, 0].clone()
+        return scores
+
+    recording = {"output_logits": True, "output_scores": True}
+    output = model.generate(make_batch(2, 8)[0], max_new_tokens=40, logits_processor=[ban], **recording, **settings)
+    tokens = getattr(output, "sequences", output)
+    assert not (tokens == 7)[:, 8:].any()
+    tokens[:, 0] = 3
+    model.train()(tokens[:, :32], labels=tokens[:, :32]).loss.backward()
+    if settings.get("return_dict_in_generate"):
+        layers = getattr(output, CACHE_NAME).layers
+        kept = [*output.logits, *output.scores, *(each for layer in layers for each in (layer.keys, layer.values))]
+        assert not any(each.is_inference() for each in kept)
 
 
 def test_positions_of_the_caller_are_used():

@@ -17,19 +17,28 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 linear = nn.functional.linear
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """Makes toy models as slow to read as large ones, and records the thread of each product by oneDNN."""
+@pytest.fixture(params=["onednn", "shared"])
+def calls(monkeypatch, request):
+    """Makes toy models as slow to read as large ones, and records the thread of each product by the faster kernel."""
     threads = []
-    apply_onednn = kernels._apply_onednn
 
-    def spy(*args):
-        threads.append(threading.get_ident())
-        return apply_onednn(*args)
+    def spy(apply):
+        def counted(*args):
+            threads.append(threading.get_ident())
+            return apply(*args)
 
-    monkeypatch.setattr(kernels, "_count_cached_bytes", lambda: 0)
-    monkeypatch.setattr(kernels, "_apply_onednn", spy)
-    return threads
+        return counted
+
+    share = kernels._share
+    monkeypatch.setattr(kernels, "_is_blas_shared", lambda: request.param == "shared")
+    monkeypatch.setattr(kernels, "_CACHED_BYTES", 0)
+    monkeypatch.setattr(kernels, "_SHARED_SIZE", 0)
+    monkeypatch.setattr(kernels, "_apply_onednn", spy(kernels._apply_onednn))
+    monkeypatch.setattr(kernels, "_share", lambda *args: spy(share(*args)))
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(3)  # which divides few widths
+    yield threads
+    torch.set_num_threads(n_threads)
 
 
 @pytest.mark.parametrize("is_hooked", [False, True], ids=["steps", "forward passes"])
@@ -38,9 +47,10 @@ def test_kernels_are_used_while_generating_and_only_then(calls, settings, is_hoo
     model = make_model()
     if is_hooked:
         model.register_forward_pre_hook(lambda *_: None)
-    model.generate(make_batch(1, 4)[0], max_new_tokens=4, **settings)
+    tokens = model.generate(make_batch(1, 4)[0], max_new_tokens=4, **settings)
     assert len(calls) == 4 * 9  # passes, Linears
-    model.generate(make_batch(1, 4)[0], max_new_tokens=4, use_cache=False)
+    plain = model.generate(make_batch(1, 4)[0], max_new_tokens=4, use_cache=False)
+    assert settings or torch.equal(tokens, plain)
     model(make_batch(1, 4)[0])
     with pytest.raises(IndexError):
         model.generate(torch.tensor([[65]]), max_new_tokens=4)
@@ -48,10 +58,13 @@ def test_kernels_are_used_while_generating_and_only_then(calls, settings, is_hoo
     assert len(calls) == 4 * 9
 
 
-def test_models_that_a_processor_keeps_in_its_cache_stay_with_blas(calls, monkeypatch):
-    monkeypatch.setattr(kernels, "_count_cached_bytes", lambda: 2**20)
+def test_what_a_processor_keeps_in_its_cache_stays_with_one_thread_of_blas(calls, monkeypatch):
+    monkeypatch.setattr(kernels, "_CACHED_BYTES", 2**20)
+    monkeypatch.setattr(kernels, "_SHARED_SIZE", 2**20)
+    monkeypatch.setattr(torch, "bmm", None)  # what shares
+    monkeypatch.setattr(torch, "baddbmm", None)
     make_model().generate(make_batch(1, 4)[0], max_new_tokens=4)
-    assert calls == []
+    assert kernels._is_blas_shared() or calls == []
 
 
 def test_generating_changes_nothing_for_other_threads_and_copies(calls):
@@ -137,7 +150,7 @@ def test_kernels_can_be_switched_off_with_torchs_own_switch(calls):
 
 def make_linear(bias, rows, dtype):
     torch.manual_seed(0)
-    layer = nn.Linear(256, 3000, bias=bias).to(dtype)
+    layer = nn.Linear(256, 3001, bias=bias).to(dtype)
     nn.init.normal_(layer.weight)
     return layer, torch.randn(2, rows, 256, dtype=dtype)
 
@@ -148,7 +161,7 @@ def make_linear(bias, rows, dtype):
     # Sums of 256 products of size 1: float32 in another order; float16 rounds the result, of size up to 60.
     [
         *[(torch.float32, rows, 1, 1e-4) for rows in (1, 2, 8, 16)],
-        *[(torch.float16, rows, 2, 0.04) for rows in (4, 8, 40)],  # the 3000 outputs in pieces of 2048
+        *[(torch.float16, rows, 2, 0.04) for rows in (4, 8, 40)],  # the 3001 outputs in pieces of 2048
     ],
 )
 def test_kernel_equals_linear(calls, bias, dtype, rows, n_calls, tolerance):
@@ -160,6 +173,7 @@ def test_kernel_equals_linear(calls, bias, dtype, rows, n_calls, tolerance):
         assert len(calls) == n_calls
         chosen = kernels.choose_linear(model=layer_as_model(layer), n_rows=2 * rows)
         assert torch.equal(chosen(inputs, layer.weight, layer.bias), found)
+        assert torch.equal(kernels.bind_linear(chosen, layer)(inputs.flatten(0, 1)), found.flatten(0, 1))
     assert found.dtype == dtype
     assert (found.double() - expected).abs().max() < tolerance
 
@@ -260,7 +274,7 @@ def test_roomy_layer_copies_old_tokens_rarely():
     addresses = set()
     for step in range(1000):
         states = torch.cat([each[None] for each in make_states(1, 1, step)])
-        keys, values = layer.update(*states) if step % 2 == 0 else layer.append(states[:, :, :, 0])
+        keys, values = layer.update(*states) if step % 2 == 0 else layer.append(states)
         assert torch.equal(torch.stack([keys, values])[:, :, :, -1:], states)
         addresses.add(keys.data_ptr())
     assert keys.shape == (1, 2, 1000, 4)
@@ -281,7 +295,7 @@ def test_what_a_layer_handed_out_never_changes():
         keep(*each.update(*make_states(1, 1, seed)))
         each.crop(-2)
         keep(each.keys, each.values)
-        keep(*each.append(torch.stack([state[:, :, 0] for state in make_states(1, 1, 10 + seed)])))
+        keep(*each.append(torch.stack(list(make_states(1, 1, 10 + seed)))))
     for state, original in handed_out:
         assert torch.equal(state, original)
     assert layer.get_seq_length() == 5

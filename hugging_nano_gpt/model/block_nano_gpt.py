@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_nano_gpt import RoomyLayer
 from .configuration_nano_gpt import NanoGPTConfig
+from .kernels_nano_gpt import Linear, bind_linear
 
 
 def eager_attention_forward(
@@ -127,34 +128,41 @@ class NanoGPTBlock(GradientCheckpointingLayer):
         hidden_states = hidden_states + attn_output
         return hidden_states + self.mlp(self.ln_2(hidden_states))
 
-    def step(
-        self, hidden_states: torch.Tensor, layer: RoomyLayer, attention_mask: torch.Tensor | None, linear: Callable
-    ) -> torch.Tensor:  # (B, C) -> (B, C)
-        """Computes what forward does for one new token a row, in fewer calls; a test compares the two.
+    def bind_step(self, linear: Linear) -> Callable[[torch.Tensor, RoomyLayer, torch.Tensor | None], torch.Tensor]:
+        """Returns a function that computes what forward does for one new token a row; a test compares the two.
+
+        Parameters are looked up here and not at every token, where that takes as long as a small model's arithmetic.
 
         Args:
-            hidden_states: (B, C).
-            layer: The keys and values of earlier tokens; the new ones are appended.
-            attention_mask: (B, 1, 1, S) bool, True for tokens; None where all of them are.
             linear: Computes inputs @ weight.T + bias.
+
+        Returns:
+            Takes hidden_states (B, C); the layer that holds keys and values of earlier tokens, to which it appends the
+            new ones; and attention_mask (B, 1, 1, S) bool, True for tokens, or None where all of them are. Returns the
+            hidden states (B, C) after this block.
         """
         attn, mlp = self.attn, self.mlp
-        states = linear(normalize(self.ln_1, hidden_states), attn.c_attn.weight, attn.c_attn.bias)
-        states = states.view(len(hidden_states), 3, -1, attn.head_dim).transpose(0, 1)  # (3, B, H, D)
-        key, value = layer.append(states[1:])  # (B, H, S, D)
-        query = states[0].unsqueeze(2).to(key.dtype)
-        attn_output = nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, scale=attn.scaling
-        )
-        attn_output = attn_output.flatten(1).to(hidden_states.dtype)
-        hidden_states = hidden_states + linear(attn_output, attn.c_proj.weight, attn.c_proj.bias)
-        inner = linear(normalize(self.ln_2, hidden_states), mlp.c_fc.weight, mlp.c_fc.bias)
-        return hidden_states + linear(mlp.act(inner), mlp.c_proj.weight, mlp.c_proj.bias)
+        ln_1, ln_2 = bind_norm(self.ln_1), bind_norm(self.ln_2)
+        c_attn, attn_proj = bind_linear(linear, attn.c_attn), bind_linear(linear, attn.c_proj)
+        c_fc, act, mlp_proj = bind_linear(linear, mlp.c_fc), mlp.act.forward, bind_linear(linear, mlp.c_proj)
+        head_dim, scaling = attn.head_dim, attn.scaling
+
+        def step(hidden_states: torch.Tensor, layer: RoomyLayer, attention_mask: torch.Tensor | None) -> torch.Tensor:
+            states = c_attn(ln_1(hidden_states)).view(len(hidden_states), 3, -1, 1, head_dim).transpose(0, 1)
+            key, value = layer.append(states[1:])  # (B, H, S, D)
+            attn_output = nn.functional.scaled_dot_product_attention(
+                states[0].to(key.dtype), key, value, attn_mask=attention_mask, scale=scaling
+            )  # (B, H, 1, D)
+            hidden_states = hidden_states + attn_proj(attn_output.flatten(1).to(hidden_states.dtype))
+            return hidden_states + mlp_proj(act(c_fc(ln_2(hidden_states))))
+
+        return step
 
 
-def normalize(norm: nn.LayerNorm, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Computes what a LayerNorm's forward does, in fewer calls; shapes as there."""
-    return nn.functional.layer_norm(hidden_states, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+def bind_norm(norm: nn.LayerNorm) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns what a LayerNorm's forward does, for parameters that are looked up only now."""
+    shape, weight, bias, eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
+    return lambda hidden_states: torch.layer_norm(hidden_states, shape, weight, bias, eps)
 
 
-__all__ = ["NanoGPTAttention", "NanoGPTBlock", "NanoGPTMLP", "eager_attention_forward", "normalize"]
+__all__ = ["NanoGPTAttention", "NanoGPTBlock", "NanoGPTMLP", "bind_norm", "eager_attention_forward"]

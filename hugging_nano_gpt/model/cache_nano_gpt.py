@@ -108,11 +108,11 @@ class RoomyLayer(DynamicLayer):
         return self._take(end)
 
     def append(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends one token's keys and values (2, B, H, D), and returns all of them; update() for decoding."""
+        """Appends one token's keys and values (2, B, H, 1, D), and returns all of them; update() for decoding."""
         start = self.get_seq_length()
         if not self._can_write_behind(start, start + 1):
-            self._move(states[0, :, :, None], start, start + 1)
-        self._room[0][:, :, :, start] = states
+            self._move(states[0], start, start + 1)
+        self._room[0].narrow(3, start, 1).copy_(states)
         return self._take(start + 1)
 
     def _can_write_behind(self, start: int, end: int) -> bool:
@@ -130,7 +130,7 @@ class RoomyLayer(DynamicLayer):
 
     def _take(self, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         self._room[1] = end
-        self.keys, self.values = self._own = self._room[0][:, :, :, :end].unbind()
+        self.keys, self.values = self._own = self._room[0].narrow(3, 0, end).unbind()
         return self.keys, self.values
 
 

@@ -139,7 +139,10 @@ class Reader:
         self.n_read = 0 if self.cache is None else int(self.cache.get_seq_length())
         self.start, self.is_first = 0, True
         self.kernels = nullcontext if self.cache is None else use_kernels(model)
-        self.linear = choose_linear(model, len(input_ids)) if self._can_step(input_ids) else None
+        self.step = model.bind_step(choose_linear(model, len(input_ids))) if self._can_step(input_ids) else None
+        self.is_kept = call.has_cache or settings.return_dict_in_generate
+        # Nothing but copies may leave inference mode: its tensors cannot be trained on.
+        self.mode = nullcontext if self.step is None or self.is_kept else torch.inference_mode
         can_compile = model._valid_auto_compile_criteria({CACHE_NAME: self.cache}, settings)
         self.forward = model.get_compiled_call(settings.compile_config) if can_compile else model
 
@@ -184,15 +187,16 @@ class Reader:
         if start != self.start:
             self._open_window(start)
         mask = None if start >= self.n_masked else self.mask[:, start:]
-        if self.linear is None or self.is_first or self.n_read != end - start - 1:
-            with self.kernels():
+        if self.step is None or self.is_first or self.n_read != end - start - 1:
+            with self.kernels(), self.mode():
                 outputs = self._forward(input_ids, start, end, mask)
             self.is_first = False
             return outputs.logits[:, -1], outputs
         positions = self.n_read if mask is None else mask.long().sum(-1) - 1
         key_mask = None if mask is None else (mask != 0)[:, None, None]  # (B, 1, 1, S)
         self.n_read += 1
-        return self.model.step(input_ids[:, -1], positions, self.cache.layers, key_mask, self.linear), None
+        with self.mode():
+            return self.step(input_ids[:, -1], positions, self.cache.layers, key_mask), None
 
     def _find_start(self, end: int) -> int:
         """Returns the window's first column. It depends on the length alone, not on where the prompt ended."""
@@ -209,9 +213,8 @@ class Reader:
 
     def _open_window(self, start: int) -> None:
         self.start, self.n_read = start, 0
-        is_kept = self.call.has_cache or self.settings.return_dict_in_generate
-        if self.call.stride == 1 and not is_kept:
-            self.cache = self.linear = None  # it would be filled for each token and never read
+        if self.call.stride == 1 and not self.is_kept:
+            self.cache = self.step = None  # it would be filled for each token and never read
         elif isinstance(self.cache, DynamicCache):  # before Transformers 5.18, reset() left zeros of the old length
             self.cache.crop(-self.cache.get_seq_length())
         elif self.cache is not None:

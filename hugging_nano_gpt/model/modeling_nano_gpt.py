@@ -27,7 +27,7 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .block_nano_gpt import NanoGPTAttention, NanoGPTBlock, NanoGPTMLP, normalize
+from .block_nano_gpt import NanoGPTAttention, NanoGPTBlock, NanoGPTMLP, bind_norm
 from .cache_nano_gpt import CACHE_NAME, RoomyLayer, take_cache
 from .configuration_nano_gpt import NanoGPTConfig
 from .generation_nano_gpt import NanoGPTGenerationMixin, document_as
@@ -38,6 +38,7 @@ from .inputs_nano_gpt import (
     refuse_narrow_flex_heads,
     select_columns,
 )
+from .kernels_nano_gpt import Linear, bind_linear
 from .loss_nano_gpt import compute_chunked_loss, compute_loss, find_targets, ignore_minus_one
 from .persistence_nano_gpt import NanoGPTPersistence, NanoGPTWayBackMixin
 from .vocabulary_nano_gpt import follow_resize
@@ -331,28 +332,31 @@ class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, NanoGPTWayBackMixin, NanoGPTGen
             and not any(vars(nn.modules.module)[name] for name in _GLOBAL_HOOKS)
         )
 
-    def step(
-        self,
-        input_ids: torch.Tensor,
-        positions: int | torch.Tensor,
-        layers: list[RoomyLayer],
-        attention_mask: torch.Tensor | None,
-        linear: Callable,
-    ) -> torch.Tensor:
-        """Computes the logits (B, V) after one new token a row, as forward does; see NanoGPTBlock.step.
+    def bind_step(self, linear: Linear) -> Callable[..., torch.Tensor]:
+        """Returns a function that computes what forward does for one new token a row; see NanoGPTBlock.bind_step.
 
-        Args:
-            input_ids: (B,) int64.
-            positions: The tokens' position, or one for each row, (B,) int64.
-            layers: The cache's, one for each block.
-            attention_mask, linear: See NanoGPTBlock.step.
+        Returns:
+            Takes input_ids (B,) int64; the tokens' position, or one for each row, (B,) int64; the cache's layers, one
+            for each block; and attention_mask as there. Returns logits (B, V).
         """
         base = self.transformer
-        hidden_states = nn.functional.embedding(input_ids, base.wte.weight) + base.wpe.weight[positions]  # (B, C)
+        wte, wpe = base.wte.weight, base.wpe.weight
         blocks: Any = base.h
-        for block, layer in zip(blocks, layers, strict=True):
-            hidden_states = block.step(hidden_states, layer, attention_mask, linear)
-        return linear(normalize(base.ln_f, hidden_states), self.lm_head.weight, self.lm_head.bias)
+        steps = [block.bind_step(linear) for block in blocks]
+        ln_f, lm_head = bind_norm(base.ln_f), bind_linear(linear, self.lm_head)
+
+        def step(
+            input_ids: torch.Tensor,
+            positions: int | torch.Tensor,
+            layers: list[RoomyLayer],
+            attention_mask: torch.Tensor | None,
+        ) -> torch.Tensor:
+            hidden_states = torch.embedding(wte, input_ids) + wpe[positions]  # (B, C)
+            for block_step, layer in zip(steps, layers, strict=True):
+                hidden_states = block_step(hidden_states, layer, attention_mask)
+            return lm_head(ln_f(hidden_states))
+
+        return step
 
 
 class NanoGPTForSequenceClassification(NanoGPTPreTrainedModel):
