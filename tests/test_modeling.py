@@ -419,7 +419,7 @@ def test_decay_groups_of_trainer_are_those_of_nanogpt():
     ("module", "siblings"),
     [
         ("configuration_nano_gpt", []),
-        ("block_nano_gpt", ["cache_nano_gpt", "configuration_nano_gpt"]),
+        ("block_nano_gpt", ["cache_nano_gpt", "configuration_nano_gpt", "kernels_nano_gpt"]),
         ("cache_nano_gpt", []),
         ("kernels_nano_gpt", []),
         ("decoding_nano_gpt", ["cache_nano_gpt", "kernels_nano_gpt"]),
@@ -436,6 +436,7 @@ def test_decay_groups_of_trainer_are_those_of_nanogpt():
                 "configuration_nano_gpt",
                 "generation_nano_gpt",
                 "inputs_nano_gpt",
+                "kernels_nano_gpt",
                 "loss_nano_gpt",
                 "persistence_nano_gpt",
                 "vocabulary_nano_gpt",

@@ -134,6 +134,8 @@ class Reader:
         self.n_padding, self.n_masked = count_padding(self.mask), 0  # columns; from n_masked on, none is masked
         if self.mask is not None and (masked := (self.mask == 0).any(0).nonzero()).numel() > 0:
             self.n_masked = int(masked[-1]) + 1
+        else:
+            self.mask = None
         self._check_length()
         self.cache: Any = self._choose_cache(cache)
         self.n_read = 0 if self.cache is None else int(self.cache.get_seq_length())
