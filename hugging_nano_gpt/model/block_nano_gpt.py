@@ -145,10 +145,10 @@ class NanoGPTBlock(GradientCheckpointingLayer):
         ln_1, ln_2 = bind_norm(self.ln_1), bind_norm(self.ln_2)
         c_attn, attn_proj = bind_linear(linear, attn.c_attn), bind_linear(linear, attn.c_proj)
         c_fc, act, mlp_proj = bind_linear(linear, mlp.c_fc), mlp.act.forward, bind_linear(linear, mlp.c_proj)
-        head_dim, scaling = attn.head_dim, attn.scaling
+        head_shape, scaling = (attn.config.n_head, 1, attn.head_dim), attn.scaling
 
         def step(hidden_states: torch.Tensor, layer: RoomyLayer, attention_mask: torch.Tensor | None) -> torch.Tensor:
-            states = c_attn(ln_1(hidden_states)).view(len(hidden_states), 3, -1, 1, head_dim).transpose(0, 1)
+            states = c_attn(ln_1(hidden_states)).view(-1, 3, *head_shape).transpose(0, 1)  # (3, B, H, 1, D)
             key, value = layer.append(states[1:])  # (B, H, S, D)
             attn_output = nn.functional.scaled_dot_product_attention(
                 states[0].to(key.dtype), key, value, attn_mask=attention_mask, scale=scaling
