@@ -273,9 +273,9 @@ def test_roomy_layer_copies_old_tokens_rarely():
     layer = RoomyLayer(max_length=1000)
     addresses = set()
     for step in range(1000):
-        states = torch.cat([each[None] for each in make_states(1, 1, step)])
-        keys, values = layer.update(*states) if step % 2 == 0 else layer.append(states)
-        assert torch.equal(torch.stack([keys, values])[:, :, :, -1:], states)
+        states = torch.stack(list(make_states(1, 1, step)), dim=1)
+        keys, values = layer.update(*states.unbind(1)) if step % 2 == 0 else layer.append(states)
+        assert torch.equal(torch.stack([keys, values], dim=1)[:, :, :, -1:], states)
         addresses.add(keys.data_ptr())
     assert keys.shape == (1, 2, 1000, 4)
     assert layer._room[0].shape[3] == 1000
@@ -295,7 +295,7 @@ def test_what_a_layer_handed_out_never_changes():
         keep(*each.update(*make_states(1, 1, seed)))
         each.crop(-2)
         keep(each.keys, each.values)
-        keep(*each.append(torch.stack(list(make_states(1, 1, 10 + seed)))))
+        keep(*each.append(torch.stack(list(make_states(1, 1, 10 + seed)), dim=1)))
     for state, original in handed_out:
         assert torch.equal(state, original)
     assert layer.get_seq_length() == 5

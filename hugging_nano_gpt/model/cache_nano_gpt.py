@@ -90,7 +90,7 @@ class RoomyLayer(DynamicLayer):
         super().__init__()
         self.max_length = max_length
         self._own: tuple[torch.Tensor, ...] = ()  # keys and values as this layer left them
-        self._room: list[Any] = [None, 0]  # (2, B, H, room, D), and how much of it is written; shallow copies share it
+        self._room: list[Any] = [None, 0]  # (B, 2, H, room, D), and how much of it is written; shallow copies share it
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -103,15 +103,15 @@ class RoomyLayer(DynamicLayer):
         if not self._can_write_behind(start, end):
             self._move(key_states, start, end)
         buffer = self._room[0]
-        buffer[0, :, :, start:end] = key_states
-        buffer[1, :, :, start:end] = value_states
+        buffer[:, 0, :, start:end] = key_states
+        buffer[:, 1, :, start:end] = value_states
         return self._take(end)
 
     def append(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends one token's keys and values (2, B, H, 1, D), and returns all of them; update() for decoding."""
+        """Appends one token's keys and values (B, 2, H, 1, D), and returns all of them; update() for decoding."""
         start = self.get_seq_length()
         if not self._can_write_behind(start, start + 1):
-            self._move(states[0], start, start + 1)
+            self._move(states[:, 0], start, start + 1)
         self._room[0].narrow(3, start, 1).copy_(states)
         return self._take(start + 1)
 
@@ -123,14 +123,15 @@ class RoomyLayer(DynamicLayer):
     def _move(self, states: torch.Tensor, start: int, end: int) -> None:
         room = max(end, min(2 * end, self.max_length))
         dtype = torch.promote_types(states.dtype, torch.float32) if states.device.type == "cpu" else states.dtype
-        buffer = states.new_empty((2, *states.shape[:2], room, states.shape[3]), dtype=dtype)
+        batch, n_head, _, head_dim = states.shape
+        buffer = states.new_empty((batch, 2, n_head, room, head_dim), dtype=dtype)
         if start > 0:
-            buffer[0, :, :, :start], buffer[1, :, :, :start] = self.keys, self.values
+            buffer[:, 0, :, :start], buffer[:, 1, :, :start] = self.keys, self.values
         self._room = [buffer, start]
 
     def _take(self, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         self._room[1] = end
-        self.keys, self.values = self._own = self._room[0].narrow(3, 0, end).unbind()
+        self.keys, self.values = self._own = self._room[0].narrow(3, 0, end).unbind(1)
         return self.keys, self.values
 
 

@@ -114,7 +114,9 @@ def _share(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.T
     def apply(inputs: torch.Tensor) -> torch.Tensor:
         rows = inputs.expand(n_threads, *inputs.shape)
         products = torch.bmm(rows, pieces) if bias_pieces is None else torch.baddbmm(bias_pieces, rows, pieces)
-        outputs = products.transpose(0, 1).reshape(-1, n_shared)
+        if inputs.shape[0] > 1:
+            products = products.transpose(0, 1)
+        outputs = products.reshape(-1, n_shared)
         if n_shared == len(weight):
             return outputs
         rest = nn.functional.linear(inputs, weight[n_shared:], None if bias is None else bias[n_shared:])
