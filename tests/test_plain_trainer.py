@@ -9,7 +9,6 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from hugging_nano_gpt.training import TokenDataset
 
-from .tiny import TORCH_VERSION
 from .trace import TRACE_DIR, load_start, record_losses
 
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -20,9 +19,6 @@ CHECKPOINTING = (
 )
 
 
-needs_compiler = pytest.mark.skipif(
-    TORCH_VERSION < (2, 7), reason="torch.compile does not work with torch 2.6 and Transformers 5"
-)
 ignore_compiler = [pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # torch's own, when it compiles
 
 
@@ -113,7 +109,7 @@ OTHER_SUMS = (0.0, 1e-4)
             OTHER_SUMS,
         ),
         # The graphs without the code of the default back end, which takes half a minute to make.
-        pytest.param({"torch_compile_backend": "aot_eager"}, {}, OTHER_SUMS, marks=[needs_compiler, *ignore_compiler]),
+        pytest.param({"torch_compile_backend": "aot_eager"}, {}, OTHER_SUMS, marks=ignore_compiler),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
