@@ -17,8 +17,6 @@ pytestmark = pytest.mark.usefixtures("two_threads")
 CHECKPOINTING = (
     "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
 )
-
-
 ignore_compiler = [pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # torch's own, when it compiles
 
 
