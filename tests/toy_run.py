@@ -1,13 +1,17 @@
 """A toy run of train.py's settings, of which nothing is a default, and what its ckpt.pt holds as flat numbers."""
 
 import contextlib
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from hugging_nano_gpt import read_checkpoint
 from hugging_nano_gpt.training import TRAIN_DEFAULTS, NanoGPTTrainer, run_training
+from hugging_nano_gpt.training.progress import TrainPyCallback
 
 from .trace import TRACE_DIR
 
@@ -47,11 +51,23 @@ def make_workplace(folder: Path) -> Path:
     return folder
 
 
-def train(folder: Path, **changes: Any) -> NanoGPTTrainer:
+def train(folder: Path, /, **changes: Any) -> NanoGPTTrainer:
     """Makes the toy run in a folder, with some settings of train.py's or arguments of run_training changed."""
     arguments = {name: changes.pop(name) for name in changes.keys() - TRAIN_DEFAULTS.keys()}
     with contextlib.chdir(make_workplace(folder)):
         return run_training({**SETTINGS, **changes}, **arguments)
+
+
+@contextlib.contextmanager
+def signalled(number: int, iter_num: int, again: bool = False) -> Iterator[None]:
+    """Sends this process a signal within the update that makes a run's iteration iter_num, and in the next `again`."""
+
+    def send(self, args, state, control, **kwargs):
+        if self.trainer.iter_num in ([iter_num - 1, iter_num] if again else [iter_num - 1]):
+            signal.raise_signal(number)
+
+    with mock.patch.object(TrainPyCallback, "on_step_begin", send):
+        yield
 
 
 def flatten_checkpoint(path: Path) -> dict[str, torch.Tensor]:

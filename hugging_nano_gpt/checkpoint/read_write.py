@@ -72,6 +72,21 @@ def read_checkpoint(
     return replace(checkpoint, activation_function=activation_function, assumptions=assumptions)
 
 
+def read_iter_num(path: str | os.PathLike[str]) -> int:
+    """Reads how many updates a nanoGPT checkpoint's weights have seen, and none of its tensors.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged, or records no number of updates.
+    """
+    path = Path(path)
+    with open_source(path) as file:
+        contents = TorchFile(path, file, takes_foreign=True).contents
+    iter_num = contents.get("iter_num") if isinstance(contents, dict) else None
+    if type(iter_num) is not int:
+        raise fail(path, f"expected a checkpoint of train.py's with its iter_num, got {iter_num!r}", "give another")
+    return iter_num
+
+
 def write_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str], *, to: str = nanogpt.NAME) -> None:
     """Writes a checkpoint: in today's nanoGPT format, for its train.py to resume, or as an llm.c .bin.
 

@@ -68,6 +68,7 @@ class DrawnBatches:
     def __init__(self, dataset: TokenDataset, batch_size: int, vocab_size: int, device: torch.device):
         self.device = device
         self.offsets: list[int] = []
+        self._dataset, self._batch_size = dataset, batch_size
         self._draw = partial(draw_offsets, dataset, batch_size)
         self._load = partial(load_windows, dataset, vocab_size=vocab_size)
         self._batch: dict[str, torch.Tensor] = {}
@@ -75,6 +76,10 @@ class DrawnBatches:
     def draw(self) -> None:
         """Draws the next batch from torch's global generator."""
         self.choose(self._draw())
+
+    def can_choose(self, offsets: list[int]) -> bool:
+        """Returns whether a batch at these offsets is one of this data set and of this batch size."""
+        return len(offsets) == self._batch_size and max(offsets) < len(self._dataset)
 
     def choose(self, offsets: list[int]) -> None:
         """Makes the windows at some offsets the next batch."""
@@ -84,7 +89,9 @@ class DrawnBatches:
         self._batch = batch
 
     def take(self) -> dict[str, torch.Tensor]:
-        """Returns the next batch."""
+        """Returns the next batch; draws it if none has been drawn, as after another batch size was resumed from."""
+        if not self._batch:
+            self.draw()
         return self._batch
 
 
@@ -112,7 +119,7 @@ class DrawingCallback(TrainerCallback):
         trainer = self.trainer
         if trainer._resumed_from is not None:  # Trainer itself sets the generators' states
             offsets = read_next_batch(trainer._resumed_from, args.process_index, args.world_size)
-            if trainer._train_batch_sampler is None:
+            if trainer._train_batch_sampler is None and trainer._batches.can_choose(offsets):
                 trainer._batches.choose(offsets)
             return
         torch.manual_seed(NANOGPT_SEED + args.process_index)  # the accelerator's generators, for dropout

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,8 @@ from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
 from ..convert.folder import convert_to_folder
+from .interruption import Interruption
+from .out_dir import Beginning, remove_superseded
 
 if TYPE_CHECKING:
     from .trainer import NanoGPTTrainer
@@ -33,25 +35,54 @@ def say(line: str) -> None:
     tqdm.write(line)
 
 
+def is_complete(settings: Mapping[str, Any], iter_num: int) -> bool:
+    """Returns whether train.py would save nothing more after this many updates: it saves at evaluations alone."""
+    interval = settings["eval_interval"]
+    return (iter_num // interval + 1) * interval > settings["max_iters"]
+
+
 class TrainPyCallback(TrainerCallback):
-    """Evaluates, saves and prints when train.py does.
+    """Evaluates, saves and prints when train.py does, and stops when a signal asks for it.
+
+    ckpt.pt is written when Trainer's own checkpoint is whole, so it is never the newer one after a kill: a newer one
+    is train.py's.
 
     Args:
         trainer: The trainer to which it is added; its config has all of train.py's settings.
+        settings: Those that were asked for.
+        beginning: What the run begins from.
         folder: Folder for Transformers to write with every ckpt.pt, or None.
         say: Takes train.py's lines, on the first process.
     """
 
-    def __init__(self, trainer: "NanoGPTTrainer", folder: Path | None, say: Callable[[str], None]):
+    def __init__(
+        self,
+        trainer: "NanoGPTTrainer",
+        settings: Mapping[str, Any],
+        beginning: Beginning,
+        folder: Path | None,
+        say: Callable[[str], None],
+    ):
         self.trainer = trainer
-        self.out_dir = Path(trainer.config["out_dir"])
+        self.settings = settings
+        self.out_dir = Path(settings["out_dir"])
         self.folder = folder
         self.say = say
+        self.interruption = Interruption(trainer.args.device)
         self.mfu = math.nan
+        self.stop_signal: int | None = None
+        self._superseded = beginning.superseded
+        self._is_ckpt_due = beginning.is_ckpt_due
         self._n_updates = 0
         self._n_parameters = trainer.model.num_parameters()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        config = self.trainer.config
+        other = [f"{name}={config[name]}" for name in ("weight_decay", "beta1", "beta2") if self._differs(name)]
+        if other:
+            self.say(f"{', '.join(other)}, as the checkpoint's moments have it")
+        if self._is_ckpt_due:
+            self._write_ckpt(state)
         self._best_val_loss = self.trainer.best_val_loss
         self._update_began = time.perf_counter()
 
@@ -64,6 +95,11 @@ class TrainPyCallback(TrainerCallback):
         self._n_updates += 1
         control.should_evaluate = iter_num % config["eval_interval"] == 0 and iter_num <= config["max_iters"]
         control.should_save = control.should_evaluate
+        self.stop_signal = self.interruption.agree()
+        if self.stop_signal is not None and not control.should_evaluate:
+            self._stop_between_evaluations(control)
+        if control.should_save and state.is_world_process_zero:
+            remove_superseded(self._superseded)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         iter_num, val_loss = self.trainer.iter_num, metrics["val/loss"]
@@ -72,11 +108,39 @@ class TrainPyCallback(TrainerCallback):
             return
         is_kept = self.trainer.config["always_save_checkpoint"] or val_loss < self._best_val_loss
         self._best_val_loss = self.trainer.best_val_loss
-        if is_kept and iter_num > 0:
-            self.say(f"saving checkpoint to {self.out_dir}")
-            self.trainer.save_nanogpt_ckpt(self.out_dir / "ckpt.pt")
-            if self.folder is not None and state.is_world_process_zero:
-                convert_to_folder(self.out_dir / "ckpt.pt", self.folder, overwrite=True)
+        self._is_ckpt_due = is_kept and iter_num > 0
+        if self._is_ckpt_due and not control.should_save:  # the evaluation before the first update
+            self._write_ckpt(state)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        written = [str(self.out_dir / f"checkpoint-{state.global_step}")]
+        if self._is_ckpt_due:
+            self._write_ckpt(state)
+            written.append(str(self.out_dir / "ckpt.pt"))
+        if self.stop_signal is not None:
+            control.should_training_stop = True  # not before: Trainer's checkpoint would tell a resumed run to stop
+            self.say(
+                f"stopped after iteration {self.trainer.iter_num}: wrote {' and '.join(written)}; go on with --resume"
+            )
+
+    def _stop_between_evaluations(self, control: Any) -> None:
+        """Saves as an evaluation would; where none would come any more, the last checkpoint stays the run's."""
+        config, iter_num = self.trainer.config, self.trainer.iter_num
+        self._is_ckpt_due = config["always_save_checkpoint"]  # otherwise ckpt.pt holds the best weights
+        control.should_save = not is_complete(config, iter_num)
+        if not control.should_save:
+            control.should_training_stop = True
+            self.say(f"stopped after iteration {iter_num}: the run's last checkpoint was written before it")
+
+    def _differs(self, name: str) -> bool:
+        return self.trainer.config[name] != self.settings[name]
+
+    def _write_ckpt(self, state: Any) -> None:
+        self._is_ckpt_due = False
+        self.say(f"saving checkpoint to {self.out_dir}")
+        self.trainer.save_nanogpt_ckpt(self.out_dir / "ckpt.pt")
+        if self.folder is not None and state.is_world_process_zero:
+            convert_to_folder(self.out_dir / "ckpt.pt", self.folder, overwrite=True)
 
     def _say_update(self, iter_num: int, seconds: float) -> None:
         loss = self.trainer.micro_loss.item()

@@ -4,9 +4,9 @@ What train.py computes comes out bit for bit; what it lacks is Trainer's: going 
 happened, loggers, and this package's savings of memory.
 """
 
+import contextlib
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,22 @@ from transformers import PrinterCallback, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from ..convert.nanogpt import remember_training_state
-from ..errors import CheckpointError, ConversionError, MissingDependencyError, list_some
+from ..errors import ConversionError, MissingDependencyError, list_some
+from ..files import check_folder
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from .arguments import training_arguments_from_nanogpt
 from .data import TokenDataset
-from .drawing import make_random_state
-from .progress import BarCallback, TrainPyCallback, say
-from .start import Start, start_run
+from .out_dir import Beginning, choose_beginning, hold_out_dir
+from .progress import BarCallback, TrainPyCallback, is_complete, say
+from .start import start_again, start_run
 from .trainer import NanoGPTTrainer
-from .trainer_checkpoint import choose_checkpoint
 
 
 def run_training(
     settings: Mapping[str, Any],
     *,
     resume: bool = False,
+    force: bool = False,
     report_to: str | list[str] = "none",
     folder: str | os.PathLike[str] | None = None,
     loss_chunk_size: int | None = None,
@@ -40,20 +41,25 @@ def run_training(
 ) -> NanoGPTTrainer:
     """Does what train.py does with these settings, and prints its lines.
 
-    It writes out_dir/ckpt.pt whenever train.py would, and beside it, at every evaluation, one checkpoint of Trainer's
+    It writes out_dir/ckpt.pt whenever train.py would, and next to it, at every evaluation, one checkpoint of Trainer's
     to resume from. Under torchrun every process calls this.
+
+    After Ctrl-C or SIGTERM it finishes the update, writes both checkpoints and ends the process; a second signal ends
+    it at once.
 
     Args:
         settings: All of train.py's settings, as read_settings makes them. data/<dataset> is looked for in the working
             directory, as train.py does.
         resume: Go on from the last whole checkpoint of Trainer's in out_dir, as if nothing had happened; if there is
-            none, begin as init_from says.
+            none, from out_dir/ckpt.pt as init_from="resume" does; if that does not exist either, begin as init_from
+            says.
+        force: Overwrite what an earlier run left in out_dir, or what is in folder.
         report_to: Names of Trainer's loggers, such as "tensorboard" or "trackio". wandb_log adds "wandb".
         folder: Folder for Transformers to write with every ckpt.pt.
         loss_chunk_size: See NanoGPTConfig; changes the numbers a little.
-        gradient_checkpointing: Compute activations again in place of keeping them; changes no number.
+        gradient_checkpointing: Compute activations again instead of keeping them; changes no number.
         bf16: Compute in bfloat16, on a CPU too, where train.py does not.
-        fsdp: Split parameters and moments between the processes (FSDP2) in place of keeping them in each (DDP).
+        fsdp: Split parameters and moments between the processes (FSDP2) instead of keeping them in each (DDP).
         has_bar: Show a progress bar on standard error.
 
     Returns:
@@ -61,7 +67,9 @@ def run_training(
 
     Raises:
         NanoGPTError: If a setting, the data, the start or the checkpoint to resume from cannot be used, a logger is
-            not installed, or an earlier run in out_dir could go on and resume is not given.
+            not installed, another run trains in out_dir, or what an earlier run left there would be overwritten and
+            neither resume nor force is given.
+        SystemExit: With code 130 after Ctrl-C or 143 after SIGTERM, once the checkpoints are written.
     """
     _check_settings(settings, fsdp)
     loggers = _list_loggers(settings, report_to)
@@ -69,48 +77,56 @@ def run_training(
     tell = say if rank == 0 else _say_nothing
     n_tokens = settings["gradient_accumulation_steps"] * settings["batch_size"] * settings["block_size"]
     tell(f"tokens per iteration will be: {n_tokens:,}")
-    last = None if settings["eval_only"] and not resume else _find_last_checkpoint(settings["out_dir"])
-    if last is not None and not resume:
-        raise ConversionError(
-            f"{last}: an earlier run can go on from here: expected --resume, or another --out_dir, got neither; add "
-            f"one, or remove the folder"
+    is_evaluation = settings["eval_only"]
+    with contextlib.nullcontext() if is_evaluation or rank else hold_out_dir(Path(settings["out_dir"])):
+        beginning = choose_beginning(settings, resume, force)
+        if folder is not None and not is_evaluation:
+            check_folder(Path(folder), overwrite=force or beginning.is_going_on)
+        data_dir = Path("data") / settings["dataset"]
+        train_dataset, eval_dataset = (
+            TokenDataset(data_dir / f"{split}.bin", settings["block_size"]) for split in ("train", "val")
         )
-    data_dir = Path("data") / settings["dataset"]
-    train_dataset, eval_dataset = (
-        TokenDataset(data_dir / f"{split}.bin", settings["block_size"]) for split in ("train", "val")
-    )
-    start = start_run(settings, data_dir, rank, tell) if last is None else _start_again(last, settings, rank)
-    model, state, random_state = start
-    remember_training_state(model, state)
+        start_from = start_run if beginning.folder is None else start_again
+        model, state, random_state = start_from(settings, beginning, data_dir, rank, tell)
+        remember_training_state(model, state)
+        _save_memory(model, loss_chunk_size, gradient_checkpointing)
+        args = _make_arguments(settings, state.iter_num, beginning.folder is not None, loggers, bf16, fsdp)
+        trainer = NanoGPTTrainer(
+            model, args, train_dataset, eval_dataset, training_state=state, random_state=random_state
+        )
+        callback = TrainPyCallback(trainer, settings, beginning, None if folder is None else Path(folder), tell)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(callback)
+        if has_bar and rank == 0:
+            trainer.add_callback(BarCallback())
+        if is_evaluation:
+            trainer.evaluate()
+        else:
+            _train(trainer, callback, beginning)
+    return trainer
+
+
+def _train(trainer: NanoGPTTrainer, callback: TrainPyCallback, beginning: Beginning) -> None:
+    """Trains to the end, or until a signal has come, and then ends the process as the signal would."""
+    settings, iter_num = trainer.config, trainer.iter_num
+    if iter_num > 0 and is_complete(settings, iter_num):
+        callback.say(
+            f"the run is complete: after iteration {iter_num} nothing is saved with max_iters={settings['max_iters']} "
+            f"and eval_interval={settings['eval_interval']}; give a larger --max_iters to go on"
+        )
+        if beginning.folder is not None and not beginning.is_ckpt_due:
+            return
+    with callback.interruption.listen():
+        trainer.train(resume_from_checkpoint=None if beginning.folder is None else str(beginning.folder))
+    if callback.stop_signal is not None:
+        raise SystemExit(128 + callback.stop_signal)
+
+
+def _save_memory(model: NanoGPTLMHeadModel, loss_chunk_size: int | None, gradient_checkpointing: bool) -> None:
     model.config.loss_chunk_size = loss_chunk_size
     if gradient_checkpointing:
         enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable()  # renamed in Transformers 5.23
-    args = _make_arguments(settings, state.iter_num, last is not None, loggers, bf16, fsdp)
-    trainer = NanoGPTTrainer(model, args, train_dataset, eval_dataset, training_state=state, random_state=random_state)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(TrainPyCallback(trainer, None if folder is None else Path(folder), tell))
-    if has_bar and rank == 0:
-        trainer.add_callback(BarCallback())
-    if settings["eval_only"]:
-        trainer.evaluate()
-    else:
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    return trainer
-
-
-def _find_last_checkpoint(out_dir: str) -> Path | None:
-    try:
-        return choose_checkpoint(True, out_dir)
-    except CheckpointError:  # none that is whole
-        return None
-
-
-def _start_again(folder: Path, settings: Mapping[str, Any], rank: int) -> Start:
-    """Makes the model of a checkpoint of Trainer's, which then gives it its weights, and where its run began."""
-    model = NanoGPTLMHeadModel.from_pretrained(folder, dropout=settings["dropout"]).train()
-    state = replace(model.nanogpt_training_state, config=dict(settings))
-    return Start(model, state, make_random_state(model.config, rank))
 
 
 def _check_settings(settings: Mapping[str, Any], fsdp: bool) -> None:
@@ -148,10 +164,12 @@ def _make_arguments(
     """Makes Trainer's arguments: it logs to its loggers alone; TrainPyCallback says when to evaluate and save."""
     if "wandb" in loggers:
         os.environ.setdefault("WANDB_PROJECT", settings["wandb_project"])
+    # train.py makes one update after its last evaluation; of a run that is complete, it makes that one again
+    end = iter_num if is_resumed and is_complete(settings, iter_num) else int(settings["max_iters"])
     args, _ = training_arguments_from_nanogpt(
         settings,
         iter_num,
-        max_steps=max(int(settings["max_iters"]) - iter_num + 1, 1),  # train.py makes one after its last evaluation
+        max_steps=max(end - iter_num + 1, 1),
         eval_strategy="no",
         save_strategy="no",
         eval_on_start=not is_resumed and iter_num % settings["eval_interval"] == 0,

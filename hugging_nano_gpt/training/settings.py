@@ -1,5 +1,6 @@
 """train.py's settings where Trainer has others: kept to, or told."""
 
+from dataclasses import replace
 from typing import Any
 
 from transformers import TrainerCallback
@@ -28,6 +29,16 @@ class SettingsCallback(TrainerCallback):
                     f"optimizer: {name}: the arguments ask for {value}, the moments come with {group[name]}, which "
                     f"counts, as in train.py; set it in trainer.optimizer.param_groups to change it"
                 )
+        self._record(group)
+
+    def _record(self, group: dict[str, Any]) -> None:
+        """Makes the config that checkpoints record what the optimizer computes with."""
+        state = self.trainer.training_state
+        used = {"weight_decay": group.get("weight_decay")}
+        used |= dict(zip(("beta1", "beta2"), group.get("betas", ()), strict=False))
+        changed = {name: value for name, value in used.items() if name in state.config and state.config[name] != value}
+        if changed:
+            self.trainer.training_state = replace(state, config={**state.config, **changed})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         schedule = self.trainer.lr_scheduler

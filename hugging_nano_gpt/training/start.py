@@ -1,4 +1,8 @@
-"""Where a run of train.py's starts: its init_from becomes a model, a training state and the state of the generator."""
+"""Where a run of train.py's starts: a model, a training state and the state of the generator.
+
+init_from names it, or the checkpoint of Trainer's that is resumed from. What a checkpoint decides is taken from it; a
+setting that asks for something else is refused or told.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,13 +19,18 @@ from ..errors import ConversionError
 from ..model.configuration_nano_gpt import NanoGPTConfig
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from ..tokenization.characters import read_vocab_size
+from .configurator import TRAIN_DEFAULTS
 from .data import NANOGPT_SEED
 from .drawing import make_random_state
+from .out_dir import Beginning
 
 # GPT-2's 50257 tokens, rounded up for speed, where the data set names no size (train.py @ 3adf61e).
 _PADDED_GPT2_VOCAB_SIZE = 50304
 
 _SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout")
+
+# What a checkpoint decides: train.py does not read its own settings of these when it resumes.
+_FIXED = ("n_layer", "n_head", "n_embd", "bias")
 
 
 class Start(NamedTuple):
@@ -32,30 +41,34 @@ class Start(NamedTuple):
     random_state: torch.Tensor
 
 
-def start_run(settings: Mapping[str, Any], data_dir: Path, rank: int, say: Callable[[str], None]) -> Start:
-    """Makes what train.py's init_from names: a new model, its own last checkpoint, or GPT-2.
+def start_run(
+    settings: Mapping[str, Any], beginning: Beginning, data_dir: Path, rank: int, say: Callable[[str], None]
+) -> Start:
+    """Makes what the run begins from: a new model, the last ckpt.pt, or GPT-2.
 
     Args:
         settings: All of train.py's settings.
+        beginning: What the run begins from.
         data_dir: Folder of the data set, whose meta.pkl names the size of a new model's vocabulary.
         rank: Rank of this process. New weights are those of the first one, as DDP shares them.
         say: Takes train.py's lines.
 
     Raises:
-        ConversionError: If init_from is none of the three, or the batches are longer than the model reads.
+        ConversionError: If init_from is none of the three, the batches are longer than the model reads, or a setting
+            asks for another model than the checkpoint's.
         CheckpointError: If there is no whole checkpoint, or no GPT-2.
         TokenizerError: If the meta.pkl cannot be read.
     """
-    init_from = settings["init_from"]
+    init_from = beginning.init_from
     if init_from == "scratch":
         say("Initializing a new model from scratch")
         start = _start_from_scratch(settings, data_dir, rank, say)
     elif init_from == "resume":
         say(f"Resuming training from {settings['out_dir']}")
-        start = _start_from_checkpoint(settings, rank)
+        start = _start_from_checkpoint(settings, data_dir, rank, say)
     elif init_from.startswith("gpt2"):
         say(f"Initializing from OpenAI GPT-2 weights: {init_from}")
-        start = _start_from_gpt2(settings, rank)
+        start = _start_from_gpt2(settings, init_from, rank)
     else:
         raise ConversionError(
             f"init_from: expected 'scratch', 'resume' or a name that begins with 'gpt2', got {init_from!r}; change it"
@@ -69,6 +82,53 @@ def start_run(settings: Mapping[str, Any], data_dir: Path, rank: int, say: Calla
     if settings["block_size"] < longest:
         model.crop_block_size(settings["block_size"])
     return Start(model.train(), start.training_state, start.random_state)
+
+
+def start_again(
+    settings: Mapping[str, Any], beginning: Beginning, data_dir: Path, rank: int, say: Callable[[str], None]
+) -> Start:
+    """Makes the model of a checkpoint of Trainer's, which then gives it its weights, and where its run began.
+
+    Raises:
+        ConversionError: If a setting asks for another model than the checkpoint's.
+    """
+    folder = beginning.folder
+    assert folder is not None
+    model = NanoGPTLMHeadModel.from_pretrained(folder, dropout=settings["dropout"]).train()
+    state, block_size = model.nanogpt_training_state, model.config.block_size
+    say(f"Resuming training from {folder} (iteration {state.iter_num})")
+    if settings["block_size"] != block_size:
+        raise ConversionError(
+            f"{folder}: block_size cannot change: expected {block_size}, got {settings['block_size']}; give "
+            f"--block_size={block_size}"
+        )
+    config = _keep_model(settings, model.config, folder, data_dir, say)
+    return Start(model, replace(state, config=config), make_random_state(model.config, rank))
+
+
+def _keep_model(
+    settings: Mapping[str, Any], config: NanoGPTConfig, path: Path, data_dir: Path, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Returns the settings with the checkpoint's shape. train.py takes it too, whatever its flags say.
+
+    A value that is train.py's default may not have been given at all: so it is told, where others are refused.
+    """
+    kept = {name: getattr(config, name) for name in _FIXED}
+    other = {name: settings[name] for name in kept if settings[name] != kept[name]}
+    faults = [
+        f"{name}: expected {kept[name]}, got {value}" for name, value in other.items() if value != TRAIN_DEFAULTS[name]
+    ]
+    meta_path = data_dir / "meta.pkl"
+    if meta_path.exists() and (n_tokens := read_vocab_size(meta_path)) > config.vocab_size:
+        faults.append(f"vocab_size: expected at most {config.vocab_size}, got {n_tokens} in {meta_path}")
+    if faults:
+        raise ConversionError(
+            f"{path}: a checkpoint's model cannot change: {'; '.join(faults)}; leave them out and give the run's own "
+            f"--dataset, or begin with --init_from=scratch in another --out_dir"
+        )
+    if other:
+        say(f"{', '.join(f'{name}={kept[name]}' for name in other)}, as {path} has it")
+    return {**settings, **kept}
 
 
 def _start_from_scratch(settings: Mapping[str, Any], data_dir: Path, rank: int, say: Callable[[str], None]) -> Start:
@@ -86,16 +146,18 @@ def _start_from_scratch(settings: Mapping[str, Any], data_dir: Path, rank: int, 
     return Start(model, TrainingState(config=dict(settings)), random_state)
 
 
-def _start_from_checkpoint(settings: Mapping[str, Any], rank: int) -> Start:
+def _start_from_checkpoint(
+    settings: Mapping[str, Any], data_dir: Path, rank: int, say: Callable[[str], None]
+) -> Start:
     path = Path(settings["out_dir"]) / "ckpt.pt"
     checkpoint = read_checkpoint(path)
     model = make_model(NanoGPTLMHeadModel, path, checkpoint, dropout=settings["dropout"])
-    state = replace(checkpoint.training_state, config=dict(settings))
-    return Start(model, state, make_random_state(model.config, rank))
+    config = _keep_model(settings, model.config, path, data_dir, say)
+    return Start(model, replace(checkpoint.training_state, config=config), make_random_state(model.config, rank))
 
 
-def _start_from_gpt2(settings: Mapping[str, Any], rank: int) -> Start:
-    gpt2 = import_gpt2(settings["init_from"], dropout=settings["dropout"])
+def _start_from_gpt2(settings: Mapping[str, Any], name: str, rank: int) -> Start:
+    gpt2 = import_gpt2(name, dropout=settings["dropout"])
     shape = {name: getattr(gpt2.config, name) for name in (*_SHAPE, "vocab_size")}
     model = NanoGPTLMHeadModel(NanoGPTConfig(**shape))  # with the exact GELU, which train.py computes here too
     model.load_state_dict(gpt2.state_dict())

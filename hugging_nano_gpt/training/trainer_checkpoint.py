@@ -38,10 +38,14 @@ _PARTS = {
 
 
 class TrainerCounts(NamedTuple):
-    """Updates that a checkpoint's weights have seen: by Trainer's count, and by nanoGPT's where that is recorded."""
+    """Updates that a checkpoint's weights have seen: by Trainer's count, and by nanoGPT's where that is recorded.
+
+    is_best says whether the checkpoint was made at an evaluation, and that one's loss is the lowest.
+    """
 
     global_step: int
     iter_num: int | None
+    is_best: bool
 
 
 def choose_checkpoint(resume_from_checkpoint: object, output_dir: str) -> Path | None:
@@ -59,7 +63,7 @@ def choose_checkpoint(resume_from_checkpoint: object, output_dir: str) -> Path |
             raise _fail(folder, faults)
         return folder
     broken: list[str] = []
-    for folder in _list_checkpoints(Path(output_dir)):
+    for folder in list_checkpoints(Path(output_dir)):
         faults = find_faults(folder)
         if not faults:
             if broken:
@@ -91,7 +95,9 @@ def read_counts(folder: Path) -> TrainerCounts:
     config_path = folder / "config.json"
     config = json.loads(config_path.read_text()) if config_path.exists() else {}
     kept = config.get("nanogpt_training_state") or {}
-    return TrainerCounts(state["global_step"], kept.get("iter_num"))
+    step = state["global_step"]
+    losses = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry and entry["step"] == step]
+    return TrainerCounts(step, kept.get("iter_num"), losses[-1:] == [kept.get("best_val_loss")])
 
 
 def _find_absent_processes(folder: Path) -> list[str]:
@@ -101,8 +107,8 @@ def _find_absent_processes(folder: Path) -> list[str]:
     return [f"no {name}" for name in names if not (folder / name).exists()]
 
 
-def _list_checkpoints(output_dir: Path) -> list[Path]:
-    """Lists the checkpoints of a folder, the last first."""
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Lists the checkpoints of a folder, whole or not, the last first."""
     matches = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in output_dir.glob("checkpoint-*"))
     numbers = sorted((int(match[1]) for match in matches if match), reverse=True)
     return [output_dir / f"checkpoint-{number}" for number in numbers]

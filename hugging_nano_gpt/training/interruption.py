@@ -1,0 +1,57 @@
+"""Ctrl-C and SIGTERM during a run: noted at once, acted on after the update, by all processes after the same one."""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+import torch
+
+# A second signal within this time is the first one again: torchrun passes on what the terminal has sent already.
+_REPEAT_S = 1.0
+
+
+class Interruption:
+    """The signal that asks a run to stop, if one has come.
+
+    Args:
+        device: Where a tensor of the processes' own backend lies; several processes tell each other of the signal.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._noted: int | None = None
+        self._noted_at = 0.0
+
+    @contextlib.contextmanager
+    def listen(self) -> Iterator[None]:
+        """Notes the first signal instead of ending the process; a second one ends it at once."""
+        before = {}
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                with contextlib.suppress(ValueError):  # only the main thread gets signals
+                    before[number] = signal.signal(number, self._note)
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def agree(self) -> int | None:
+        """Returns the signal that a process has noted, the same in every process; all call it after each update."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return self._noted
+        highest = torch.tensor(self._noted or 0, device=self.device)
+        torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX)
+        return int(highest.item()) or None
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._noted is not None and now - self._noted_at > _REPEAT_S:
+            raise SystemExit(128 + number)
+        if self._noted is None:
+            self._noted, self._noted_at = number, now
+            name = signal.Signals(number).name
+            text = f"{name}: stopping after this update; a second {name} stops at once\n"
+            os.write(2, text.encode())  # print would fail where the signal has interrupted a print
