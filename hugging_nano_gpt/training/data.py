@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from ..errors import DataError
+from ..errors import DataError, list_some
 from .token_file import measure_token_file
 
 # nanoGPT seeds each process with 1337 + its rank (train.py @ 3adf61e).
@@ -129,7 +129,16 @@ class FixedOffsetSampler(Sampler[list[int]]):
 
 
 def collate_windows(windows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Stacks windows into input_ids and shift_labels, (B, block_size) int64 each."""
+    """Stacks windows into input_ids and shift_labels, (B, block_size) int64 each.
+
+    Raises:
+        DataError: If plain Trainer has removed the shift_labels.
+    """
+    if any("shift_labels" not in window for window in windows):
+        raise DataError(
+            f"collate_windows: expected windows with input_ids and shift_labels, got {list_some(windows[0])}; plain "
+            f"Trainer keeps what label_names=['shift_labels'] of TrainingArguments names"
+        )
     return {name: torch.stack([window[name] for window in windows]) for name in ("input_ids", "shift_labels")}
 
 
