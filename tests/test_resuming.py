@@ -21,6 +21,7 @@ from hugging_nano_gpt.training import (
 )
 from hugging_nano_gpt.training import trainer as trainer_module
 
+from .conftest import assert_same
 from .trace import CONFIG, START, STEPS, list_offsets, load_start, make_trainer, train_by_hand
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": None, "logging_steps": 1}
@@ -170,6 +171,20 @@ def test_train_called_again_goes_on_where_it_ended(tmp_path, n_updates):
         assert_written_together(trainer, tmp_path, 100 + done)
     assert rates == [compute_lr(100 + number, CONFIG) for number in range(4)]
     assert_ends_as_whole(trainer, 4)
+
+
+def test_checkpoint_saved_before_training_has_the_moments_of_the_training_state(tmp_path):
+    trainer = make_trainer(tmp_path, load_start(), STEPS[:1])
+    trainer.evaluate()
+    for _ in range(2):
+        trainer.save_nanogpt_ckpt(tmp_path / "ckpt.pt")
+        written = read_checkpoint(tmp_path / "ckpt.pt")
+        assert_same(written.state_dict, START.state_dict)
+        assert written.training_state.iter_num == 100
+        found, expected = written.training_state.optimizer, START.training_state.optimizer
+        assert_same(found.moments, expected.moments)
+        assert found.settings == expected.settings
+        trainer.optimizer = make_optimizer(trainer.model)  # made, and without moments yet
 
 
 def test_train_called_again_after_an_interruption_counts_what_was_done(tmp_path):

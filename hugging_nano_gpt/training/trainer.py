@@ -244,8 +244,10 @@ class NanoGPTTrainer(Trainer):
 
     def save_nanogpt_ckpt(self, path: str | os.PathLike[str]) -> None:
         """Writes a checkpoint from which nanoGPT's train.py resumes; under torchrun every process has to call this."""
+        kept = self.training_state.optimizer
+        is_made = self.optimizer is not None and (kept is None or any(self.optimizer.state.values()))
         # first, as it shards again what an evaluation has left whole
-        optimizer = None if self.optimizer is None else read_optimizer(self.optimizer, self.model)
+        optimizer = read_optimizer(self.optimizer, self.model) if is_made else kept
         save_model(
             self.accelerator.unwrap_model(self.model, keep_torch_compile=False),
             path,
