@@ -41,10 +41,8 @@ TIMEOUT_S = 60
 
 
 def train_with_ddp(folder: Path, rank: int, world_size: int) -> None:
-    """Makes the updates through NanoGPTTrainer, each process one of the two micro-steps."""
-    trainer = make_trainer(
-        folder, load_start(), STEPS[:N_UPDATES], rank, world_size, ddp_timeout=TIMEOUT_S, logging_strategy="no"
-    )
+    """Makes the updates through NanoGPTTrainer, which gives each process one of the two micro-steps."""
+    trainer = make_trainer(folder, load_start(), STEPS[:N_UPDATES], ddp_timeout=TIMEOUT_S, logging_strategy="no")
     trainer.train()
     assert dist.get_world_size() == world_size
     save_held(folder, trainer.model, trainer.optimizer.optimizer)

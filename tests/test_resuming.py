@@ -241,8 +241,9 @@ def make_best(folder, **settings):
     return make_trainer(folder, load_start(), STEPS[:4], **{**saving, **best, "logging_steps": 1, **settings})
 
 
-def test_best_model_comes_with_its_moments_and_its_count(tmp_path, best_at_two):
-    trainer = make_best(tmp_path)
+@pytest.mark.parametrize("metric", ["eval_loss", "val/loss"])
+def test_best_model_comes_with_its_moments_and_its_count(tmp_path, best_at_two, metric):
+    trainer = make_best(tmp_path, metric_for_best_model=metric)
     output = trainer.train()
     assert (output.global_step, trainer.best_val_loss) == (4, 1.0)
     assert_written_together(trainer, tmp_path, 102)

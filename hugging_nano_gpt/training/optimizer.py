@@ -36,9 +36,9 @@ def make_optimizer(
     settings = (make_fresh_state(config or {}) if state is None else state).settings
     if state is None and all(parameter.is_cuda for parameter in parameters.values()):
         settings = ({**settings[0], "fused": True}, {**settings[1], "fused": True})
-    is_fused = bool(settings[0].get("fused"))  # or a GradScaler takes it for one
     optimizer = torch.optim.AdamW(
-        [{"params": [parameters[name] for name in group]} for group in groups], **({"fused": True} if is_fused else {})
+        [{"params": [parameters[name] for name in group]} for group in groups],
+        fused=settings[0].get("fused"),  # or a GradScaler would take it for one that is or is not
     )
     numbers = [group["params"] for group in optimizer.state_dict()["param_groups"]]
     param_groups = [{**own, "params": group} for own, group in zip(settings, numbers, strict=True)]
