@@ -25,6 +25,7 @@ ASKED = {
     "label_smoothing_factor": (0.1, "use plain Trainer"),
     "train_sampling_strategy": ("group_by_length", "give train_batch_sampler"),
     "auto_find_batch_size": (True, "give train_batch_sampler"),
+    "split_batches": (True, "give train_batch_sampler"),
     "per_device_eval_batch_size": (3, "per_device_train_batch_size; set that"),
     "bf16_full_eval": (True, "set bf16"),
     "fp16_full_eval": (True, "set fp16"),
@@ -48,6 +49,8 @@ SET_LATER = {"group_by_length", "train_sampling_strategy", "warmup_ratio", "para
 def make_trainer(folder, **asked):
     settings = {name: asked.pop(name) for name in asked.keys() & {*_SETTINGS, "metric_for_best_model"}}
     settings = {"per_device_train_batch_size": 4, "use_cpu": True, "report_to": "none", **settings}
+    if "split_batches" in settings:
+        settings["accelerator_config"] = {"split_batches": settings.pop("split_batches")}
     later = {name: settings.pop(name) for name in settings.keys() & SET_LATER}
     args = TrainingArguments(str(folder), **settings)
     for name, value in later.items():

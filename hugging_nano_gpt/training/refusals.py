@@ -36,6 +36,7 @@ _SETTINGS = {
     "train_sampling_strategy": _BATCHES,
     "group_by_length": _BATCHES,
     "auto_find_batch_size": _BATCHES,
+    "split_batches": _BATCHES,  # in accelerator_config
     "per_device_eval_batch_size": "train.py evaluates in batches of per_device_train_batch_size; set that",
     "bf16_full_eval": "evaluations compute as training does; set bf16",
     "fp16_full_eval": "evaluations compute as training does; set fp16",
@@ -73,7 +74,8 @@ def refuse_ignored(args: TrainingArguments, parameters: Mapping[str, Any]) -> No
     }
     asked = {name: value for name in _PARAMETERS if (value := parameters.get(name)) is not None}
     for name in _SETTINGS:
-        if (value := getattr(args, name, None)) not in (None, {}, defaults.get(name)):
+        value = getattr(args, name, getattr(args.accelerator_config, name, None))
+        if value not in (None, {}, defaults.get(name, False)):
             asked[name] = value
     ignored = [name for name, value in asked.items() if value not in same.get(name, [])]
     if ignored:
