@@ -8,6 +8,7 @@ strategies that begin with `train` are toy runs of train.py's settings, in out/.
 import signal
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from unittest import mock
@@ -43,10 +44,8 @@ TIMEOUT_S = 60
 
 
 def train_with_ddp(folder: Path, rank: int, world_size: int) -> None:
-    """Makes the updates through NanoGPTTrainer, each process one of the two micro-steps."""
-    trainer = make_trainer(
-        folder, load_start(), STEPS[:N_UPDATES], rank, world_size, ddp_timeout=TIMEOUT_S, logging_strategy="no"
-    )
+    """Makes the updates through NanoGPTTrainer, which gives each process one of the two micro-steps."""
+    trainer = make_trainer(folder, load_start(), STEPS[:N_UPDATES], ddp_timeout=TIMEOUT_S, logging_strategy="no")
     trainer.train()
     assert dist.get_world_size() == world_size
     save_held(folder, trainer.model, trainer.optimizer.optimizer)
@@ -60,6 +59,7 @@ def train_with_fsdp2(folder: Path, rank: int, world_size: int) -> None:
     for block in model.transformer.h:
         fully_shard(block)
     fully_shard(model)
+    assert_amsgrad_is_sharded_and_gathered(model)
     optimizer = make_optimizer(model, state=START.training_state.optimizer)
     share = CONFIG["batch_size"] // world_size
     train_by_hand(model, optimizer, STEPS[:N_UPDATES], slice(rank * share, (rank + 1) * share))
@@ -69,6 +69,20 @@ def train_with_fsdp2(folder: Path, rank: int, world_size: int) -> None:
         model.eval()(**collate_windows([{name: torch.arange(8) for name in ("input_ids", "shift_labels")}]))
     state = read_optimizer(optimizer, model)
     model.to_nanogpt_ckpt(folder / f"ckpt-{rank}.pt", optimizer=state, iter_num=100 + N_UPDATES)
+
+
+def assert_amsgrad_is_sharded_and_gathered(model: torch.nn.Module) -> None:
+    """Asserts that AdamW's third moment, which nanoGPT's own lacks, comes back whole."""
+    state = START.training_state.optimizer
+    moments = {name: {**kept, "max_exp_avg_sq": 2 * kept["exp_avg_sq"]} for name, kept in state.moments.items()}
+    settings = ({**state.settings[0], "amsgrad": True}, {**state.settings[1], "amsgrad": True})
+    optimizer = make_optimizer(model, state=replace(state, settings=settings, moments=moments))
+    assert all(hasattr(kept["max_exp_avg_sq"], "full_tensor") for kept in optimizer.state.values())
+    found = read_optimizer(optimizer, model)
+    assert all(group["amsgrad"] for group in found.settings)
+    assert all(
+        torch.equal(found.moments[name][key], value) for name in moments for key, value in moments[name].items()
+    )
 
 
 def run_toy(folder: Path, fsdp: bool) -> None:

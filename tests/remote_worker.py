@@ -76,8 +76,10 @@ def main(folder: Path, n_threads: int) -> None:
 
     row = {"input_ids": idx[0], "labels": idx[0]}
     options = {"report_to": [], "use_cpu": True, "max_steps": 1, "save_strategy": "no", "disable_tqdm": True}
-    trainer = Trainer(model, TrainingArguments(str(folder / "trainer"), **options), train_dataset=[row] * 8)
+    args, shapes = TrainingArguments(str(folder / "trainer"), **options), lambda p: {"shape": p.predictions.shape}
+    trainer = Trainer(model, args, train_dataset=[row] * 8, eval_dataset=[row] * 8, compute_metrics=shapes)
     trainer.train()
+    facts["evaluated"] = trainer.evaluate()
     trainer.save_model(str(folder / "trained"))
     with torch.no_grad():
         outputs["third"] = load(AutoModelForCausalLM, "third")(idx).logits

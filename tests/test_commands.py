@@ -180,7 +180,7 @@ def test_program_without_clients_misses_none_and_ends_with_one_line_on_stderr(tm
 
 def test_train_without_accelerate_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    for module in ("run", "trainer"):
+    for module in ("run", "sharding", "trainer"):
         monkeypatch.delitem(sys.modules, f"hugging_nano_gpt.training.{module}", raising=False)
     result = run_command("train")
     assert result == (1, "", "error: training: accelerate is missing; pip install accelerate\n")

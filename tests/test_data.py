@@ -5,11 +5,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import DataLoader
 
 from hugging_nano_gpt import DataError, NanoGPTError
 from hugging_nano_gpt.training import FixedOffsetSampler, RandomOffsetSampler, TokenDataset, collate_windows
-from hugging_nano_gpt.training.data import check_ids
+from hugging_nano_gpt.training.data import SharedBatches, check_ids
 
 MAGIC, VERSION = 20240520, 1
 BLOCK_SIZE = 8
@@ -144,6 +145,20 @@ def test_batches_with_or_without_workers_are_get_batchs(tmp_path, write, n_worke
     assert len(loader) == 9
     for batch, offsets in zip(loader, expected, strict=True):
         assert_batch_holds(batch, offsets)
+
+
+@pytest.mark.parametrize(
+    ("n_batches", "shares"), [(4, [[0, 2], [1, 3]]), (5, [[0, 2, 4], [1, 3, 0]]), (1, [[0], [0]])]
+)
+def test_batches_are_shared_out_as_by_plain_trainer(n_batches, shares):
+    """Accelerate's own sampler, which plain Trainer's loaders have, gives each process the same batches."""
+    batches = FixedOffsetSampler([[number] for number in range(n_batches)])
+    for rank, share in enumerate(shares):
+        shared = SharedBatches(batches, rank, world_size=2)
+        assert list(shared) == [[number] for number in share]
+        assert len(shared) == len(share)
+        theirs = torch.utils.data.BatchSampler(range(n_batches), batch_size=1, drop_last=False)
+        assert list(BatchSamplerShard(theirs, num_processes=2, process_index=rank)) == list(shared)
 
 
 def test_batch_is_made_of_contiguous_int64_and_nothing_else(dataset):

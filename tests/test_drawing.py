@@ -5,9 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from hugging_nano_gpt import CheckpointError, NanoGPTConfig, NanoGPTLMHeadModel, TrainingState
-from hugging_nano_gpt.training import NanoGPTTrainer, TokenDataset, read_optimizer, training_arguments_from_nanogpt
+from hugging_nano_gpt.training import (
+    NanoGPTTrainer,
+    TokenDataset,
+    collate_windows,
+    read_optimizer,
+    training_arguments_from_nanogpt,
+)
 
 from .reference_run import SHAPE, ReferenceRun
 from .toy_run import SETTINGS as TOY_SETTINGS
@@ -140,10 +147,54 @@ def test_evaluation_outside_of_training_is_train_pys_first_and_draws_nothing(tmp
     assert torch.equal(torch.get_rng_state(), before)
 
 
+class EvaluatesOthers(TrainerCallback):
+    """Evaluates another data set, and the trainer's own under another name, after every update."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.evaluate(self.dataset)
+        self.trainer.evaluate(metric_key_prefix="again")
+
+
+def test_evaluation_of_another_data_set_in_training_changes_no_bit_and_no_best_val_loss(tmp_path, reference):
+    trainer = make_trainer(tmp_path)
+    others = EvaluatesOthers()
+    others.trainer, others.dataset = trainer, TokenDataset(TRACE_DIR / "train.bin", 16)
+    trainer.add_callback(others)
+    trainer.train()
+    assert is_same(trainer, reference)
+    logged = [entry["val/loss"] for entry in trainer.state.log_history if "val/loss" in entry]
+    assert logged[:-1] == [means["val"] for means in reference.evaluations]  # Trainer adds one at the end
+    assert trainer.best_val_loss == logged[-1]
+
+
+def test_evaluation_of_another_data_set_is_not_logged_as_val_loss(tmp_path):
+    trainer = make_trainer(tmp_path)
+    own = trainer.evaluate()
+    other = trainer.evaluate(trainer.train_dataset)
+    assert other.keys() == {"eval_loss"}
+    again = trainer.evaluate(metric_key_prefix="again")
+    assert again == {"again_loss": trainer.evaluate(trainer.eval_dataset, metric_key_prefix="last")["last_loss"]}
+    losses = [{name: v for name, v in entry.items() if "loss" in name} for entry in trainer.state.log_history]
+    assert losses[:3] == [own, other, again]
+    assert trainer.best_val_loss == own["val/loss"]
+    explicit = trainer.evaluate(trainer.eval_dataset)
+    assert explicit == own
+
+
+def test_predict_has_the_loss_of_every_window(tmp_path):
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=8, per_device_eval_batch_size=8)
+    windows = torch.utils.data.Subset(trainer.eval_dataset, range(8))
+    with torch.no_grad():
+        expected = trainer.model.eval()(**collate_windows(list(windows)), use_cache=False).loss
+    output = trainer.predict(windows)
+    assert output.metrics["test_loss"] == pytest.approx(expected.item(), abs=1e-6)
+    assert output.label_ids.shape == (8, 16)
+
+
 @pytest.mark.parametrize("always_save", [True, False])
 def test_best_val_loss_is_the_last_where_every_evaluation_saves(tmp_path, always_save):
     trainer = make_trainer(tmp_path)
     config = {**SETTINGS, "always_save_checkpoint": always_save}
     trainer.training_state = replace(trainer.training_state, best_val_loss=2.0, config=config)
-    trainer.state.log_history = [{"eval_loss": 1.0}, {"loss": 9.0}, {"eval_loss": 3.0}]
+    trainer.state.log_history = [{"val/loss": 1.0}, {"loss": 9.0}, {"val/loss": 3.0}]
     assert trainer.best_val_loss == (3.0 if always_save else 1.0)

@@ -179,6 +179,8 @@ def test_remote_code_trained_and_saved_by_trainer_works_again(remote, tmp_path):
     outputs = remote.outputs
     assert torch.equal(outputs["trained"], outputs["trained_here"])
     assert not torch.equal(outputs["trained"], outputs["lm"])
+    evaluated, length = remote.facts["evaluated"], remote.idx.shape[1]
+    assert evaluated["eval_shape"] == [8, length, 65]
     model = NanoGPTLMHeadModel.from_pretrained(remote.folder / "trained")
     assert model.nanogpt_training_state == remote.models["lm"].nanogpt_training_state
     model.to_nanogpt_ckpt(tmp_path / "ckpt.pt")

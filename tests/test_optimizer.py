@@ -128,6 +128,9 @@ FAULTY_ADAMW: dict[str, Callable[[dict[str, Any]], Any]] = {
     "moment of other shape": change_state(0, exp_avg=torch.ones(3)),
     "no second moment": lambda adamw: adamw["state"][0].pop("exp_avg_sq"),
     "no step": lambda adamw: adamw["state"][0].pop("step"),
+    "no amsgrad, as in RAdam": lambda adamw: adamw["param_groups"][1].pop("amsgrad"),
+    "Adam": lambda adamw: adamw["param_groups"][0].update(decoupled_weight_decay=False),
+    "amsgrad without its moment": lambda adamw: adamw["param_groups"][0].update(amsgrad=True),
 }
 
 
@@ -165,7 +168,7 @@ FAULTY_STATES: dict[str, tuple[Callable, str]] = {
     ),
     "moments of no parameter": (
         lambda optimizer: replace(optimizer, moments={**optimizer.moments, "value": optimizer.moments[LN]}),
-        "'value': expected two moments of no parameter",
+        "'value': expected exp_avg, exp_avg_sq of no parameter",
     ),
     "moments are a number": (
         lambda optimizer: replace(optimizer, moments={**optimizer.moments, LN: 5}),
@@ -173,13 +176,20 @@ FAULTY_STATES: dict[str, tuple[Callable, str]] = {
     ),
     "all moments wrong": (
         lambda optimizer: replace(optimizer, moments={name: {"step": 1.0} for name in optimizer.moments}),
-        r"expected two moments of \(65, 32\), got \[\], .*\(28 in all\)",
+        r"expected exp_avg, exp_avg_sq of \(65, 32\), got \[\], .*\(28 in all\)",
     ),
     "moment of other shape": (
         change_moments(exp_avg=torch.ones(3)),
-        rf"'{LN}': expected two moments of \(32,\), got \[\(3,\), \(32,\)\]",
+        rf"'{LN}': expected exp_avg, exp_avg_sq of \(32,\), got \[\(3,\), \(32,\)\]",
     ),
-    "no second moment": (change_moments(exp_avg_sq=None), rf"'{LN}': expected two moments of .* got \[\(32,\)\]"),
+    "no second moment": (
+        change_moments(exp_avg_sq=None),
+        rf"'{LN}': expected exp_avg, exp_avg_sq of .* got \[\(32,\)\]",
+    ),
+    "amsgrad without its moment": (
+        lambda optimizer: replace(optimizer, settings=({"amsgrad": True}, {})),
+        r"expected exp_avg, exp_avg_sq, max_exp_avg_sq of \(65, 32\), got \[\(65, 32\), \(65, 32\)\]",
+    ),
     "no step": (change_moments(step=None), f"'{LN}'.*expected"),
     "moment is a number": (change_moments(exp_avg=1), f"'{LN}'.*expected"),
     "sparse moment": (change_moments(exp_avg=torch.ones(32).to_sparse()), f"'{LN}'.*expected"),

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
-from hugging_nano_gpt.training import TokenDataset
+from hugging_nano_gpt import NanoGPTConfig, NanoGPTForSequenceClassification
+from hugging_nano_gpt.training import TokenDataset, collate_windows
 
+from .tiny import MODEL_ARGS, make_model
 from .trace import TRACE_DIR, load_start, record_losses
 
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -34,12 +36,15 @@ class Windows(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
-def make_plain_trainer(folder, model, windows=8, **settings):
+def make_arguments(folder, **settings):
     defaults = {"per_device_train_batch_size": 4, "max_steps": 1, "logging_steps": 1, "report_to": "none"}
-    args = TrainingArguments(
+    return TrainingArguments(
         str(folder), **{**defaults, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, **settings}
     )
-    return Trainer(model, args, train_dataset=Windows(windows))
+
+
+def make_plain_trainer(folder, model, windows=8, **settings):
+    return Trainer(model, make_arguments(folder, **settings), train_dataset=Windows(windows))
 
 
 def test_plain_trainer_logs_the_loss_of_nanogpt_and_its_groups(tmp_path):
@@ -166,3 +171,72 @@ def test_flattened_documents_have_the_loss_of_separate_ones():
         packed = model(**batch, use_cache=False).loss
         separate = [model(torch.tensor([d]), labels=torch.tensor([d])).loss * (len(d) - 1) for d in documents]
     torch.testing.assert_close(packed, sum(separate) / (59 - 3), rtol=0, atol=1e-6)
+
+
+# What Trainer takes for the labels of a batch
+
+
+def adapt_toy():
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(make_model(), peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def make_toy_classifier():
+    return NanoGPTForSequenceClassification(NanoGPTConfig(**MODEL_ARGS, num_labels=3))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+@pytest.mark.parametrize(
+    ("load", "labels", "shapes"),
+    [
+        (load_start, None, ((6, 32, 31), (6, 32))),
+        (adapt_toy, None, ((6, 32, 65), (6, 32))),
+        (make_toy_classifier, 2, ((6, 3), (6,))),
+    ],
+)
+def test_plain_trainer_evaluates_measures_and_loads_the_best(tmp_path, load, labels, shapes):
+    rows = [{**window, **({} if labels is None else {"labels": labels})} for window in Windows(6)]
+    measured = []
+
+    def compute_metrics(prediction):
+        measured.append((prediction.predictions.shape, prediction.label_ids.shape))
+        return {"rows": len(prediction.predictions)}
+
+    saving = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    args = make_arguments(tmp_path, max_steps=2, **saving, **best)
+    trainer = Trainer(load(), args, train_dataset=rows, eval_dataset=rows, compute_metrics=compute_metrics)
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(losses) == 2
+    assert trainer.state.best_metric == min(losses)
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
+    assert metrics["eval_rows"] == 6
+    assert measured == [shapes] * 3
+
+
+def make_windows_trainer(folder, collator=None, **settings):
+    """Makes a plain Trainer over windows with nanoGPT's targets, of which there is one for every token."""
+    windows = torch.utils.data.Subset(TokenDataset(TRACE_DIR / "train.bin", 32), range(0, 8 * 32, 32))
+    args = make_arguments(folder, **settings)
+    return Trainer(load_start(), args, data_collator=collator, train_dataset=windows, eval_dataset=windows)
+
+
+@pytest.mark.parametrize("collator", [None, collate_windows])
+def test_plain_trainer_takes_nanogpts_targets_where_label_names_says_so(tmp_path, collator):
+    settings = {"label_names": ["shift_labels"], "per_device_eval_batch_size": 8, "max_grad_norm": 0.0}
+    trainer = make_windows_trainer(tmp_path, collator, **settings)
+    with torch.no_grad():
+        expected = trainer.model.eval()(**collate_windows(list(trainer.eval_dataset))).loss.item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-6)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < expected
+
+
+@pytest.mark.parametrize(
+    ("collator", "error"), [(None, "did not return a loss"), (collate_windows, r"label_names=\['shift_labels'\] of")]
+)
+def test_plain_trainer_without_label_names_refuses_nanogpts_targets(tmp_path, collator, error):
+    with pytest.raises(ValueError, match=error):
+        make_windows_trainer(tmp_path, collator).train()

@@ -21,6 +21,7 @@ from hugging_nano_gpt.training import (
 )
 from hugging_nano_gpt.training import trainer as trainer_module
 
+from .conftest import assert_same
 from .trace import CONFIG, START, STEPS, list_offsets, load_start, make_trainer, train_by_hand
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": None, "logging_steps": 1}
@@ -172,6 +173,20 @@ def test_train_called_again_goes_on_where_it_ended(tmp_path, n_updates):
     assert_ends_as_whole(trainer, 4)
 
 
+def test_checkpoint_saved_before_training_has_the_moments_of_the_training_state(tmp_path):
+    trainer = make_trainer(tmp_path, load_start(), STEPS[:1])
+    trainer.evaluate()
+    for _ in range(2):
+        trainer.save_nanogpt_ckpt(tmp_path / "ckpt.pt")
+        written = read_checkpoint(tmp_path / "ckpt.pt")
+        assert_same(written.state_dict, START.state_dict)
+        assert written.training_state.iter_num == 100
+        found, expected = written.training_state.optimizer, START.training_state.optimizer
+        assert_same(found.moments, expected.moments)
+        assert found.settings == expected.settings
+        trainer.optimizer = make_optimizer(trainer.model)  # made, and without moments yet
+
+
 def test_train_called_again_after_an_interruption_counts_what_was_done(tmp_path):
     trainer = make_trainer(tmp_path, load_start(), STEPS[:4])
     trainer._train_batch_sampler = FixedOffsetSampler([*list_offsets(STEPS[:3]), [10**9], [0]])
@@ -226,8 +241,9 @@ def make_best(folder, **settings):
     return make_trainer(folder, load_start(), STEPS[:4], **{**saving, **best, "logging_steps": 1, **settings})
 
 
-def test_best_model_comes_with_its_moments_and_its_count(tmp_path, best_at_two):
-    trainer = make_best(tmp_path)
+@pytest.mark.parametrize("metric", ["eval_loss", "val/loss"])
+def test_best_model_comes_with_its_moments_and_its_count(tmp_path, best_at_two, metric):
+    trainer = make_best(tmp_path, metric_for_best_model=metric)
     output = trainer.train()
     assert (output.global_step, trainer.best_val_loss) == (4, 1.0)
     assert_written_together(trainer, tmp_path, 102)

@@ -1,6 +1,7 @@
 """What `hugging-nano-gpt train` has beside train.py: loggers and savings of memory; and GPT-2 as a start."""
 
 import contextlib
+import json
 import os
 
 import pytest
@@ -96,6 +97,37 @@ def test_report_to_logs_updates_and_evaluations_and_changes_no_bit(tmp_path, pla
     ]
     assert [entry["iter"] for entry in evaluations] == [0, 2, 4]
     assert evaluations[-1]["val/loss"] == found["best_val_loss"].item()
+
+
+class NoteScalars(integration_utils.TensorBoardCallback):
+    """Trainer's logger without TensorBoard, of whose writer it takes the place."""
+
+    def __init__(self):
+        self.tb_writer, self.logging_dir, self.scalars = self, "", []
+
+    def add_scalar(self, name, value, step):
+        self.scalars.append((name, step))
+
+    def add_text(self, name, text):
+        pass
+
+    flush = close = lambda self: None
+
+
+def test_tensorboard_shows_train_pys_names_and_the_history_keeps_trainers(tmp_path, monkeypatch):
+    """Through Trainer's own callback, whose names are wandb's, trackio's and others' too."""
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", NoteScalars)
+    monkeypatch.setattr(run, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    trainer = train(tmp_path, **SHORT, report_to="tensorboard")
+    (scalars,) = (each.scalars for each in trainer.callback_handler.callbacks if isinstance(each, NoteScalars))
+    steps = {name: [step for shown, step in scalars if shown == name] for name, _ in scalars}
+    assert steps["train/loss"] == steps["val/loss"] == steps["iter"] == [0, 2, 4]
+    assert steps["iter/loss"] == steps["train/learning_rate"] == [1, 2, 3, 4, 5]
+    assert not [name for name in steps if name.startswith(("train/train/", "train/val/"))]
+    last = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    names = {"loss", "train/loss", "val/loss", "eval_loss", "iter"}
+    assert names <= {name for entry in last for name in entry}
+    assert names <= {name for entry in trainer.state.log_history for name in entry}
 
 
 def test_wandb_is_one_logger_with_train_pys_project_however_it_is_asked_for(monkeypatch):

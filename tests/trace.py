@@ -47,17 +47,15 @@ def record_losses(model: nn.Module) -> list[float]:
     return losses
 
 
-def list_offsets(steps: Sequence[Mapping[str, Any]], rank: int = 0, world_size: int = 1) -> list[list[int]]:
-    """Lists the offsets of each micro-step; of several processes each takes its share, as nanoGPT divides them."""
-    return [micro["offsets"] for step in steps for micro in step["micro"][rank::world_size]]
+def list_offsets(steps: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """Lists the offsets of each micro-step."""
+    return [micro["offsets"] for step in steps for micro in step["micro"]]
 
 
 def make_trainer(
     folder: Path,
     model: NanoGPTLMHeadModel,
     steps: Sequence[Mapping[str, Any]],
-    rank: int = 0,
-    world_size: int = 1,
     trainer_class: type[NanoGPTTrainer] = NanoGPTTrainer,
     **settings: Any,
 ) -> NanoGPTTrainer:
@@ -71,7 +69,7 @@ def make_trainer(
         TokenDataset(TRACE_DIR / "train.bin", BLOCK_SIZE),
         TokenDataset(TRACE_DIR / "val.bin", BLOCK_SIZE),
         training_state=START.training_state,
-        train_batch_sampler=FixedOffsetSampler(list_offsets(steps, rank, world_size)),
+        train_batch_sampler=FixedOffsetSampler(list_offsets(steps)),
     )
 
 

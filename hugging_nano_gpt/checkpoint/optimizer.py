@@ -5,7 +5,7 @@ Read by name and written in today's order, the moments of every era resume in to
 of the groupings, or that does not fit by shape, is refused and never guessed.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -17,8 +17,12 @@ from .tensors import iterate_shapes
 
 Names = list[str]
 
-# What AdamW keeps for each parameter, all of the parameter's shape but the step count.
+# What AdamW keeps for each parameter next to the step count, all of the parameter's shape; and with amsgrad.
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_AMSGRAD_MOMENTS = (*_MOMENTS, "max_exp_avg_sq")
+
+# The settings of every AdamW since torch 1.2; RAdam, NAdam and SGD lack some.
+_SETTINGS = {"lr", "betas", "eps", "weight_decay", "amsgrad"}
 
 # AdamW as nanoGPT sets it up when nothing else is said (train.py @ 3adf61e): the config's names and their defaults.
 _CONFIG_DEFAULTS = {"learning_rate": 6e-4, "weight_decay": 1e-1, "beta1": 0.9, "beta2": 0.95}
@@ -62,11 +66,14 @@ class OptimizerState:
         if len(self.settings) != 2 or not all(isinstance(value, dict) for value in (*self.settings, self.moments)):
             return ["optimizer: expected settings of two groups and a dict of moments, got others"]
         shapes = list_parameter_shapes(model_args, is_tied=True)
-        wrong = [
-            f"{name!r}: expected two moments of {shapes.get(name, 'no parameter')}, got {found}"
-            for name, moments in self.moments.items()
-            if (found := _list_moment_shapes(moments)) != [shapes.get(name)] * 2
-        ]
+        wrong = []
+        for name, moments in self.moments.items():
+            expected = list_moments(self.settings[len(shapes.get(name, ())) < 2])
+            found = _list_shapes(moments, expected)
+            if found != [shapes.get(name)] * len(expected):
+                wrong.append(
+                    f"{name!r}: expected {', '.join(expected)} of {shapes.get(name, 'no parameter')}, got {found}"
+                )
         wrong += [
             f"{name!r}: expected a step, got none"
             for name, m in self.moments.items()
@@ -87,8 +94,20 @@ class OptimizerState:
         return {"state": dict(sorted(state.items())), "param_groups": param_groups}
 
 
-def _list_moment_shapes(moments: Any) -> list[tuple[int, ...]]:
-    found = [moments.get(key) for key in _MOMENTS] if isinstance(moments, dict) else []
+def list_moments(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Lists the moments that AdamW with some settings keeps for each parameter."""
+    return _AMSGRAD_MOMENTS if settings.get("amsgrad") else _MOMENTS
+
+
+def is_adamw(settings: Mapping[str, Any]) -> bool:
+    """Returns whether the settings of a group are AdamW's, or Adam's where the two compute the same."""
+    if not settings.keys() >= _SETTINGS:
+        return False
+    return settings.get("decoupled_weight_decay", True) or settings["weight_decay"] == 0
+
+
+def _list_shapes(moments: Any, names: Sequence[str]) -> list[tuple[int, ...]]:
+    found = [moments.get(key) for key in names] if isinstance(moments, dict) else []
     return [tuple(moment.shape) for moment in found if isinstance(moment, torch.Tensor)]
 
 
@@ -102,9 +121,15 @@ def from_adamw(adamw: Any, model_args: Mapping[str, Any], is_tied: bool) -> Opti
         param_groups = [dict(group) for group in adamw["param_groups"]]
         numbers = [list(group.pop("params")) for group in param_groups]
         found = {number: dict(moments) for number, moments in adamw["state"].items()}
-        found_shapes = {number: {tuple(m[name].shape) for name in _MOMENTS} for number, m in found.items()}
+        settings = {number: group for group, own in zip(param_groups, numbers, strict=True) for number in own}
+        found_shapes = {
+            number: {tuple(m[name].shape) for name in list_moments(settings.get(number, {}))}
+            for number, m in found.items()
+        }
         are_numbers = all(type(number) is int for number in (*chain(*numbers), *found))
         if not are_numbers or any("step" not in moments for moments in found.values()):
+            raise TypeError
+        if not all(map(is_adamw, param_groups)):
             raise TypeError
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError("optimizer: expected a torch.optim.AdamW state dict, got something else") from error

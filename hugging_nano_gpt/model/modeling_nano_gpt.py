@@ -249,7 +249,6 @@ class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, NanoGPTWayBackMixin, NanoGPTGen
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
-        shift_labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cache: Cache | None = None,
@@ -262,16 +261,18 @@ class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, NanoGPTWayBackMixin, NanoGPTGen
                 NanoGPTModel.
             labels: (B, T) int64, the input ids again; the model shifts them, as Transformers does. -100, and nanoGPT's
                 -1, are ignored.
-            shift_labels: (B, T) int64, targets already shifted, as nanoGPT's get_batch makes them. They take the place
-                of labels and are not shifted.
             logits_to_keep: Number of last positions, or index tensor of positions, to compute logits for; 0 for all.
-            **kwargs: num_items_in_batch (the loss becomes a sum divided by it), and what NanoGPTModel takes.
+            **kwargs: shift_labels, (B, T) int64: targets already shifted, as nanoGPT's get_batch makes them, which are
+                used instead of labels; num_items_in_batch (the loss becomes a sum divided by it); and what
+                NanoGPTModel takes.
 
         Returns:
             loss (mean cross-entropy in nats, float32), logits (B, T or kept, V), past_key_values, and the recorded
             hidden_states and attentions. With config.loss_chunk_size and labels there are no logits, in evaluation
             neither. A loss_function set on the model gets all logits.
         """
+        # Not a parameter: Trainer would evaluate only batches with everything that is named like a label here.
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs: BaseModelOutputWithPast = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,

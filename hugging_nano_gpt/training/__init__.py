@@ -13,7 +13,8 @@ from .schedule import NanoGPTSchedule, compute_lr
 
 if TYPE_CHECKING:
     from .run import run_training
-    from .trainer import NanoGPTCheckpointCallback, NanoGPTTrainer
+    from .saving import NanoGPTCheckpointCallback
+    from .trainer import NanoGPTTrainer
 
 __all__ = [
     "TRAIN_DEFAULTS",
@@ -34,7 +35,7 @@ __all__ = [
     "training_arguments_from_nanogpt",
 ]
 
-_OF_TRAINER = {"NanoGPTCheckpointCallback": ".trainer", "NanoGPTTrainer": ".trainer", "run_training": ".run"}
+_OF_TRAINER = {"NanoGPTCheckpointCallback": ".saving", "NanoGPTTrainer": ".trainer", "run_training": ".run"}
 
 
 def __getattr__(name: str) -> Any:

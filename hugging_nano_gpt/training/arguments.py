@@ -126,6 +126,8 @@ def complete_arguments(
     if args.max_steps < 0 and dataset is not None:
         n_windows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         changes["max_steps"] = math.ceil(args.num_train_epochs * dataset.n_tokens / (n_windows * dataset.block_size))
+    if args.metric_for_best_model in ("val/loss", "eval_val/loss"):  # its name in Trainer, which puts eval_ before it
+        changes["metric_for_best_model"] = "eval_loss"
     completed = copy(args)
     for name, value in changes.items():
         setattr(completed, name, value)

@@ -4,6 +4,8 @@ A data set is every window of block_size tokens in a file, by its offset; sample
 mapped anew in each process, so that DataLoader workers share nothing but the page cache.
 """
 
+import itertools
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from ..errors import DataError
+from ..errors import DataError, list_some
 from .token_file import measure_token_file
 
 # nanoGPT seeds each process with 1337 + its rank (train.py @ 3adf61e).
@@ -128,8 +130,42 @@ class FixedOffsetSampler(Sampler[list[int]]):
         return len(self.batches)
 
 
+class SharedBatches(Sampler[list[int]]):
+    """One process's share of a batch sampler's batches: they go to the processes in turn, as in plain Trainer.
+
+    Where they do not come out even, the first ones are taken again: every process makes as many steps.
+
+    Args:
+        batches: A batch sampler, the same in every process.
+        rank: Rank of the process.
+        world_size: Number of processes.
+    """
+
+    def __init__(self, batches: Any, rank: int, world_size: int):
+        self.batches, self.rank, self.world_size = batches, rank, world_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first: list[list[int]] = []
+        batches = iter(self.batches)
+        while turn := list(itertools.islice(batches, self.world_size)):
+            first = first or turn
+            yield (turn + first * self.world_size)[self.rank]
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.batches) / self.world_size)
+
+
 def collate_windows(windows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Stacks windows into input_ids and shift_labels, (B, block_size) int64 each."""
+    """Stacks windows into input_ids and shift_labels, (B, block_size) int64 each.
+
+    Raises:
+        DataError: If plain Trainer has removed the shift_labels.
+    """
+    if any("shift_labels" not in window for window in windows):
+        raise DataError(
+            f"collate_windows: expected windows with input_ids and shift_labels, got {list_some(windows[0])}; plain "
+            f"Trainer keeps what label_names=['shift_labels'] of TrainingArguments names"
+        )
     return {name: torch.stack([window[name] for window in windows]) for name in ("input_ids", "shift_labels")}
 
 

@@ -5,12 +5,13 @@ the work: each batch's loss is the same wherever it is computed, and the mean is
 """
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast
 
+from ..checkpoint.contents import TrainingState
 from .data import TokenDataset
 from .drawing import draw_offsets, load_windows
 
@@ -29,6 +30,27 @@ def estimate_losses(
         name: _compute_mean(trainer, dataset, _draw(trainer, dataset, n_batches, batch_size))
         for name, dataset in datasets.items()
     }
+
+
+def choose_datasets(trainer: "NanoGPTTrainer", eval_dataset: TokenDataset | None, is_own: bool) -> dict[str, Any]:
+    """Returns what to evaluate: both of the trainer's own data sets as train.py does, or one data set alone."""
+    val = trainer.eval_dataset if eval_dataset is None else eval_dataset
+    datasets = {"train": trainer.train_dataset if is_own or val is None else None, "val": val}
+    return {split: dataset for split, dataset in datasets.items() if dataset is not None}
+
+
+def find_best_val_loss(start: TrainingState, history: Sequence[Mapping[str, Any]]) -> float:
+    """Returns the validation loss that train.py keeps: the lowest, or the last where it saves at each.
+
+    Args:
+        start: Where the run began, with its settings.
+        history: What Trainer has logged since.
+    """
+    is_last_kept = start.config.get("always_save_checkpoint", True)
+    best = start.best_val_loss
+    for loss in (entry["val/loss"] for entry in history if "val/loss" in entry):
+        best = loss if is_last_kept else min(best, loss)  # which passes over NaN
+    return best
 
 
 def _draw(trainer: "NanoGPTTrainer", dataset: TokenDataset, n_batches: int, batch_size: int) -> list[list[int]]:

@@ -1,14 +1,17 @@
 """nanoGPT's AdamW over a model's parameters, with the moments of a checkpoint, and the moments back by name."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..checkpoint.optimizer import OptimizerState, group_by_dimension, make_fresh_state
+from ..checkpoint.optimizer import OptimizerState, group_by_dimension, is_adamw, make_fresh_state
 from ..checkpoint.tensors import strip_wrappers
 from ..errors import ConversionError, join_some, list_some
+
+# The settings that decide what an update computes, but the learning rate, which train.py sets before each.
+_DECISIVE = ("betas", "eps", "weight_decay", "amsgrad", "maximize")
 
 
 def make_optimizer(
@@ -16,8 +19,8 @@ def make_optimizer(
 ) -> torch.optim.AdamW:
     """Makes the optimizer that nanoGPT makes: tensors of two or more dimensions decayed, the others not.
 
-    Groups, their order and, with a state, every moment and step count equal nanoGPT's after its resume. On CUDA it is
-    the fused AdamW, as in nanoGPT.
+    Groups, their order and, with a state, every setting, moment and step count equal nanoGPT's after its resume.
+    Without a state it is the fused AdamW on CUDA, as in nanoGPT.
 
     Args:
         model: The model to train; parameters that need no gradient are left out.
@@ -31,17 +34,15 @@ def make_optimizer(
     parameters = {name: parameter for name, parameter in name_parameters(model).items() if parameter.requires_grad}
     groups = group_by_dimension(list(parameters), {name: parameter.shape for name, parameter in parameters.items()})
     settings = (make_fresh_state(config or {}) if state is None else state).settings
-    is_fused = all(parameter.is_cuda for parameter in parameters.values())
+    if state is None and all(parameter.is_cuda for parameter in parameters.values()):
+        settings = ({**settings[0], "fused": True}, {**settings[1], "fused": True})
     optimizer = torch.optim.AdamW(
-        [
-            {"params": [parameters[name] for name in group], "weight_decay": s["weight_decay"]}
-            for group, s in zip(groups, settings, strict=True)
-        ],
-        lr=settings[0]["lr"],
-        betas=settings[0]["betas"],
-        eps=settings[0]["eps"],
-        **({"fused": True} if is_fused else {}),
+        [{"params": [parameters[name] for name in group]} for group in groups],
+        fused=settings[0].get("fused"),  # or a GradScaler would take it for one that is or is not
     )
+    numbers = [group["params"] for group in optimizer.state_dict()["param_groups"]]
+    param_groups = [{**own, "params": group} for own, group in zip(settings, numbers, strict=True)]
+    optimizer.load_state_dict({"state": {}, "param_groups": param_groups})  # as train.py's resume sets each of them
     if state is not None and state.moments:
         load_moments(optimizer, model, state)
     return optimizer
@@ -93,10 +94,11 @@ def read_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Optimi
     CPU, so that training may go on.
 
     Raises:
-        ConversionError: If the optimizer keeps other things than AdamW's moments, or trains other parameters than
-            nanoGPT's model has.
+        ConversionError: If the optimizer is no AdamW of torch's, or an Adam that decays weights in another way; if it
+            trains other parameters than the model has, or those of one of nanoGPT's two groups in several ways.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)  # as Accelerate wraps it
+    _refuse_other_optimizers(optimizer)
     names = {id(parameter): name for name, parameter in name_parameters(model).items()}
     trained = [(names.get(id(p)), p, group) for group in optimizer.param_groups for p in group["params"]]
     if any(name is None for name, _, _ in trained) or len(trained) != len(names):
@@ -104,18 +106,13 @@ def read_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Optimi
             f"optimizer: expected one over all {len(names)} parameters of the model, got {len(trained)} parameters, "
             f"{sum(name is None for name, _, _ in trained)} of them not the model's; give the model that it trains"
         )
-    found = {name: (optimizer.state[parameter], group) for name, parameter, group in trained if name}
-    strange = [
-        name for name, (state, _) in found.items() if state and not {"step", "exp_avg", "exp_avg_sq"} <= state.keys()
-    ]
-    if strange:
-        raise ConversionError(
-            f"optimizer: expected AdamW's moments, got others of {list_some(strange)}; nanoGPT has AdamW"
-        )
+    found = {name: (optimizer.state.get(parameter, {}), group) for name, parameter, group in trained if name}
     shapes = {name: parameter.shape for name, parameter, _ in trained if name}
-    decayed, others = (found[group[0]][1] for group in group_by_dimension(list(found), shapes))
+    decayed, others = (
+        _read_settings([found[name][1] for name in group]) for group in group_by_dimension(list(found), shapes)
+    )
     return OptimizerState(
-        settings=(_plain_settings(decayed), _plain_settings(others)),
+        settings=(decayed, others),
         moments={
             name: {key: gather(v) for key, v in found[name][0].items()} for name in names.values() if found[name][0]
         },
@@ -153,8 +150,25 @@ def _copy_like(moment: torch.Tensor, parameter: Any) -> torch.Tensor:
     return copy
 
 
-def _plain_settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings that AdamW itself has; a scheduler's initial_lr, for one, is not nanoGPT's."""
+def _refuse_other_optimizers(optimizer: torch.optim.Optimizer) -> None:
+    kind = type(optimizer)
+    is_known = kind in (torch.optim.AdamW, torch.optim.Adam)
+    unrecorded = {} if kind is torch.optim.AdamW else {"decoupled_weight_decay": False}  # before torch 2.7
+    if not is_known or not all(is_adamw({**unrecorded, **group}) for group in optimizer.param_groups):
+        raise ConversionError(
+            f"optimizer: expected torch.optim.AdamW, as nanoGPT has, got {kind.__module__}.{kind.__name__}, which "
+            f"computes other updates; write the checkpoint without optimizer=, from which train.py begins afresh"
+        )
+
+
+def _read_settings(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the settings of AdamW, but none that others added, such as initial_lr, for one of nanoGPT's groups."""
+    several = [name for name in _DECISIVE if any(group.get(name) != groups[0].get(name) for group in groups)]
+    if several:
+        raise ConversionError(
+            f"optimizer: expected one value for all matrices and one for all vectors, which are nanoGPT's groups, got "
+            f"more of {list_some(several)}; write the checkpoint without optimizer="
+        )
     known = make_fresh_state({}).settings[0]
-    settings = {key: group[key] for key in known if key in group}
+    settings = {key: groups[0][key] for key in known if key in groups[0]}
     return {key: float(value) if isinstance(value, torch.Tensor) else value for key, value in settings.items()}

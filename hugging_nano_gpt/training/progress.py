@@ -102,6 +102,8 @@ class TrainPyCallback(TrainerCallback):
             remove_superseded(self._superseded)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        if "val/loss" not in metrics:  # of another data set
+            return
         iter_num, val_loss = self.trainer.iter_num, metrics["val/loss"]
         self.say(f"step {iter_num}: train loss {metrics['train/loss']:.4f}, val loss {val_loss:.4f}")
         if not self.trainer.is_in_train:  # eval_only

@@ -7,7 +7,7 @@ replay of a recorded nanoGPT run ends at the same bits.
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import replace
 from functools import cached_property, partial
@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
 from ..checkpoint.contents import TrainingState
@@ -27,18 +25,22 @@ from ..errors import ConversionError
 from ..tokenization.vocabulary import fit_vocabulary
 from .arguments import complete_arguments
 from .configurator import TRAIN_DEFAULTS
-from .data import RandomOffsetSampler, TokenDataset, collate_checked, collate_windows
-from .drawing import BatchesInTurn, DrawingCallback, DrawnBatches, make_random_state, write_next_batch
-from .evaluation import estimate_losses
+from .data import RandomOffsetSampler, SharedBatches, TokenDataset, collate_checked, collate_windows
+from .drawing import BatchesInTurn, DrawingCallback, DrawnBatches, draw_offsets, make_random_state, write_next_batch
+from .evaluation import choose_datasets, estimate_losses, find_best_val_loss
+from .names import name_logs
 from .optimizer import load_moments, make_optimizer, read_optimizer
+from .refusals import refuse_ignored, refuse_several
+from .saving import explain_full_disk
 from .schedule import NanoGPTSchedule
 from .settings import SettingsCallback
+from .sharding import ShardingTrainer
 from .trainer_checkpoint import choose_checkpoint, find_faults, read_counts
 
 logger = logging.get_logger(__name__)
 
 
-class NanoGPTTrainer(Trainer):
+class NanoGPTTrainer(ShardingTrainer):
     """Continues, or begins, a nanoGPT run.
 
     Args:
@@ -50,8 +52,9 @@ class NanoGPTTrainer(Trainer):
         training_state: Where the run stands: iter_num, best_val_loss, config and, to go on as if nothing had
             happened, the optimizer's moments. By default what the model remembers, without moments, with the config
             that args were made from. What config lacks is train.py's default.
-        train_batch_sampler: Yields the offsets of each micro-step's batch. By default they are drawn as train.py draws
-            them, from torch's global generator.
+        train_batch_sampler: Yields the offsets of each micro-step's batch, the same in every process: they share them
+            out in turn, as those of plain Trainer do. By default they are drawn as train.py draws them, from torch's
+            global generator.
         random_state: State of torch's CPU generator when the run begins; by default train.py's, after it has seeded it
             and made a model of this configuration: see make_random_state.
         **kwargs: Passed to Trainer. A tokenizer as processing_class is what generate follows: see fit_vocabulary.
@@ -82,6 +85,7 @@ class NanoGPTTrainer(Trainer):
         self._train_batch_sampler = train_batch_sampler
         self._random_state = random_state
         self._n_taken_back = 0  # updates that loading the best model undid
+        refuse_ignored(args, {**kwargs, "eval_dataset": eval_dataset})
         if isinstance(kwargs.get("processing_class"), PreTrainedTokenizerBase):  # with tokens for spare rows, perhaps
             fit_vocabulary(model, kwargs["processing_class"])
         super().__init__(
@@ -89,9 +93,9 @@ class NanoGPTTrainer(Trainer):
             args=complete_arguments(args, training_state.config, None if train_batch_sampler else train_dataset),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            data_collator=collate_windows,
-            **kwargs,
+            **{**kwargs, "data_collator": collate_windows},
         )
+        self.label_names = ["shift_labels"]  # of the windows, for predict()
         if self.args.n_gpu > 1:  # Trainer would split each batch over them by DataParallel, which nanoGPT never does
             raise ConversionError(
                 f"NanoGPTTrainer: several GPUs in one process: expected one, got {self.args.n_gpu}; start it with "
@@ -110,13 +114,9 @@ class NanoGPTTrainer(Trainer):
     @property
     def best_val_loss(self) -> float:
         """Validation loss in nats per token, as train.py keeps it: the lowest, or the last if it saves at each."""
-        best = self.training_state.best_val_loss
-        is_last_kept = self.config.get("always_save_checkpoint", True)
-        for entry in self.state.log_history:
-            is_of_these_weights = entry.get("step", 0) <= self.state.global_step - self._n_taken_back
-            if is_of_these_weights and "eval_loss" in entry and (is_last_kept or entry["eval_loss"] < best):
-                best = entry["eval_loss"]
-        return best
+        n_updates = self.state.global_step - self._n_taken_back
+        history = [entry for entry in self.state.log_history if entry.get("step", 0) <= n_updates]
+        return find_best_val_loss(self.training_state, history)
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -146,37 +146,23 @@ class NanoGPTTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the model as Trainer does; the folder says how many updates its weights have seen."""
         self._remember()
-        super().save_model(output_dir, _internal_call)
-
-    def create_accelerator_and_postprocess(self) -> None:
-        """Makes the accelerator as Trainer does, but that FSDP is FSDP on a CPU too, where Accelerate makes DDP of it.
-
-        Parameters and gradients stay in float32 under FSDP, where Accelerate would round them to the half precision.
-        """
-        super().create_accelerator_and_postprocess()
-        if self.args.fsdp:
-            self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
-            for state in (self.accelerator.state, PartialState()):  # one takes it from the other, again and again
-                state.distributed_type = DistributedType.FSDP
-            self.is_fsdp_enabled = True
-
-    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager:
-        """Autocasts as train.py does under FSDP, where Accelerate does not; elsewhere it has done so."""
-        return self.accelerator.autocast() if self.is_fsdp_enabled else contextlib.nullcontext()
+        with explain_full_disk(output_dir or self.args.output_dir):
+            super().save_model(output_dir, _internal_call)
 
     def get_train_dataloader(self) -> DataLoader:
         """Serves the given batches. Those that are drawn come from get_batch_samples, and this says their number."""
-        n_batches = self.args.max_steps * self.args.gradient_accumulation_steps
-        sampler = self._train_batch_sampler or RandomOffsetSampler(
-            self.train_dataset, self.args.per_device_train_batch_size, n_batches, rank=self.args.process_index
-        )
+        args = self.args
+        n_batches = args.max_steps * args.gradient_accumulation_steps
+        sampler: Any = RandomOffsetSampler(self.train_dataset, args.per_device_train_batch_size, n_batches)
+        if self._train_batch_sampler is not None:
+            sampler = SharedBatches(self._train_batch_sampler, args.process_index, args.world_size)
         where, vocab_size = getattr(self.train_dataset, "path", self.train_dataset), self.model.config.vocab_size
         return DataLoader(
             self.train_dataset,
             batch_sampler=sampler,
             collate_fn=partial(collate_checked, vocab_size=vocab_size, where=where),
             generator=torch.Generator(),  # or an iterator of the loader would draw its seed from the global one
-            num_workers=self.args.dataloader_num_workers,
+            num_workers=args.dataloader_num_workers,
         )
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[Any, Any]:
@@ -223,29 +209,45 @@ class NanoGPTTrainer(Trainer):
     ) -> dict[str, float]:
         """Estimates the losses as nanoGPT's estimate_loss does: the mean over eval_iters random batches.
 
-        During training the batches are drawn in train.py's turn. At other times they are those of train.py's first
-        evaluation, and torch's generator stays as it is. Every process has to call this.
+        During training the batches are drawn in train.py's turn. At other times, and of another data set, they are
+        those of train.py's first evaluation, and torch's generator stays as it is. Every process has to call this.
+
+        Args:
+            eval_dataset: Another data set than the trainer's own, which does not count in best_val_loss.
+            ignore_keys: Not read.
+            metric_key_prefix: How the metric begins; with another than "eval", nothing counts in best_val_loss.
 
         Returns:
-            eval_loss, and the same numbers under nanoGPT's names: train/loss and val/loss; in nats per token.
+            eval_loss, and for the trainer's own data sets train/loss and val/loss too; in nats per token.
+
+        Raises:
+            ConversionError: If several data sets are given.
         """
-        datasets = {"train": self.train_dataset, "val": eval_dataset or self.eval_dataset}
-        datasets = {split: dataset for split, dataset in datasets.items() if dataset is not None}
-        with contextlib.nullcontext() if self.is_in_train else torch.random.fork_rng(devices=[]):
-            if not self.is_in_train:
-                self._begin_drawing()
+        refuse_several(eval_dataset)
+        is_own = metric_key_prefix == "eval" and (eval_dataset is None or eval_dataset is self.eval_dataset)
+        datasets = choose_datasets(self, eval_dataset, is_own)
+        batch_size = self.args.per_device_train_batch_size
+        with contextlib.nullcontext() if is_own and self.is_in_train else self._begin_anew(batch_size):
             n_batches = self.config.get("eval_iters", TRAIN_DEFAULTS["eval_iters"])
-            losses = estimate_losses(self, datasets, n_batches, self.args.per_device_train_batch_size)
-        metrics = {f"{split}/loss": loss for split, loss in losses.items()}
-        metrics[f"{metric_key_prefix}_loss"] = losses.get("val", losses["train"])
+            losses = estimate_losses(self, datasets, n_batches, batch_size)
+        metrics = {f"{split}/loss": loss for split, loss in losses.items() if is_own}
+        metrics[f"{metric_key_prefix}_loss"] = losses["val" if "val" in losses else "train"]
         self.log({**metrics, "iter": self.iter_num})
+        is_due = self.control.should_evaluate and not is_own  # which the next line forgets
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control.should_evaluate |= is_due
         return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs as Trainer does; loggers show what train.py logs under its names."""
+        super().log(name_logs(logs), start_time)
 
     def save_nanogpt_ckpt(self, path: str | os.PathLike[str]) -> None:
         """Writes a checkpoint from which nanoGPT's train.py resumes; under torchrun every process has to call this."""
+        kept = self.training_state.optimizer
+        is_made = self.optimizer is not None and (kept is None or any(self.optimizer.state.values()))
         # first, as it shards again what an evaluation has left whole
-        optimizer = None if self.optimizer is None else read_optimizer(self.optimizer, self.model)
+        optimizer = read_optimizer(self.optimizer, self.model) if is_made else kept
         save_model(
             self.accelerator.unwrap_model(self.model, keep_torch_compile=False),
             path,
@@ -283,6 +285,10 @@ class NanoGPTTrainer(Trainer):
         # an optimizer that is there has later moments than the training state
         self.training_state = state if self.optimizer is None else replace(state, optimizer=None)
         self.state.global_step, self._n_taken_back = 0, 0
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with explain_full_disk(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(*args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Keeps the generators' states as Trainer does, and the batch drawn before an evaluation moved them on.
@@ -323,24 +329,19 @@ class NanoGPTTrainer(Trainer):
         return {**self.config, **arguments}
 
     def _begin_drawing(self) -> None:
-        """Brings torch's CPU generator to where it is when train.py has drawn its first batch, and draws that."""
+        """Draws train.py's first batch, and leaves torch's CPU generator where train.py then has it."""
+        self._rewind_generator()
+        self._batches.draw()
+
+    @contextlib.contextmanager
+    def _begin_anew(self, batch_size: int) -> Iterator[None]:
+        """Lets torch's CPU generator be where train.py's first evaluation begins, then as it was."""
+        with torch.random.fork_rng(devices=[]):
+            self._rewind_generator()
+            draw_offsets(self.train_dataset, batch_size)  # train.py's first batch
+            yield
+
+    def _rewind_generator(self) -> None:
         if self._random_state is None:
             self._random_state = make_random_state(self.model.config, self.args.process_index)
         torch.set_rng_state(self._random_state)
-        self._batches.draw()
-
-
-class NanoGPTCheckpointCallback(TrainerCallback):
-    """Writes a nanoGPT checkpoint whenever Trainer saves one of its own.
-
-    Args:
-        trainer: The trainer to which it is added.
-        path: The ckpt.pt to write; it is replaced each time, as train.py replaces its own.
-    """
-
-    def __init__(self, trainer: NanoGPTTrainer, path: str | os.PathLike[str]):
-        self.trainer = trainer
-        self.path = path
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.save_nanogpt_ckpt(self.path)
