@@ -141,6 +141,15 @@ def test_wandb_is_one_logger_with_train_pys_project_however_it_is_asked_for(monk
         assert (args["report_to"], args["run_name"], os.environ["WANDB_PROJECT"]) == (["wandb"], "first", "toys")
 
 
+def test_trackio_has_train_pys_project(monkeypatch):
+    monkeypatch.setattr(arguments, "NanoGPTArguments", dict)
+    settings = {**SETTINGS, "wandb_project": "toys"}
+    projects = [
+        run._make_arguments(settings, 0, False, names, False, False).get("project") for names in ([], ["trackio"])
+    ]
+    assert projects == [None, "toys"]
+
+
 @pytest.mark.parametrize(
     ("report_to", "error", "message"),
     [

@@ -7,6 +7,7 @@ mapped anew in each process, so that DataLoader workers share nothing but the pa
 import itertools
 import math
 import os
+from collections import UserDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,15 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from ..errors import DataError, list_some
+from ..errors import DataError
 from .token_file import measure_token_file
 
 # nanoGPT seeds each process with 1337 + its rank (train.py @ 3adf61e).
 NANOGPT_SEED = 1337
+
+
+class Window(UserDict[str, torch.Tensor]):
+    """input_ids and shift_labels. It is no dict, because plain Trainer would remove shift_labels from a dict."""
 
 
 class TokenDataset(Dataset):
@@ -57,12 +62,12 @@ class TokenDataset(Dataset):
         """Returns the number of windows: nanoGPT draws its offsets below it."""
         return self.n_tokens - self.block_size
 
-    def __getitem__(self, offset: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, offset: int) -> Window:
         """Returns input_ids and shift_labels, (block_size,) int64 each, of the window that begins at an offset."""
         if not 0 <= offset < len(self):
             raise IndexError(f"{self.path}: expected an offset from 0 to {len(self) - 1}, got {offset}")
         window = torch.from_numpy(self._map()[offset : offset + self.block_size + 1].astype(np.int64))
-        return {"input_ids": window[:-1], "shift_labels": window[1:]}
+        return Window(input_ids=window[:-1], shift_labels=window[1:])
 
     def __getstate__(self) -> dict[str, Any]:  # a map does not travel to another process, the path does
         return {**self.__dict__, "_tokens": None}
@@ -155,22 +160,13 @@ class SharedBatches(Sampler[list[int]]):
         return math.ceil(len(self.batches) / self.world_size)
 
 
-def collate_windows(windows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Stacks windows into input_ids and shift_labels, (B, block_size) int64 each.
-
-    Raises:
-        DataError: If plain Trainer has removed the shift_labels.
-    """
-    if any("shift_labels" not in window for window in windows):
-        raise DataError(
-            f"collate_windows: expected windows with input_ids and shift_labels, got {list_some(windows[0])}; plain "
-            f"Trainer keeps what label_names=['shift_labels'] of TrainingArguments names"
-        )
+def collate_windows(windows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Stacks windows into input_ids and shift_labels, (B, block_size) int64 each."""
     return {name: torch.stack([window[name] for window in windows]) for name in ("input_ids", "shift_labels")}
 
 
 def collate_checked(
-    windows: Sequence[dict[str, torch.Tensor]], vocab_size: int, where: object
+    windows: Sequence[Mapping[str, torch.Tensor]], vocab_size: int, where: object
 ) -> dict[str, torch.Tensor]:
     """Stacks windows, and refuses ids that the model does not have.
 

@@ -175,6 +175,7 @@ def _make_arguments(
         eval_on_start=not is_resumed and iter_num % settings["eval_interval"] == 0,
         logging_strategy="steps" if loggers else "no",
         report_to=loggers or "none",
+        **({"project": settings["wandb_project"]} if "trackio" in loggers else {}),
         disable_tqdm=True,
         fsdp=fsdp,
         **({"bf16": True, "fp16": False} if bf16 else {}),

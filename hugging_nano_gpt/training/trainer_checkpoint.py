@@ -96,7 +96,7 @@ def read_counts(folder: Path) -> TrainerCounts:
     config = json.loads(config_path.read_text()) if config_path.exists() else {}
     kept = config.get("nanogpt_training_state") or {}
     step = state["global_step"]
-    losses = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry and entry["step"] == step]
+    losses = [entry["val/loss"] for entry in state["log_history"] if "val/loss" in entry and entry["step"] == step]
     return TrainerCounts(step, kept.get("iter_num"), losses[-1:] == [kept.get("best_val_loss")])
 
 

@@ -7,6 +7,7 @@ stands nanoGPT's own estimate, which is of another kind: a mean over random wind
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -174,7 +175,7 @@ class _Windows(Protocol):
     block_size: int
 
     def __len__(self) -> int: ...
-    def __getitem__(self, offset: int) -> dict[str, torch.Tensor]: ...
+    def __getitem__(self, offset: int) -> Mapping[str, torch.Tensor]: ...
 
 
 class _TextWindows:
