@@ -363,20 +363,21 @@ def train(
 ) -> None:
     """Train as nanoGPT's train.py does: its settings, its lines, its ckpt.pt, bit for bit; and go on after a kill."""
     _set_up_transformers(has_progress=False, is_quiet=True)
-    from hugging_nano_gpt.training import read_settings, run_training
+    from hugging_nano_gpt.training import leave_processes, read_settings, run_training
 
-    run_training(
-        read_settings(settings or []),
-        resume=resume,
-        force=force,
-        report_to=report_to or "none",
-        folder=folder,
-        loss_chunk_size=loss_chunk_size,
-        gradient_checkpointing=gradient_checkpointing,
-        bf16=bf16,
-        fsdp=fsdp,
-        has_bar=sys.stderr.isatty(),
-    )
+    with leave_processes():
+        run_training(
+            read_settings(settings or []),
+            resume=resume,
+            force=force,
+            report_to=report_to or "none",
+            folder=folder,
+            loss_chunk_size=loss_chunk_size,
+            gradient_checkpointing=gradient_checkpointing,
+            bf16=bf16,
+            fsdp=fsdp,
+            has_bar=sys.stderr.isatty(),
+        )
 
 
 @app.command()

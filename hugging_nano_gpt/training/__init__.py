@@ -8,6 +8,7 @@ from .arguments import training_arguments_from_nanogpt
 from .configurator import TRAIN_DEFAULTS, read_settings
 from .data import FixedOffsetSampler, RandomOffsetSampler, TokenDataset, collate_windows
 from .drawing import make_random_state
+from .interruption import leave_processes
 from .optimizer import load_moments, make_optimizer, read_optimizer
 from .schedule import NanoGPTSchedule, compute_lr
 
@@ -26,6 +27,7 @@ __all__ = [
     "TokenDataset",
     "collate_windows",
     "compute_lr",
+    "leave_processes",
     "load_moments",
     "make_optimizer",
     "make_random_state",

@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM during a run: noted at once, acted on after the update, by all processes after the same one."""
+"""How a run ends before its last update: Ctrl-C and SIGTERM are noted at once, and acted on after the update.
+
+Several processes agree, so that all stop after the same update.
+"""
 
 import contextlib
 import os
@@ -11,6 +14,26 @@ import torch
 
 # A second signal within this time is the first one again: torchrun passes on what the terminal has sent already.
 _REPEAT_S = 1.0
+
+
+@contextlib.contextmanager
+def leave_processes() -> Iterator[None]:
+    """Ends the process group when a run has ended or was stopped, as train.py does; after an error that could hang."""
+    try:
+        yield
+    except SystemExit:
+        _destroy_group()
+        raise
+    _destroy_group()
+
+
+def _destroy_group() -> None:
+    if _is_distributed():
+        torch.distributed.destroy_process_group()
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 class Interruption:
@@ -40,7 +63,7 @@ class Interruption:
 
     def agree(self) -> int | None:
         """Returns the signal that a process has noted, the same in every process; all call it after each update."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if not _is_distributed():
             return self._noted
         highest = torch.tensor(self._noted or 0, device=self.device)
         torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX)
