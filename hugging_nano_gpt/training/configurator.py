@@ -115,7 +115,7 @@ def find_type_fault(name: str, value: Any) -> str | None:
     if not _is_fitting(value, default):
         kind = type(default).__name__
         return f"{name}: wrong type: expected {kind}, as train.py's default has, got {show(value)}; change it"
-    if isinstance(value, Integral) and abs(value) >= 2**63:
+    if isinstance(value, Integral) and abs(int(value)) >= 2**63:
         return f"{name}: too large: expected a number below 2**63, got {show(value)}; change it"
     return None
 

@@ -9,6 +9,7 @@ gradient around, and dropout=1, which leaves nothing of the model.
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ _BELOW_ONE: _Rule = ("a number of at least 0 and below 1", lambda value: 0 <= va
 _DTYPES = ("float32", "bfloat16", "float16")
 
 _RULES: dict[str, _Rule] = {
-    "out_dir": ("a folder", lambda value: os.fspath(value) != ""),
+    "out_dir": ("a folder", lambda value: os.fspath(value) != "" and not Path(value).is_file()),
     **dict.fromkeys(("eval_interval", "log_interval"), _INTERVAL),
     "eval_iters": ("a whole number of at least 0", lambda value: isinstance(value, Integral) and int(value) >= 0),
     **dict.fromkeys(("gradient_accumulation_steps", "batch_size", "block_size"), _COUNT),

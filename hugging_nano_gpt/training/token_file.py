@@ -66,7 +66,9 @@ def measure_token_file(path: Path) -> TokenLayout:
         with path.open("rb") as file:
             head = file.read(_HEAD_BYTES)
     except OSError as error:
-        raise DataError(f"{path}: cannot be opened: {error.strerror}; run the data set's prepare.py") from error
+        raise DataError(
+            f"{path}: cannot be opened: {error.strerror}; check the path, or run the data set's prepare.py"
+        ) from error
     if head.startswith(_NPY_MAGIC):
         return _measure_npy(path, size)
     header = np.frombuffer(head[:_HEADER_BYTES].ljust(_HEADER_BYTES, b"\0"), dtype="<i4")
