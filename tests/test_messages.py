@@ -35,6 +35,7 @@ def workplace(tmp_path_factory):
     shutil.copytree(folder / "saved", folder / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
     extra = {"model": {}, "model_args": {}, "wandb_id": "x"}
     torch.save({**torch.load(folder / "ckpt.pt"), "wandb_id": "x"}, folder / "fork.pt")
+    torch.save({**torch.load(folder / "ckpt.pt"), "optimizer": None}, folder / "bare.pt")
     torch.save({**extra, "model": torch.load(folder / "ckpt.pt")["model"]}, folder / "headless.pt")
     return folder
 
@@ -48,6 +49,9 @@ MESSAGES = {
     "convert run x": r"run: .*; give the folder in it, as run/saved$",
     "verify ckpt.pt empty": r"empty: .* a folder without; give the path of a checkpoint file or of a saved folder$",
     "generate nowhere hi": r"nowhere: cannot be opened: No such file or directory; check the path",
+    "generate out/ckpt hi": r"out/ckpt: cannot be opened: No such file or directory; check the path",
+    "back saved x.pt --optimizer-from bare.pt": r"bare\.pt: has no optimizer state: .*leave out --optimizer-from",
+    "export ckpt.pt x --to onnx --file-type f16": r"got 'f16' for 'onnx'; leave out --file-type$",
     "export nowhere x.gguf --to gguf": r"nowhere: cannot be opened: No such file",
     "back nowhere x.pt": r"nowhere: cannot be loaded: .* no such folder, and no hub id, which is owner/name;",
     "inspect saved --n-head 4": r"saved: expected no 'n_head' for a folder .*got \[4\]; leave out --n-head$",

@@ -130,7 +130,7 @@ def _read_optimizer(path: str | os.PathLike[str]) -> OptimizerState:
     if optimizer is None or not optimizer.moments:
         raise ConversionError(
             f"{os.fspath(path)}: has no optimizer state: expected AdamW's moments, got none; give a checkpoint of "
-            f"train.py's, or none for a fresh state"
+            f"train.py's, or leave out --optimizer-from for a fresh state"
         )
     return optimizer
 

@@ -57,7 +57,9 @@ class Source:
 def names_file(source: str | os.PathLike[str]) -> bool:
     """Returns whether a user means a checkpoint file, one that is missing too, and no folder or Hub id."""
     path = Path(source)
-    return not path.is_dir() and (path.exists() or not is_hub_id(source) or path.suffix in _FILE_SUFFIXES)
+    if path.exists() or not is_hub_id(source) or path.suffix in _FILE_SUFFIXES:
+        return not path.is_dir()
+    return "/" in os.fspath(source) and any(path.with_name(path.name + end).is_file() for end in _FILE_SUFFIXES)
 
 
 def load_source(source: str | os.PathLike[str], **kwargs: Any) -> Source:
