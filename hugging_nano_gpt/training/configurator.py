@@ -69,7 +69,7 @@ _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
 _LONGEST = 1000
 
 # nanoGPT's own config files are below 2 KB.
-_LARGEST_FILE_BYTES = 2**20
+_LARGEST_FILE_BYTES = 2**16
 
 
 def complete_settings(config: Mapping[str, Any]) -> dict[str, Any]:
