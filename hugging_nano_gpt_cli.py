@@ -6,6 +6,7 @@ the Auto classes, and --help should answer at once.
 
 import io
 import json
+import re
 import sys
 from enum import StrEnum
 from importlib.metadata import version
@@ -71,6 +72,12 @@ class _FileType(StrEnum):
     Q8_0 = "q8_0"
 
 
+def _check_size(text: str) -> str:
+    if not re.fullmatch(r"\d+(\.\d+)? *[KMGT]B", text, re.IGNORECASE):
+        raise typer.BadParameter(f"expected a number and a unit, as 5GB, got {text!r}")
+    return text
+
+
 _Source = Annotated[str, typer.Argument(metavar="SOURCE", help="Checkpoint file, saved folder or hub id.")]
 _Meta = Annotated[Path | None, typer.Option(metavar="FILE", help="The meta.pkl of the model's characters.")]
 _Tokenizer = Annotated[
@@ -101,7 +108,9 @@ def convert(
     activation: _ActivationOption = None,
     n_head: _Heads = None,
     ignore_extra: _IgnoreExtra = False,
-    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file of weights, as 5GB.")] = "50GB",
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", callback=_check_size, help="Largest file of weights, as 5GB.")
+    ] = "50GB",
     force: _Force = False,
 ) -> None:
     """Convert a checkpoint to a folder that Transformers loads anywhere, ready for the Hub. GPT-2 is taken in too."""

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 _MOST_LISTED = 5
+_LONGEST_SHOWN = 100
 
 
 class NanoGPTError(Exception):
@@ -55,3 +56,12 @@ def join_some(sentences: Sequence[str]) -> str:
     """Joins the first five sentences, and says how many there are if there are more."""
     joined = ", ".join(sentences[:_MOST_LISTED])
     return joined if len(sentences) <= _MOST_LISTED else f"{joined}, ... ({len(sentences)} in all)"
+
+
+def show(value: Any) -> str:
+    """Returns a value as Python writes it, cut after 100 characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no int of more than 4300 digits
+        text = f"a number of {value.bit_length()} bits"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}... ({len(text)} characters)"

@@ -42,13 +42,20 @@ def open_source(path: Path) -> BinaryIO:
 
 
 def advise_on_folder(folder: Path) -> str:
-    """Says what to give in place of a folder that is no saved model."""
+    """Says what to give instead of a folder that is no saved model."""
     if (folder / ".metadata").is_file():
         return (
             "it is a checkpoint of torch.distributed: make a file of it with "
             "torch.distributed.checkpoint.format_utils.dcp_to_torch_save(folder, file), and give that"
         )
-    return f"give the file in it, as {folder / 'ckpt.pt'}"
+    if (folder / "config.json").is_file():
+        return "it is a saved folder: load it with from_pretrained, or make a file of it with `hugging-nano-gpt back`"
+    files = sorted(path for path in folder.glob("*") if path.suffix in (".pt", ".pth", ".ckpt") and path.is_file())
+    inner = sorted(path.parent for path in folder.glob("*/config.json"))
+    for name, found in (("file", [path for path in files if path.name == "ckpt.pt"] or files), ("folder", inner)):
+        if found:
+            return f"give the {name} in it, as {found[-1]}"
+    return "give the path of a checkpoint file or of a saved folder"
 
 
 def measure_bytes(file: BinaryIO) -> int:
@@ -131,7 +138,9 @@ def explain_failed_write(path: str | os.PathLike[str], reason: object) -> Checkp
 
 
 def check_file(path: Path, overwrite: bool) -> None:
-    """Raises ConversionError if there is something at a path, and overwrite is not given."""
+    """Raises ConversionError if there is a folder at a path, or a file and overwrite is not given."""
+    if path.is_dir():
+        raise ConversionError(f"{path}: expected a file to write, got a folder; give the path of a file in it")
     if os.path.lexists(path) and not overwrite:
         raise ConversionError(
             f"{path}: is there already: expected a new path, got a file; give another, or overwrite it (--force, "

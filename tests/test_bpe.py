@@ -306,7 +306,7 @@ def test_without_network_it_says_what_to_do(without_cache, monkeypatch):
 
 
 def test_unknown_encoding_is_refused():
-    with pytest.raises(TokenizerError, match=r"encoding 'gpt9': tiktoken cannot provide it: ValueError: .*'gpt2'"):
+    with pytest.raises(TokenizerError, match=r"encoding 'gpt9': is not known to tiktoken: expected one of .*'gpt2'"):
         build_tiktoken_tokenizer("gpt9")
 
 
@@ -341,7 +341,7 @@ def test_tokenizer_of_gpt2_files_has_the_same_ids_without_network_or_tiktoken(tm
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda folder: (folder / "merges.txt").unlink(), "has no tokenizer that can be loaded"),
+        (lambda folder: (folder / "merges.txt").unlink(), "no tokenizer in it: .* and merges.txt, got 'vocab.json';"),
         (lambda folder: (folder / "merges.txt").write_text("a b c d\n"), "cannot be read with merges.txt"),
         (lambda folder: (folder / "vocab.json").write_text("{"), "vocab.json: cannot be read"),
         (

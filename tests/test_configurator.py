@@ -126,8 +126,44 @@ def test_bad_argument_is_refused(arguments, message):
 
 
 def test_unknown_name_in_a_file_is_refused(tmp_path):
-    with pytest.raises(ConversionError, match=r"config\.py: unknown setting: .* got 'batchsize'; write batch_size"):
+    with pytest.raises(
+        ConversionError, match=r"config\.py: unknown setting: .* got 'batchsize'; write batch_size, or"
+    ):
         read_settings([write(tmp_path, "batchsize = 3")])
+
+
+def test_names_of_the_file_s_own_are_taken_as_train_py_takes_them(tmp_path):
+    own = "_comment = 3\n_batchsize = 4\nnotes = {'lr': [1e-3, None]}\nbetas_tried = (0.9, 0.95)\nbatch_size = 2\n"
+    assert read_settings([write(tmp_path, own)]) == {**read_settings([]), "batch_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "batch_size = " + "-" * 60_000 + "1",
+            "cannot be read: .*got: an expression too long or too deep for Python",
+        ),
+        ("batch_size = " + "(" * 30_000 + "1" + ")" * 30_000, "cannot be read: .*got: too many nested parentheses"),
+        ("batch_size = " + "+".join(["1"] * 30_000), "cannot be read: .*an expression too long or too deep"),
+        ("batch_size = " + "+".join(["1"] * 2500), r"line 1: nothing in .* got 'batch_size = 1\+1\+"),
+        ("-" * 100_000, r"cannot be read: .*got: more than 65,536 bytes"),
+        ("batch_size = 0x" + "f" * 9000, r"batch_size: too large: expected .* got a number of 36000 bits"),
+        ("batch_size = '" + "f" * 60_000 + "'", r"batch_size: wrong type: .* got 'f+\.\.\. \(60002 characters\)"),
+    ],
+    ids=["signs", "parentheses", "terms", "fewer terms", "bytes", "digits", "text"],
+)
+def test_file_that_is_too_much_to_read_is_refused_in_few_words(tmp_path, text, message):
+    with pytest.raises(ConversionError, match=rf"config\.py.*{message}") as caught:
+        read_settings([write(tmp_path, text)])
+    assert len(str(caught.value)) < 500
+
+
+def test_flag_that_is_too_much_to_read_is_refused_in_few_words():
+    for text in ("-" * 100_000 + "1", "0x" + "f" * 9000):
+        with pytest.raises(ConversionError, match=r"--batch_size: batch_size: (wrong type|too large)") as caught:
+            read_settings([f"--batch_size={text}"])
+        assert len(str(caught.value)) < 500
 
 
 @pytest.mark.nanogpt

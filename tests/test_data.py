@@ -1,6 +1,8 @@
 """training/data.py: the windows and offsets of nanoGPT's get_batch, from its token files and from llm.c's."""
 
+import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -168,17 +170,17 @@ def test_batch_is_made_of_contiguous_int64_and_nothing_else(dataset):
         assert (tensor.dtype, tensor.shape, tensor.is_contiguous()) == (torch.int64, (2, BLOCK_SIZE), True)
 
 
-def test_pickled_dataset_carries_the_path_and_no_map(dataset):
+def test_pickled_dataset_carries_the_path_and_no_open_file(dataset):
     window = dataset[17]
     pickled = pickle.dumps(dataset)
-    assert TOKENS.tobytes() not in pickled  # a pickled map is a copy of the file
+    assert TOKENS.tobytes() not in pickled
     again = pickle.loads(pickled)
     assert (again.path, len(again)) == (dataset.path, len(dataset))
     assert all(torch.equal(again[17][name], window[name]) for name in window)
     assert all(torch.equal(dataset[17][name], window[name]) for name in window)
 
 
-def test_dataset_whose_file_is_replaced_keeps_what_it_mapped(dataset):
+def test_dataset_whose_file_is_replaced_keeps_what_it_opened(dataset):
     """As a run does while prepare.py writes a new file under the same name."""
     window = dataset[0]["input_ids"]
     other = write_plain(dataset.path.with_name("new.bin"), TOKENS[::-1])
@@ -186,11 +188,51 @@ def test_dataset_whose_file_is_replaced_keeps_what_it_mapped(dataset):
     assert torch.equal(dataset[0]["input_ids"], window)
 
 
+def measure_mapped_bytes():
+    """Returns how much of the process's resident memory is of files and shared."""
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return sum(1024 * int(fields[name].split()[0]) for name in ("RssFile", "RssShmem"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads Linux's own count")
+def test_reading_all_of_a_file_leaves_it_out_of_memory(tmp_path):
+    path = tmp_path / "train.bin"
+    with path.open("wb") as file:
+        file.truncate(2**26)
+    dataset = TokenDataset(path, 1024)
+    dataset[0]
+    before = measure_mapped_bytes()
+    for offset in range(0, len(dataset), 2048):
+        dataset[offset]
+    assert measure_mapped_bytes() - before < 2**22
+
+
+def test_windows_are_the_same_where_the_system_reads_at_no_place(dataset, monkeypatch):
+    """As Windows, which has no pread."""
+    expected = [dataset[offset] for offset in (17, 3)]
+    monkeypatch.delattr(os, "pread")
+    for window, offset in zip(expected, (17, 3), strict=True):
+        assert all(torch.equal(dataset[offset][name], window[name]) for name in window)
+
+
+def test_file_that_is_cut_off_while_it_is_read_is_refused(dataset):
+    dataset[400]
+    os.truncate(dataset.path, 500)
+    with pytest.raises(DataError, match=r"train\.bin: expected 500 tokens, as it had, got fewer; write it again"):
+        dataset[400]
+
+
+def test_file_that_is_gone_before_it_is_read_is_refused(dataset):
+    dataset.path.unlink()
+    with pytest.raises(DataError, match=r"train\.bin: cannot be read any more: No such file"):
+        dataset[0]
+
+
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda path: path, r"cannot be opened: No such file or directory; run the data set's prepare\.py$"),
-        (lambda path: path.mkdir(), "cannot be opened: Is a directory; run the data set's prepare"),
+        (lambda path: path, r"cannot be opened: No such file or directory; check the path, or run .*prepare\.py$"),
+        (lambda path: path.mkdir(), "cannot be opened: Is a directory; check the path, or run the data set's prepare"),
         (lambda path: path.write_bytes(b"\0" * 999), "expected uint16 tokens, got an odd number of bytes, 999; write"),
         (
             lambda path: path.write_bytes(b""),

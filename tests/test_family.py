@@ -262,7 +262,7 @@ def test_bare_state_dict_of_todays_nanogpt_is_tied_with_exact_gelu(tmp_path):
 
 def test_heads_other_than_recorded_are_refused():
     assert read_checkpoint(CKPT_PATH, n_head=3).model_args["n_head"] == 3
-    with pytest.raises(CheckpointError, match="expected n_head=3 as it records, got 6; leave it out"):
+    with pytest.raises(CheckpointError, match="expected n_head=3 as it records, got 6; leave out n_head"):
         read_checkpoint(CKPT_PATH, n_head=6)
 
 

@@ -186,7 +186,7 @@ def test_inspection_tells_the_era(name, era, activation_function):
 
 
 def test_inspection_refuses_other_folders(tmp_path):
-    with pytest.raises(CheckpointError, match=r"expected model_type 'hugging_nano_gpt' in its config\.json, got None"):
+    with pytest.raises(CheckpointError, match=r"a folder with config\.json, got a folder without; give"):
         inspect_path(tmp_path)
     make_model().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"123")

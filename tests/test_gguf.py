@@ -292,7 +292,7 @@ def test_file_is_not_overwritten_and_a_failure_leaves_nothing(tmp_path):
     assert path.read_bytes() == before
     assert_holds(export_and_read(model, path, overwrite=True), model)
     assert [each.name for each in path.parent.iterdir()] == ["m.gguf"]
-    with pytest.raises(CheckpointError, match="it is a directory"):
+    with pytest.raises(ConversionError, match="expected a file to write, got a folder"):
         export_gguf(small, path.parent, overwrite=True)
 
 
@@ -319,5 +319,5 @@ def test_export_command_writes_the_file_type_asked_for(tmp_path):
     assert run_command(*arguments, "--force").returncode == 0
     result = run_command("export", CKPT_PATH, tmp_path / "gpt2", "--to", "gpt2", "--file-type", "f16")
     assert (result.returncode, result.stdout) == (1, "")
-    assert "expected a file type for 'gguf' alone, got 'f16' for 'gpt2'; leave it out" in result.stderr
+    assert "expected a file type for 'gguf' alone, got 'f16' for 'gpt2'; leave out --file-type" in result.stderr
     assert [each.name for each in tmp_path.iterdir()] == ["m.gguf"]

@@ -61,7 +61,13 @@ def test_characters_are_written_as_their_bytes(tmp_path):
 
 def test_demo_characters_have_no_traps(tmp_path):
     conversion = export_model(CKPT_PATH, tmp_path / "m.gguf", to="gguf", meta_path=META_PATH, file_type="q8_0")
-    assert [note.split()[0] for note in conversion.notes] == ["assumed:", "weights", "llama.cpp", "exact"]
+    assert [note.split()[0] for note in conversion.notes] == [
+        "assumed:",
+        "llama.cpp",  # writes a chat with characters that the model lacks
+        "weights",
+        "llama.cpp",
+        "exact",
+    ]
     found = read_metadata(gguf.GGUFReader(tmp_path / "m.gguf"))
     assert [unescape(token).decode() for token in found["tokenizer.ggml.tokens"]] == list(
         read_meta(META_PATH).characters
@@ -85,6 +91,69 @@ def test_special_tokens_of_a_character_tokenizer(tmp_path):
     assert found["tokenizer.ggml.token_type"] == [1, 1, 1, 1, 3, 4]
     assert found["tokenizer.ggml.eos_token_id"] == 4
     assert any("the bytes '0x3c', as" in sentence for sentence in lost)  # "<" leads into a token, and is none itself
+
+
+def export_with_template(path, characters, template, added=()):
+    """Exports a model of characters; returns what the file says of its chat template, and what is not kept."""
+    tokenizer = build_character_tokenizer(CharacterTable(tuple(characters)))
+    tokenizer.add_special_tokens({"extra_special_tokens": list(added)})
+    tokenizer.chat_template = template
+    lost = export_gguf(make_kind(vocab_size=len(tokenizer) + 8), path, tokenizer=tokenizer)
+    found = read_metadata(gguf.GGUFReader(path))
+    return {name: value for name, value in found.items() if "chat_template" in name}, lost
+
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}>>{% endif %}"
+)
+
+
+def test_chat_template_is_written(tmp_path):
+    written, _ = export_with_template(tmp_path / "m.gguf", "\nabc", TEMPLATE)
+    assert written == {"tokenizer.chat_template": TEMPLATE}
+
+
+def test_chat_templates_are_written_under_their_names(tmp_path):
+    written, _ = export_with_template(tmp_path / "m.gguf", "\nabc", {"default": TEMPLATE, "tool_use": "{{ tools }}"})
+    assert written == {
+        "tokenizer.chat_templates": ["tool_use"],
+        "tokenizer.chat_template.tool_use": "{{ tools }}",
+        "tokenizer.chat_template": TEMPLATE,
+    }
+
+
+def test_bpe_with_a_chat_template_keeps_it_and_lacks_no_characters(tmp_path):
+    tokenizer = build_tiktoken_tokenizer(make_encoding())
+    tokenizer.chat_template = TEMPLATE
+    assert export_gguf(make_kind(vocab_size=len(tokenizer)), tmp_path / "m.gguf", tokenizer=tokenizer)[1:] == ()
+    assert read_metadata(gguf.GGUFReader(tmp_path / "m.gguf"))["tokenizer.chat_template"] == TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("characters", "template", "added", "message"),
+    [
+        (
+            "\nabc",
+            TEMPLATE,
+            (),
+            r"by the tokenizer's chat template, .* lacks, '<', '>', 'e', 'r', 's', \.\.\. \(7 in all\)",
+        ),
+        ("\nabc", TEMPLATE, ("<|user|>",), r"by the tokenizer's chat template, .* lacks, '>': ask it for completions"),
+        ("\nabc>", TEMPLATE, ("<|user|>",), None),
+        ("\nabcersu<|>", TEMPLATE, (), None),
+        ("\nabc", None, (), r"as ChatML, because the tokenizer has no chat template, .* lacks, '<', '>', '_', 'd'"),
+        ("\n_adeimnrstu<|>", None, (), None),
+        ("\nabc", "{{ raise_exception('two messages') }}", (), None),
+    ],
+)
+def test_chat_that_brings_characters_the_model_lacks_is_told(tmp_path, characters, template, added, message):
+    _, lost = export_with_template(tmp_path / "m.gguf", characters, template, added)
+    told = [sentence for sentence in lost if "writes a chat" in sentence]
+    if message is None:
+        assert told == []
+    else:
+        assert len(told) == 1
+        assert re.search(message, told[0]), told
 
 
 def test_bpe_is_written_with_its_merges(tmp_path):

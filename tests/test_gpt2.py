@@ -385,7 +385,7 @@ def test_folder_is_exported_as_its_checkpoint_is(tmp_path):
     assert "tokenizer.json" in files[0]
     with pytest.raises(ConversionError, match="is the source"):
         export_model(tmp_path / "saved", tmp_path / "saved", to="gpt2", overwrite=True)
-    with pytest.raises(CheckpointError, match=r"'n_head' cannot be set: expected none for a folder.* got \[6\]"):
+    with pytest.raises(CheckpointError, match=r"expected no 'n_head' for a folder.* got \[6\]; leave out --n-head"):
         export_model(tmp_path / "saved", tmp_path / "c", to="gpt2", n_head=6)
     with pytest.raises(ConversionError, match=r"expected a format of \['gpt2'.*\], got 'gpt3'"):
         export_model(tmp_path / "saved", tmp_path / "c", to="gpt3")

@@ -70,6 +70,68 @@ def test_regular_tokens_are_not_taken_for_something_else(tmp_path, tokens):
     assert read_tokens(tmp_path / "train.bin", np.resize(tokens, 600).astype("<u2").tobytes())[1] == 600
 
 
+RANDOM = np.random.default_rng(2)
+AMINO_ACIDS, HEXADECIMAL = "ACDEFGHIKLMNPQRSTVWY", "0123456789abcdef"
+CHINESE = "".join(map(chr, range(0x4E00, 0x4E00 + 3000)))
+
+
+def draw_symbols(alphabet, n_symbols):
+    return "".join(RANDOM.choice(list(alphabet), n_symbols))
+
+
+def space_out(alphabet, line_length=None, n_symbols=40_000):
+    """Writes symbols with a space between any two, in one line or in several."""
+    symbols, length = draw_symbols(alphabet, n_symbols), line_length or n_symbols
+    return "\n".join(" ".join(symbols[start : start + length]) for start in range(0, n_symbols, length))
+
+
+def encode(text):
+    """Encodes a text as nanoGPT's prepare.py for characters does."""
+    number = {character: index for index, character in enumerate(sorted(set(text)))}
+    return np.array([number[character] for character in text])
+
+
+SPACED = {
+    "amino acids": space_out(AMINO_ACIDS),
+    "amino acids in lines": space_out(AMINO_ACIDS, 60),
+    "amino acids in short lines": space_out(AMINO_ACIDS, 2),
+    "hexadecimal": space_out(HEXADECIMAL),
+    "hexadecimal in lines": space_out(HEXADECIMAL, 16),
+    "hexadecimal, short": space_out(HEXADECIMAL, n_symbols=100),
+    "letters after a tab": "\t" + space_out(AMINO_ACIDS + AMINO_ACIDS.lower(), 61),
+    "chinese in lines": space_out(CHINESE, 40),
+}
+
+
+@pytest.mark.parametrize("name", SPACED)
+def test_symbols_with_spaces_between_are_not_taken_for_wider_tokens(tmp_path, name):
+    tokens = encode(SPACED[name])
+    assert read_tokens(tmp_path / "train.bin", tokens.astype("<u2").tobytes())[1] == len(tokens)
+
+
+# A text whose first character comes late, as a tab in a program: its tokens of 4 bytes have no 0 for long.
+LATE = encode(draw_symbols(AMINO_ACIDS, 50_000) + "\t" + draw_symbols(AMINO_ACIDS, 50_000))
+SPREAD = RANDOM.zipf(1.2, 50_000)  # as tokens of a vocabulary are: mostly the first ones
+
+WIDER = {
+    "a late first character": LATE,
+    "bytes": np.frombuffer(("Before we proceed any further, hear me speak.\n" * 999).encode(), dtype="u1"),
+    "spaced bytes": np.frombuffer(space_out(HEXADECIMAL).encode(), dtype="u1"),
+    "spaced characters": encode(space_out(AMINO_ACIDS, 60)),
+    "a vocabulary of 512": SPREAD % 511 + 1,
+    "GPT-2's vocabulary": SPREAD % 50257,
+    "Llama 3's vocabulary": SPREAD % 128256,
+    "Gemma's vocabulary": SPREAD % 262144,
+}
+
+
+@pytest.mark.parametrize("dtype", ["<u4", "<i8"])
+@pytest.mark.parametrize("name", WIDER)
+def test_wider_tokens_of_real_texts_are_refused(tmp_path, name, dtype):
+    with pytest.raises(DataError, match=WIDE):
+        read_tokens(tmp_path / "train.bin", WIDER[name].astype(dtype).tobytes())
+
+
 def make_torch_file():
     file = io.BytesIO()
     torch.save(torch.from_numpy(SMALL), file)

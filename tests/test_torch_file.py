@@ -367,7 +367,7 @@ def test_read_shared_lists_take_no_exponential_time(tmp_path):
     ("make", "message"),
     [
         (os.mkfifo, "expected a regular file, got a device, pipe or socket; give the path of a ckpt.pt"),
-        (os.mkdir, "expected a file, got a directory; give the file in it, as .*ckpt.pt"),
+        (os.mkdir, "expected a file, got a directory; give the path of a checkpoint file"),
         (lambda path: None, "cannot be opened: No such file or directory; check the path"),
         (lambda path: path.symlink_to("nowhere"), "cannot be opened: No such file or directory; check the path"),
         (lambda path: path.symlink_to(path), "cannot be opened: .*; check the path"),

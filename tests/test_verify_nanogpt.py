@@ -201,7 +201,7 @@ def test_code_that_unties_is_named_though_its_logits_are_equal(ckpt_path, make_c
         ("del GPTConfig", "got AttributeError: .*GPTConfig"),
         ("sys.exit(3)", "got exit code 3"),
         ("sys.exit()", "ended early: expected an answer, got none"),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "got signal 9, perhaps for want of memory"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "got signal 9, perhaps out of memory"),
     ],
 )
 def test_code_that_does_not_run_is_reported_in_one_line(ckpt_path, make_checkout, changes, message):

@@ -52,9 +52,10 @@ def read(file: TorchFile, *, ignore_extra: bool) -> Checkpoint:
     assumptions = tie_missing_head(names.tensors)
     faults += names.faults + find_model_faults(model_args, names.tensors)
     if faults:
+        extra = set(find_key_faults("checkpoint", contents, (), _KEYS))
         raise file.fail(
             f"not a whole build-nanogpt checkpoint: {'; '.join(faults)}",
-            f"give one as its script wrote it{IGNORE_ADVICE}",
+            f"give one as its script wrote it{IGNORE_ADVICE if extra >= set(faults) else ''}",
         )
     state = TrainingState(contents.get("step", 0), float(contents.get("val_loss", NO_VAL_LOSS)))
     state_dict = file.read_tensors(names.tensors)

@@ -39,7 +39,7 @@ def read(file: TorchFile, *, n_head: int | None) -> Checkpoint:
         n_embd = inferred["n_embd"]
         raise file.fail(
             f"a bare state dict does not record the number of heads: expected n_head, a divisor of {n_embd}, got none",
-            "give it as n_head=...; minGPT's models are listed in its model.py",
+            "give it as n_head=... (--n-head); minGPT's models are listed in its model.py",
         )
     model_args = {**inferred, "n_head": n_head, "dropout": 0.0}
     faults = names.faults + find_model_faults(model_args, names.tensors)

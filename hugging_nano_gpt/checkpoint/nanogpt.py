@@ -97,7 +97,9 @@ def write(checkpoint: Checkpoint, file: BinaryIO) -> None:
 
 
 def _fail(file: TorchFile, faults: list[str]) -> Exception:
-    advice = f"give a checkpoint as nanoGPT's train.py wrote it{IGNORE_ADVICE}"
+    kept = {key: value for key, value in file.contents.items() if key not in _REQUIRED_KEYS}
+    extra = {*find_key_faults("checkpoint", kept, (), _KEYS), *_find_type_faults(kept, with_optimizer=True)}
+    advice = f"give a checkpoint as nanoGPT's train.py wrote it{IGNORE_ADVICE if extra >= set(faults) else ''}"
     return file.fail(f"not a whole nanoGPT checkpoint: {'; '.join(faults)}", advice)
 
 

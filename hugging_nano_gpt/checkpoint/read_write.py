@@ -62,7 +62,7 @@ def read_checkpoint(
         raise fail(path, "; ".join(faults), "the run diverged before it was saved: use an earlier checkpoint")
     recorded = checkpoint.model_args["n_head"]
     if n_head is not None and n_head != recorded:
-        raise fail(path, f"expected n_head={recorded} as it records, got {n_head!r}", "leave it out")
+        raise fail(path, f"expected n_head={recorded} as it records, got {n_head!r}", "leave out n_head (--n-head)")
     if activation_function not in (None, *ACTIVATION_FUNCTIONS):
         raise fail(path, f"expected a GELU of {ACTIVATION_FUNCTIONS}, got {activation_function!r}", "give one of them")
     checkpoint = _settle_tying(replace(checkpoint, path=path), tie_word_embeddings)

@@ -44,7 +44,7 @@ _OTHER_KINDS = (
 )
 
 # Said of what a fork of nanoGPT has added to a checkpoint.
-IGNORE_ADVICE = "; or leave what else is in it out of account with ignore_extra=True (--ignore-extra)"
+IGNORE_ADVICE = "; or read it without what else is in it, with ignore_extra=True (--ignore-extra)"
 
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a record's 30-byte header only the lengths of its name and extra field
 _LARGEST_PICKLE_BYTES = 64 << 20  # gpt2-xl with its optimizer has 0.3 MB of pickle
@@ -135,7 +135,7 @@ class TorchFile:
     def refuse_foreign(self, tree: Any) -> None:
         """Raises CheckpointError where a part of `contents` holds what was pickled under an unknown name."""
         if names := find_foreign(tree):
-            raise self._fail_foreign(names)
+            raise self._fail_foreign(names, is_extra=False)
 
     def fail(self, problem: str, advice: str) -> CheckpointError:
         """Makes the error that says what is wrong with this file and what to do."""
@@ -144,12 +144,12 @@ class TorchFile:
     def _fail_damaged(self, reason: object) -> CheckpointError:
         return fail_damaged(self.path, reason)
 
-    def _fail_foreign(self, names: list[str]) -> CheckpointError:
+    def _fail_foreign(self, names: list[str], is_extra: bool) -> CheckpointError:
         return self.fail(
             f"refused, as its pickle could run code: expected only tensors and plain Python types, got "
             f"{f'the name {names[0]}' if len(names) == 1 else f'the names {list_some(names)}'}",
             f"nothing in it was executed; if you trust whoever made it, have them save it again with only those"
-            f"{IGNORE_ADVICE}",
+            f"{IGNORE_ADVICE if is_extra else ''}",
         )
 
     def _get_block(self, name: str, tensor: torch.Tensor) -> StoredBlock:
@@ -210,7 +210,9 @@ class TorchFile:
         except Exception as error:  # damage makes pickle raise nearly any type
             raise self._fail_damaged(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
         if names and not takes_foreign:
-            raise self._fail_foreign(names)
+            is_whole = isinstance(contents, dict) and "model" in contents
+            is_extra = is_whole and not find_foreign([contents["model"], contents.get("model_args")])
+            raise self._fail_foreign(names, is_extra)
         return contents
 
     def _read_small_record(self, suffix: str, default: bytes | None = None) -> tuple[str, bytes]:

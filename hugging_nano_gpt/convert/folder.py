@@ -18,6 +18,7 @@ from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from ..tokenization.find import find_tokenizer_or_reason
 from ..tokenization.vocabulary import make_settings
 from .source import load_folder, load_source
+from .tensors import list_args
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ def convert_to_folder(
         TokenizerError: If the tokenizer asked for cannot be had, or does not fit the model.
     """
     folder = Path(folder)
-    check_folder(folder, overwrite)
     check_other_place(source, folder)
+    check_folder(folder, overwrite)
     loaded = load_source(source, **kwargs)
     found, reasons = find_tokenizer_or_reason(loaded.model, source, meta_path=meta_path, tokenizer=tokenizer)
     loaded.model.generation_config = make_settings(loaded.model, found)
@@ -115,6 +116,11 @@ def convert_to_checkpoint(
     check_file(Path(ckpt_path), overwrite)
     optimizer = None if optimizer_from is None else _read_optimizer(optimizer_from)
     model = load_folder(source)
+    if optimizer is not None and (faults := optimizer.find_faults(list_args(model.config))):
+        raise ConversionError(
+            f"{os.fspath(optimizer_from or '')}: its optimizer state is of another model than {os.fspath(source)}: "
+            f"{faults[0]}; give a checkpoint of the run that the model is from (--optimizer-from)"
+        )
     model.to_nanogpt_ckpt(ckpt_path, best_val_loss=best_val_loss, optimizer=optimizer)
     return model
 
@@ -124,7 +130,7 @@ def _read_optimizer(path: str | os.PathLike[str]) -> OptimizerState:
     if optimizer is None or not optimizer.moments:
         raise ConversionError(
             f"{os.fspath(path)}: has no optimizer state: expected AdamW's moments, got none; give a checkpoint of "
-            f"train.py's, or none for a fresh state"
+            f"train.py's, or leave out --optimizer-from for a fresh state"
         )
     return optimizer
 

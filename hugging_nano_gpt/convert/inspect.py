@@ -18,7 +18,7 @@ from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from .facts import count_model_parameters, describe_model, describe_training
 from .nanogpt import make_config, read_training_state
 from .pretrained import read_config
-from .source import FILE_KINDS, FOLDER
+from .source import FILE_KINDS, FOLDER, refuse_reading
 from .tensors import list_args
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -91,7 +91,7 @@ class Inspection:
 
 
 def inspect_path(path: str | os.PathLike[str], **kwargs: Any) -> Inspection:
-    """Tells what a checkpoint file or a saved folder holds.
+    """Says what a checkpoint file or a saved folder contains.
 
     A checkpoint's tensors are read and checked, but for the optimizer's; of a folder only the headers are read.
 
@@ -101,9 +101,13 @@ def inspect_path(path: str | os.PathLike[str], **kwargs: Any) -> Inspection:
             read_checkpoint.
 
     Raises:
-        CheckpointError: If it is neither, or a checkpoint is damaged.
+        CheckpointError: If it is neither, a checkpoint is damaged, or a folder is asked to be read in another way than
+            it records.
     """
-    return _inspect_folder(Path(path)) if Path(path).is_dir() else _inspect_file(Path(path), **kwargs)
+    if not Path(path).is_dir():
+        return _inspect_file(Path(path), **kwargs)
+    refuse_reading(path, kwargs)
+    return _inspect_folder(Path(path))
 
 
 def _to_json(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Loading whole models in safetensors from folders and from the Hub. Nothing is executed."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,14 @@ from ..files import advise_on_folder
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 
 Model = TypeVar("Model", bound=PreTrainedModel)
+
+# Of the models that the Hub has without an owner, these are GPT-2. Other names are not asked for: offline that waits.
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*|gpt2(-medium|-large|-xl)?|distilgpt2")
+
+
+def is_hub_id(source: str | os.PathLike[str]) -> bool:
+    """Returns whether a name may be that of a GPT on the Hub: owner/name, or one of those without an owner."""
+    return _HUB_ID.fullmatch(os.fspath(source)) is not None
 
 
 def read_model_type(source: str | os.PathLike[str]) -> str | None:
@@ -78,7 +87,7 @@ def _check_model_type(
 ) -> None:
     """Refuses another kind of model, which from_pretrained would load as if it were this one."""
     expected, model_type = model_class.config_class.model_type, fields.get("model_type")
-    if not fields and any((Path(source) / name).is_file() for name in ("ckpt.pt", ".metadata")):
+    if not fields and Path(source).is_dir():
         raise CheckpointError(
             f"{source}: expected a checkpoint file or a folder with config.json, got a folder without; "
             f"{advise_on_folder(Path(source))}"
@@ -107,6 +116,8 @@ def _read_fields(source: str | os.PathLike[str]) -> dict[str, Any]:
             f"from_nanogpt_ckpt, or make a folder of it with `hugging-nano-gpt convert`"
         )
     with _explaining(source):
+        if not (Path(source).is_dir() or is_hub_id(source)):
+            raise FileNotFoundError("no such folder, and no hub id, which is owner/name")
         fields, _ = PreTrainedConfig.get_config_dict(source)
     return fields
 

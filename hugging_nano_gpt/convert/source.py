@@ -1,7 +1,7 @@
 """What a user names becomes a model: a checkpoint file, a saved folder, or a model of the Hub. Nothing is executed."""
 
 import os
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ..errors import CheckpointError, DeviceError, list_some
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from .gpt2 import import_gpt2
 from .nanogpt import READING_KWARGS, make_model
-from .pretrained import load_whole_model, read_model_type
+from .pretrained import is_hub_id, load_whole_model, read_model_type
 
 # In words, by Checkpoint.format.
 FILE_KINDS = {
@@ -26,9 +26,11 @@ FILE_KINDS = {
 }
 FOLDER = "folder of Transformers"
 
+# How the command line names what says how a file is read. ignore_extra is none: a folder has nothing of the kind.
+_FLAGS = {"activation_function": "--activation", "n_head": "--n-head", "tie_word_embeddings": "tie_word_embeddings="}
+
 # A name in the form of a Hub id that ends like this is a file that is missing, and is not looked for on the Hub.
 _FILE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,11 @@ class Source:
 
 
 def names_file(source: str | os.PathLike[str]) -> bool:
-    """Tells whether a user means a checkpoint file, be it there or not, and no folder or Hub id."""
+    """Returns whether a user means a checkpoint file, one that is missing too, and no folder or Hub id."""
     path = Path(source)
-    is_hub_id = _HUB_ID.fullmatch(os.fspath(source)) is not None and path.suffix not in _FILE_SUFFIXES
-    return not path.is_dir() and (path.exists() or not is_hub_id)
+    if path.exists() or not is_hub_id(source) or path.suffix in _FILE_SUFFIXES:
+        return not path.is_dir()
+    return "/" in os.fspath(source) and any(path.with_name(path.name + end).is_file() for end in _FILE_SUFFIXES)
 
 
 def load_source(source: str | os.PathLike[str], **kwargs: Any) -> Source:
@@ -76,13 +79,18 @@ def load_source(source: str | os.PathLike[str], **kwargs: Any) -> Source:
         checkpoint = read_checkpoint(source, with_optimizer=False, **reading)
         kind = ", ".join(filter(None, (FILE_KINDS[checkpoint.format], checkpoint.era)))
         return Source(make_model(NanoGPTLMHeadModel, source, checkpoint, **kwargs), kind, checkpoint)
-    reading.pop("ignore_extra", None)  # a folder has nothing of the kind
-    if reading:
-        raise CheckpointError(
-            f"{source}: {list_some(reading)} cannot be set: expected none for a folder, which records its own, got "
-            f"{list(reading.values())}; leave it out"
-        )
+    refuse_reading(source, reading)
     return Source(load_folder(source, **kwargs), FOLDER if Path(source).is_dir() else "model of the Hub")
+
+
+def refuse_reading(source: str | os.PathLike[str], reading: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where it is said how to read a folder, which records all of it."""
+    given = {name: value for name, value in reading.items() if name in _FLAGS and value is not None}
+    if given:
+        raise CheckpointError(
+            f"{source}: expected no {list_some(given)} for a folder or a hub id, which records its own, got "
+            f"{list(given.values())}; leave out {', '.join(_FLAGS[name] for name in given)}"
+        )
 
 
 def load_folder(source: str | os.PathLike[str], **kwargs: Any) -> NanoGPTLMHeadModel:
@@ -119,6 +127,6 @@ def choose_device(name: str | None) -> torch.device:
         )
         raise DeviceError(
             f"device: expected one on which torch {torch.__version__} computes here, {', '.join(here)}, got {name!r}; "
-            f"give one of these, or none"
+            f"give one of these, or none (--device)"
         ) from error
     return device

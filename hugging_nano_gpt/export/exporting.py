@@ -58,7 +58,7 @@ def export_model(
         raise ConversionError(f"{out}: expected a format of {list(_EXPORTERS)}, got {to!r}; give one of them")
     if file_type is not None and to != "gguf":
         raise ConversionError(
-            f"{out}: expected a file type for 'gguf' alone, got {file_type!r} for {to!r}; leave it out"
+            f"{out}: expected a file type for 'gguf' alone, got {file_type!r} for {to!r}; leave out --file-type"
         )
     check_other_place(source, out)
     loaded = load_source(source, **kwargs)

@@ -142,7 +142,7 @@ def _choose_types(
             beyond.append(f"{name}: expected at most {limit:g} for {kind}, got {largest:g}")
         typed[new_name] = (tensor, gguf.GGMLQuantizationType[kind.upper()])
     if beyond:
-        raise ConversionError(f"{where}: numbers are too large: {join_some(beyond)}; give another file type")
+        raise ConversionError(f"{where}: numbers are too large: {join_some(beyond)}; give another --file-type")
     return typed
 
 

@@ -9,6 +9,7 @@ Source: llama.cpp's src/llama-vocab.cpp, as in llama-cpp-python 0.3.36.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,9 @@ _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # gguf.TokenType's
 
 # What "gpt2" takes for the end of text where none is named.
 _GPT2_EOS = 11
+
+# How llama.cpp writes a chat where the file has no template.
+_CHATML = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 # How GPT-2 cuts text before it merges: as tiktoken writes it (bpe.py puts \z for its $), as older releases of tiktoken
 # do, and as Transformers does.
@@ -73,7 +77,12 @@ def add_vocabulary(
         add(False)
     unknown = None if merges else tokenizer.get_vocab().get(parts["model"]["unk_token"])
     _add_special_tokens(writer, tokenizer, unknown, needs_bos=bool(merges))
-    return _find_oddities(tokenizer, tokens, types, is_bpe=bool(merges))
+    template = tokenizer.chat_template
+    if template:
+        is_one = isinstance(template, str)
+        writer.add_chat_template(template if is_one else [{"name": k, "template": v} for k, v in template.items()])
+    lost = [] if merges else _check_chat(tokenizer)
+    return [*_find_oddities(tokenizer, tokens, types, is_bpe=bool(merges)), *lost]
 
 
 def _read_parts(where: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -182,6 +191,28 @@ def _find_traps(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """
     spelt = [token.encode() for token in tokenizer.get_vocab()]
     return sorted({each[0] for each in spelt if len(each) > 1} - {each[0] for each in spelt if len(each) == 1})
+
+
+def _check_chat(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Says which characters llama.cpp would bring into a chat that a model of characters does not have."""
+    known = tokenizer.get_vocab()
+    message = next((token for token in known if len(token) == 1), "")
+    how, text = "as ChatML, because the tokenizer has no chat template", _CHATML.format(message)
+    if tokenizer.chat_template:
+        how = "by the tokenizer's chat template"
+        try:
+            chat = [{"role": "user", "content": message}]
+            text = str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+        except Exception:  # a template may raise anything, and want other messages
+            return []
+    added = sorted(map(re.escape, tokenizer.get_added_vocab()), key=len, reverse=True)
+    missing = sorted(set("".join(re.split("|".join(added), text) if added else text)) - known.keys())
+    if not missing:
+        return []
+    return [
+        f"llama.cpp writes a chat {how}, with characters that the model lacks, {list_some(missing)}: ask it for "
+        f"completions alone, as llama-completion -no-cnv does"
+    ]
 
 
 def _find_oddities(

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from ..convert.source import choose_device, load_source
+from ..errors import DataError
 from ..model.configuration_nano_gpt import NanoGPTConfig
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from ..tokenization.find import load_tokenizer
@@ -75,9 +76,12 @@ def sample_text(
         DeviceError: If torch cannot compute on the device.
         CheckpointError: If there is no whole model.
         TokenizerError: If there is no tokenizer, or the prompt has what it does not know.
-        DataError: If the prompt's file cannot be read.
+        DataError: If the prompt's file cannot be read, or the stride is none.
     """
     sampler = load_sampler(source, device=device, meta_path=meta_path, tokenizer=tokenizer, **kwargs)
+    block_size = sampler.model.config.block_size
+    if not 1 <= stride <= block_size:
+        raise DataError(f"stride: expected 1 to block_size={block_size}, got {stride}; change --stride")
     idx = sampler.encode(_read_prompt(prompt))
     stream = sys.stdout if stream is None else stream
     sampler.seed(seed)

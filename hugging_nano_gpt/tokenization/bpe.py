@@ -150,14 +150,19 @@ def _get_encoding(name: str) -> "tiktoken.Encoding":
         raise MissingDependencyError(
             f"encoding {name!r}: tiktoken is not installed{files}; pip install tiktoken"
         ) from error
+    if name not in tiktoken.list_encoding_names():
+        raise TokenizerError(
+            f"encoding {name!r}: is not known to tiktoken: expected one of {tiktoken.list_encoding_names()}, got "
+            f"another; give one of them, or a folder or a hub id (owner/name) of a tokenizer (--tokenizer)"
+        )
     try:
         return tiktoken.get_encoding(name)
-    except Exception as error:  # an unknown name, or any failure of the network
+    except Exception as error:  # any failure of the network
         reason = textwrap.shorten(str(error), 120)
         raise TokenizerError(
-            f"encoding {name!r}: tiktoken cannot provide it: {type(error).__name__}: {reason}; give one of "
-            f"{tiktoken.list_encoding_names()}, on a machine with network once, then keep the folder that "
-            f"TIKTOKEN_CACHE_DIR names; or give {f'{_FILES} (--tokenizer)' if name == 'gpt2' else 'an Encoding'}"
+            f"encoding {name!r}: tiktoken cannot provide it: {type(error).__name__}: {reason}; load it once on a "
+            f"machine with network, and keep the folder that TIKTOKEN_CACHE_DIR names"
+            f"{f'; or give {_FILES} (--tokenizer)' if name == 'gpt2' else ''}"
         ) from error
 
 

@@ -14,6 +14,9 @@ from .bpe import build_gpt2_tokenizer, build_tiktoken_tokenizer, read_gpt2_files
 from .characters import build_character_tokenizer, read_meta
 from .vocabulary import check_tokenizer, describe_spare_rows
 
+# In the words of the command line and of Python.
+_ADVICE = "give its meta.pkl (--meta FILE, read_meta), or another by name (--tokenizer NAME, build_tiktoken_tokenizer)"
+
 
 def find_tokenizer(
     checkpoint_path: str | os.PathLike[str],
@@ -50,8 +53,7 @@ def find_tokenizer(
     found = [f"{path} of {len(table.characters)} characters" for path, table in tables.items()]
     raise TokenizerError(
         f"{os.fspath(checkpoint_path)}: no tokenizer found: expected a meta.pkl of {vocab_size} characters of the "
-        f"data set {dataset!r}, got {list_some(found) if found else 'none'}; give its path to read_meta, or the "
-        f"encoding to build_tiktoken_tokenizer"
+        f"data set {dataset!r}, got {list_some(found) if found else 'none'}; {_ADVICE}"
     )
 
 
@@ -75,7 +77,9 @@ def load_tokenizer(
     """
     vocab_size, block_size = model.config.vocab_size, model.config.block_size
     if meta_path is not None and tokenizer is not None:
-        raise TokenizerError(f"{meta_path}: expected a meta.pkl or a tokenizer, got both; leave one out")
+        raise TokenizerError(
+            f"{meta_path}: expected a meta.pkl or a tokenizer, got both; leave out one, --meta or --tokenizer"
+        )
     if meta_path is not None:
         where, found = os.fspath(meta_path), build_character_tokenizer(read_meta(meta_path), block_size=block_size)
     elif tokenizer is not None:
@@ -121,8 +125,14 @@ def _load_saved(name: str, block_size: int) -> PreTrainedTokenizerBase:
         found = read_gpt2_files(folder, block_size=block_size)
         if found is not None:
             return found
+        if folder.is_dir():
+            files = sorted(path.name for path in folder.iterdir())
+            raise TokenizerError(
+                f"{name}: no tokenizer in it: expected tokenizer.json, or vocab.json and merges.txt, got "
+                f"{list_some(files) or 'nothing'}; {_ADVICE}"
+            )
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # or it may ask on the terminal
     except Exception as error:  # whatever a tokenizer's files make Transformers raise
         reason = " ".join(str(error).split())
-        raise TokenizerError(f"{name}: has no tokenizer that can be loaded: {reason}; give one by name") from error
+        raise TokenizerError(f"{name}: has no tokenizer that can be loaded: {reason}; {_ADVICE}") from error

@@ -17,7 +17,7 @@ from ..model.vocabulary_nano_gpt import suppress_rows
 _GPT2_END_OF_TEXT = GPT2_TOKENS - 1
 _END_OF_TEXT = "<|endoftext|>"
 
-_ADVICE = "give the tokenizer that the model was trained with"
+_ADVICE = "give the tokenizer that the model was trained with (--meta, --tokenizer)"
 
 # What nanoGPT rounds the rows of GPT-2's vocabulary up to (train.py @ 3adf61e); and the least that is a rounding.
 _USUAL_MULTIPLE, _LEAST_MULTIPLE = 64, 8

@@ -14,6 +14,7 @@ from transformers.utils import is_torch_tf32_available, logging
 from ..errors import ConversionError
 from .configurator import complete_settings
 from .data import TokenDataset
+from .limits import check_settings
 
 logger = logging.get_logger(__name__)
 
@@ -36,11 +37,12 @@ _RENAMED = {
 _RULED = ("max_iters", "gradient_accumulation_steps", "wandb_log", "device", "dtype", "backend")
 
 _READ_BY_TRAINER = "NanoGPTTrainer reads it from config"
+_READ_FROM_CONFIG = ("decay_lr", "warmup_iters", "lr_decay_iters", "min_lr", "eval_iters")
 _IN_THE_MODEL = "it is in the model's config"
 
 # Those without a counterpart, and where they are instead.
 _WITHOUT_COUNTERPART = {
-    **dict.fromkeys(("decay_lr", "warmup_iters", "lr_decay_iters", "min_lr", "eval_iters"), _READ_BY_TRAINER),
+    **dict.fromkeys(_READ_FROM_CONFIG, _READ_BY_TRAINER),
     **dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout"), _IN_THE_MODEL),
     "eval_only": "call trainer.evaluate()",
     "always_save_checkpoint": "every save writes a checkpoint",
@@ -77,11 +79,13 @@ def training_arguments_from_nanogpt(
         the settings of config without a counterpart in them, each with the reason or the place to go.
 
     Raises:
-        ConversionError: If the micro-steps do not divide among the processes.
+        ConversionError: If a setting has a value that train.py cannot run with, or the micro-steps do not divide among
+            the processes.
     """
     settings = complete_settings(config)
     if "device" not in config and not torch.accelerator.is_available():
         settings["device"] = "cpu"
+    check_settings(settings, [*_RENAMED, *_RULED, *_READ_FROM_CONFIG])
     values = {ours: settings[theirs] for theirs, ours in _RENAMED.items()}
     values |= _apply_rules(settings, iter_num)
     values |= {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": values["eval_steps"]}

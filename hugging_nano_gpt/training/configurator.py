@@ -1,8 +1,8 @@
 """train.py's settings: its defaults, then config files, then --key=value, as its configurator takes them.
 
 nanoGPT executes its config files. Here nothing is executed: a file may assign literals, arithmetic on them and on
-other settings, and what nanoGPT's own files do beside (`'ft-' + str(time.time())`). Source: train.py and
-configurator.py @ 3adf61e.
+other settings, and what nanoGPT's own files do too (`'ft-' + str(time.time())`). As in train.py, a flag has to be one
+of its settings, and a file may have names of its own. Source: train.py and configurator.py @ 3adf61e.
 """
 
 import ast
@@ -10,12 +10,13 @@ import difflib
 import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import ConversionError, join_some
+from ..errors import ConversionError, join_some, show
 
 # In train.py's order, which is that of the config in its checkpoints.
 TRAIN_DEFAULTS: dict[str, Any] = {
@@ -67,6 +68,9 @@ _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
 # A number or a text that takes more than this to write is no setting, and may take hours to compute.
 _LONGEST = 1000
 
+# nanoGPT's own config files are below 2 KB.
+_LARGEST_FILE_BYTES = 2**16
+
 
 def complete_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns all settings of a run: its own, and train.py's defaults for what it lacks."""
@@ -81,19 +85,20 @@ def read_settings(arguments: Sequence[str]) -> dict[str, Any]:
         Every setting of train.py, in its order, as its checkpoints have them in `config`.
 
     Raises:
-        ConversionError: If there is a setting that train.py does not have, a value of another type than the default's,
-            or a line that is more than an assignment of literals and arithmetic on them; every bad key at once.
+        ConversionError: If there is a flag that train.py does not have, a name in a file that is nearly a setting's, a
+            value of another type than the default's, or a line that is more than an assignment of literals and
+            arithmetic on them; every bad key at once.
     """
     settings = complete_settings({})
     faults = []
     for argument in arguments:
         if "=" not in argument and not argument.startswith("--"):
             found = _read_file(Path(argument), settings)
-            faults += [f"{argument}: {fault}" for fault in _find_faults(found)]
+            faults += [f"{argument}: {fault}" for fault in _find_faults(found, is_file=True)]
         elif "=" in argument and argument.startswith("--"):
             name, text = argument.removeprefix("--").split("=", 1)
             found = {name: _read_value(text, TRAIN_DEFAULTS.get(name))}
-            faults += [f"--{name}: {fault}" for fault in _find_faults(found)]
+            faults += [f"--{name[:_LONGEST]}: {fault}" for fault in _find_faults(found, is_file=False)]
         else:
             raise ConversionError(
                 f"{argument}: not a setting: expected a config file or --key=value, got neither; write --key=value"
@@ -104,44 +109,54 @@ def read_settings(arguments: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def _find_faults(found: Mapping[str, Any]) -> list[str]:
+def find_type_fault(name: str, value: Any) -> str | None:
+    """Says what is wrong with the type of a setting's value, if anything is."""
+    default = TRAIN_DEFAULTS[name]
+    if not _is_fitting(value, default):
+        kind = type(default).__name__
+        return f"{name}: wrong type: expected {kind}, as train.py's default has, got {show(value)}; change it"
+    if isinstance(value, Integral) and abs(int(value)) >= 2**63:
+        return f"{name}: too large: expected a number below 2**63, got {show(value)}; change it"
+    return None
+
+
+def _find_faults(found: Mapping[str, Any], is_file: bool) -> list[str]:
     faults = []
     for name, value in found.items():
-        if name not in TRAIN_DEFAULTS:
-            near = difflib.get_close_matches(name, TRAIN_DEFAULTS, 1)
-            advice = f"write {near[0]}" if near else "leave it out"
-            faults.append(f"unknown setting: expected one of train.py's, got {name!r}; {advice}")
-        elif not _is_fitting(value, TRAIN_DEFAULTS[name]):
-            kind = type(TRAIN_DEFAULTS[name]).__name__
-            faults.append(f"{name}: wrong type: expected {kind}, as train.py's default has, got {value!r}; change it")
+        if name in TRAIN_DEFAULTS:
+            fault = find_type_fault(name, value)
+            faults += [fault] if fault else []
+            continue
+        near = [] if is_file and name.startswith("_") else difflib.get_close_matches(name, TRAIN_DEFAULTS, 1)
+        advice = f"write {near[0]}" if near else "leave it out"
+        if is_file and near:
+            advice += f", or _{name} for a name of your own"
+        if near or not is_file:
+            faults.append(f"unknown setting: expected one of train.py's, got {show(name)}; {advice}")
     return faults
 
 
 def _is_fitting(value: Any, default: Any) -> bool:
-    """Tells whether a value has the type of a default; a whole number will do for a float, and the other way round."""
+    """Returns whether a value has the type of a default; a whole number is also taken for a float, and the reverse."""
     if isinstance(default, bool | str) or isinstance(value, bool):
         return type(value) is type(default)
-    return isinstance(value, int) or (isinstance(value, float) and (isinstance(default, float) or value.is_integer()))
+    return isinstance(value, Integral) or (
+        isinstance(value, float) and (isinstance(default, float) or value.is_integer())
+    )
 
 
 def _read_value(text: str, default: Any) -> Any:
     """Reads the value of a flag as train.py does: a literal, or else the text itself; a text stays one."""
     try:
         value = ast.literal_eval(text)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, MemoryError, RecursionError):  # the last two of an expression that is too deep
         return text
     return text if isinstance(default, str) and not isinstance(value, str) else value
 
 
 def _read_file(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads the assignments of a config file; a name that no setting has must serve a later line."""
-    try:
-        source = path.read_text(encoding="utf-8")
-        body = ast.parse(source, str(path)).body
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ConversionError(
-            f"{path}: cannot be read: expected a config file of nanoGPT's, got: {error}; check the path"
-        ) from error
+    """Reads the assignments of a config file: of settings, and of names that no later line uses."""
+    source, body = _parse(path)
     values = dict(settings)
     found: dict[str, Any] = {}
     helpers: set[str] = set()
@@ -156,11 +171,38 @@ def _read_file(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
             raise _refuse(where, source, statement)
         try:
             value = _compute(statement.value, values)  # type: ignore[attr-defined]
-        except (_NotPlain, ArithmeticError, TypeError, ValueError) as error:
+        except (_NotPlain, ArithmeticError, TypeError, ValueError, RecursionError) as error:
+            if name not in TRAIN_DEFAULTS and _is_literal(statement.value):  # type: ignore[attr-defined]
+                continue  # a list, say, which train.py's own lines never read
             raise _refuse(where, source, statement) from error
         helpers |= {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)} - {name}
         values[name] = found[name] = value
     return {name: value for name, value in found.items() if name in TRAIN_DEFAULTS or name not in helpers}
+
+
+def _parse(path: Path) -> tuple[str, list[ast.stmt]]:
+    """Returns the text of a config file, and its statements."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(_LARGEST_FILE_BYTES + 1)
+        if len(data) > _LARGEST_FILE_BYTES:
+            raise ValueError(f"more than {_LARGEST_FILE_BYTES:,} bytes")
+        source = data.decode("utf-8")
+        return source, ast.parse(source, str(path)).body
+    except (OSError, SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        is_deep = isinstance(error, MemoryError | RecursionError)
+        reason = "an expression too long or too deep for Python" if is_deep else error
+        raise ConversionError(
+            f"{path}: cannot be read: expected a config file of nanoGPT's, got: {reason}; check the path"
+        ) from error
+
+
+def _is_literal(node: ast.expr) -> bool:
+    try:
+        ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return False
+    return True
 
 
 def _find_name(statement: ast.stmt) -> str | None:
@@ -208,5 +250,5 @@ def _refuse(where: str, source: str, statement: ast.stmt) -> ConversionError:
     line = source.splitlines()[statement.lineno - 1].strip()
     return ConversionError(
         f"{where}: nothing in a config file is executed: expected name = a literal or arithmetic on literals, got "
-        f"{line!r}; write its value"
+        f"{show(line)}; write its value"
     )

@@ -1,12 +1,15 @@
 """Windows of a token file, sampled as nanoGPT does and served to Trainer.
 
 A data set is every window of block_size tokens in a file, by its offset; samplers choose the offsets. The file is
-mapped anew in each process, so that DataLoader workers share nothing but the page cache.
+opened in each process and read window by window. It is not mapped: the pages of a memory map count as the process's
+memory while the map is open, which is why nanoGPT makes a new one for every batch.
 """
 
 import itertools
 import math
 import os
+import threading
+import weakref
 from collections import UserDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +24,8 @@ from .token_file import measure_token_file
 
 # nanoGPT seeds each process with 1337 + its rank (train.py @ 3adf61e).
 NANOGPT_SEED = 1337
+
+_ONE_READER = threading.Lock()
 
 
 class Window(UserDict[str, torch.Tensor]):
@@ -39,7 +44,7 @@ class TokenDataset(Dataset):
 
     Raises:
         DataError: If the file is missing, is not whole, looks like no token file, or is shorter than one window and
-            its last target.
+            its last target; and of a window, if the file has been removed or cut off since.
     """
 
     def __init__(self, path: str | os.PathLike[str], block_size: int):
@@ -51,7 +56,7 @@ class TokenDataset(Dataset):
                 f"{self.path}: too short: expected more than block_size={block_size} tokens, got {self.n_tokens}; "
                 f"give a longer file or a smaller block_size"
             )
-        self._tokens: np.memmap | None = None
+        self._descriptor: int | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -66,17 +71,35 @@ class TokenDataset(Dataset):
         """Returns input_ids and shift_labels, (block_size,) int64 each, of the window that begins at an offset."""
         if not 0 <= offset < len(self):
             raise IndexError(f"{self.path}: expected an offset from 0 to {len(self) - 1}, got {offset}")
-        window = torch.from_numpy(self._map()[offset : offset + self.block_size + 1].astype(np.int64))
+        window = torch.from_numpy(self._read(offset, self.block_size + 1).astype(np.int64))
         return Window(input_ids=window[:-1], shift_labels=window[1:])
 
-    def __getstate__(self) -> dict[str, Any]:  # a map does not travel to another process, the path does
-        return {**self.__dict__, "_tokens": None}
+    def __getstate__(self) -> dict[str, Any]:  # an open file does not travel to another process, the path does
+        return {**self.__dict__, "_descriptor": None}
 
-    def _map(self) -> np.memmap:
-        if self._tokens is None:
-            offset, dtype, n_tokens = self._layout
-            self._tokens = np.memmap(self.path, dtype=dtype, mode="r", offset=offset, shape=(n_tokens,))
-        return self._tokens
+    def _read(self, first: int, count: int) -> np.ndarray:
+        start, dtype, _ = self._layout
+        try:
+            if self._descriptor is None:
+                self._descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+                weakref.finalize(self, os.close, self._descriptor)
+            data = _read_at(self._descriptor, count * dtype.itemsize, start + first * dtype.itemsize)
+        except OSError as error:
+            raise DataError(
+                f"{self.path}: cannot be read any more: {error.strerror}; see what became of it"
+            ) from error
+        if len(data) != count * dtype.itemsize:
+            raise DataError(f"{self.path}: expected {self.n_tokens} tokens, as it had, got fewer; write it again")
+        return np.frombuffer(data, dtype=dtype)
+
+
+def _read_at(descriptor: int, n_bytes: int, offset: int) -> bytes:
+    """Reads bytes without moving the place in the file, which forked processes share."""
+    if hasattr(os, "pread"):
+        return os.pread(descriptor, n_bytes, offset)
+    with _ONE_READER:  # Windows, where threads share it
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.read(descriptor, n_bytes)
 
 
 class RandomOffsetSampler(Sampler[list[int]]):

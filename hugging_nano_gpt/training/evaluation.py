@@ -24,8 +24,11 @@ def estimate_losses(
 ) -> dict[str, float]:
     """Computes the mean loss, in nats per token, of n_batches random batches of each data set, one after the other.
 
-    Every process has to call this; the offsets are those of the first process's generator.
+    Every process has to call this; the offsets are those of the first process's generator. The mean of no batches is
+    NaN, as in train.py.
     """
+    if not n_batches:
+        return dict.fromkeys(datasets, math.nan)
     return {
         name: _compute_mean(trainer, dataset, _draw(trainer, dataset, n_batches, batch_size))
         for name, dataset in datasets.items()

@@ -15,11 +15,13 @@ from transformers import PrinterCallback, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from ..convert.nanogpt import remember_training_state
+from ..convert.source import choose_device
 from ..errors import ConversionError, MissingDependencyError, list_some
 from ..files import check_folder
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from .arguments import training_arguments_from_nanogpt
 from .data import TokenDataset
+from .limits import check_settings
 from .out_dir import Beginning, choose_beginning, hold_out_dir
 from .progress import BarCallback, TrainPyCallback, is_complete, say
 from .start import start_again, start_run
@@ -135,11 +137,15 @@ def _check_settings(settings: Mapping[str, Any], fsdp: bool) -> None:
             "fsdp: expected the processes that torchrun starts, got a process alone; start it with `torchrun "
             "--nproc-per-node=N --no-python hugging-nano-gpt train ...`, or leave fsdp out"
         )
-    if str(settings["device"]).startswith("cuda") and not torch.cuda.is_available():
+    check_settings(settings)
+    is_cuda = str(settings["device"]).startswith("cuda")
+    if is_cuda and not torch.cuda.is_available():
         raise ConversionError(
             f"device: expected a GPU for {settings['device']!r}, as train.py's default asks, got none; give "
             f"--device=cpu --compile=False"
         )
+    if not (is_cuda and "LOCAL_RANK" in os.environ):  # torchrun's processes take a GPU each, as train.py's do
+        choose_device(str(settings["device"]))
 
 
 def _list_loggers(settings: Mapping[str, Any], report_to: str | list[str]) -> list[str]:

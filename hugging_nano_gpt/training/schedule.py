@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..errors import ConversionError
 from .configurator import TRAIN_DEFAULTS
 
 
@@ -15,7 +16,10 @@ def compute_lr(iter_num: int, config: Mapping[str, Any]) -> float:
 
     Args:
         iter_num: Number of updates already made.
-        config: train.py's settings; nanoGPT's defaults stand in for missing ones.
+        config: train.py's settings; nanoGPT's defaults are taken for missing ones.
+
+    Raises:
+        ConversionError: If warmup_iters, lr_decay_iters and iter_num are one number, where train.py divides by zero.
     """
     setting = {**TRAIN_DEFAULTS, **config}
     highest, lowest = setting["learning_rate"], setting["min_lr"]
@@ -26,6 +30,10 @@ def compute_lr(iter_num: int, config: Mapping[str, Any]) -> float:
         return highest * (iter_num + 1) / (warmup_iters + 1)
     if iter_num > decay_iters:
         return lowest
+    if decay_iters == warmup_iters:
+        raise ConversionError(
+            f"lr_decay_iters: expected another number than warmup_iters, got {decay_iters} for both; change one"
+        )
     progress = (iter_num - warmup_iters) / (decay_iters - warmup_iters)
     return lowest + 0.5 * (1.0 + math.cos(math.pi * progress)) * (highest - lowest)
 

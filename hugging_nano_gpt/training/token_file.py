@@ -37,8 +37,12 @@ _OTHERS = {
 _HEAD_BYTES = 65536
 _LEAST_PAIRS = 32
 
-# Upper halves of uint32 tokens are below this in vocabularies up to 262,144.
+# Upper halves of uint32 tokens are below this in vocabularies up to 262,144. So is every second token of a text with a
+# space between any two symbols, where the space is one of the first characters: what differs is the other half.
 _UPPER_HALVES = 4
+_LARGE_ID = 1024  # lower halves of a large vocabulary's tokens go beyond it, the ids of an alphabet do not
+_LARGEST_ALPHABET = 128  # where the space has id 0, as the upper halves of a vocabulary up to 65,536 have
+_MOST_CHUNKS = 64  # of a MiB, which are looked through for that case
 
 _SAVE_AS_NPY = "np.save the tokens to a .npy file, which records their type"
 
@@ -62,13 +66,15 @@ def measure_token_file(path: Path) -> TokenLayout:
         with path.open("rb") as file:
             head = file.read(_HEAD_BYTES)
     except OSError as error:
-        raise DataError(f"{path}: cannot be opened: {error.strerror}; run the data set's prepare.py") from error
+        raise DataError(
+            f"{path}: cannot be opened: {error.strerror}; check the path, or run the data set's prepare.py"
+        ) from error
     if head.startswith(_NPY_MAGIC):
         return _measure_npy(path, size)
     header = np.frombuffer(head[:_HEADER_BYTES].ljust(_HEADER_BYTES, b"\0"), dtype="<i4")
     if header[0] in _SHARDS:
         return _measure_shard(path, size, header)
-    strange = _find_strangeness(head, header)
+    strange = _find_strangeness(path, head, header)
     if strange:
         raise DataError(f"{path}: expected uint16 tokens, got {strange}")
     dtype = np.dtype("<u2")
@@ -108,7 +114,7 @@ def _measure_npy(path: Path, size: int) -> TokenLayout:
     return TokenLayout(array.offset, array.dtype, len(array))
 
 
-def _find_strangeness(head: bytes, header: np.ndarray) -> str | None:
+def _find_strangeness(path: Path, head: bytes, header: np.ndarray) -> str | None:
     """Says what a file seems to be that is not uint16 tokens, and what to do then."""
     for start, name in _OTHERS.items():
         if head.startswith(start):
@@ -118,9 +124,41 @@ def _find_strangeness(head: bytes, header: np.ndarray) -> str | None:
     if _is_text(head):
         return "text; run the data set's prepare.py, which encodes it"
     halves = np.frombuffer(head[: len(head) // 4 * 4], dtype="<u2")
-    if len(halves) >= 2 * _LEAST_PAIRS and halves[1::2].max() < _UPPER_HALVES and halves[::2].max() >= _USED_INTS:
+    if len(halves) >= 2 * _LEAST_PAIRS and _are_halves(path, lower=halves[::2], upper=halves[1::2]):
         return f"every second one below {_UPPER_HALVES}, as in tokens of 4 or 8 bytes; {_SAVE_AS_NPY}"
     return None
+
+
+def _are_halves(path: Path, lower: np.ndarray, upper: np.ndarray) -> bool:
+    """Returns whether the first tokens of a file look like the halves of wider ones."""
+    if upper.max() >= _UPPER_HALVES or lower.max() < _USED_INTS:
+        return False
+    if not lower[1::2].any():  # 8 bytes
+        return True
+    zeros, *others = np.bincount(upper, minlength=_UPPER_HALVES).tolist()
+    if max(others) > 0.75 * len(upper):  # most tokens of a vocabulary are below 65,536; a space may have any id
+        return False
+    return not _alternates(path, lower) if zeros == len(upper) else bool(lower.max() >= _LARGE_ID)
+
+
+def _alternates(path: Path, symbols: np.ndarray) -> bool:
+    """Returns whether a file whose every second token is 0 holds the symbols of a small alphabet with spaces between.
+
+    An alphabet has the characters of its text, and the first of them is the space, which is no symbol. As tokens of
+    4 bytes, the same ids would be a text without its first character; bytes have none of the first ids.
+    """
+    found = np.unique(symbols)
+    if found[0] == 0 or found[-1] >= _LARGEST_ALPHABET or (found <= _USED_INTS).sum() < _USED_INTS // 2:
+        return False
+    with path.open("rb") as file:
+        for _ in range(_MOST_CHUNKS):
+            data = file.read(2**20)
+            halves = np.frombuffer(data[: len(data) // 4 * 4], dtype="<u2")
+            if halves[1::2].any():
+                return True
+            if not halves[::2].all():
+                return False
+    return True
 
 
 def _is_text(head: bytes) -> bool:

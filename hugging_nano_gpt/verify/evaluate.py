@@ -134,16 +134,18 @@ def evaluate_loss(
         DeviceError: If torch cannot compute on the device.
         CheckpointError: If there is no whole model.
         DataError: If the data cannot be read, hold nothing to score, or have tokens that the model does not; or the
-            stride is not one.
+            stride is not one, or eval_iters is given for a text.
         TokenizerError: If there is no tokenizer for a text, or the text has what the tokenizer does not know.
     """
     path = Path(data_path) / "val.bin" if Path(data_path).is_dir() else Path(data_path)
+    if eval_iters is not None and path.suffix not in _TOKEN_SUFFIXES:
+        raise DataError(f"{path}: expected no eval_iters for a text, got {eval_iters}; leave out --eval-iters")
     torch_device = choose_device(device)
     loaded = load_source(source, attn_implementation="sdpa", **kwargs)
     model = loaded.model
     stride = model.config.block_size if stride is None else stride
     if not 1 <= stride <= model.config.block_size:
-        raise DataError(f"stride: expected 1 to block_size={model.config.block_size}, got {stride}; give one of these")
+        raise DataError(f"stride: expected 1 to block_size={model.config.block_size}, got {stride}; change --stride")
     model.to(torch_device)
     asked = {"meta_path": meta_path, "tokenizer": tokenizer}
     windows, own_tokenizer, reasons = _open_windows(model, source, path, asked)

@@ -124,10 +124,10 @@ def _run_script(folder: Path, request_path: Path, answer_path: Path) -> None:
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     reason = lines[-1] if lines else f"exit code {done.returncode}"
     if done.returncode < 0:
-        reason = f"signal {-done.returncode}, perhaps for want of memory"
+        reason = f"signal {-done.returncode}, perhaps out of memory"
     raise VerifyError(
         f"{folder / 'model.py'}: stopped while it computed: expected logits from its GPT(GPTConfig(...)), got "
-        f"{reason}; see that it runs by itself"
+        f"{reason}; see that it runs on its own"
     )
 
 
