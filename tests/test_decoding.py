@@ -43,11 +43,11 @@ def test_step_equals_forward(bias, activation, is_padded, dtype, tolerance, is_t
     step = model.bind_step(nn.functional.linear)
     with torch.no_grad():
         for cache in (plain, roomy):
-            model(ids[:, :8], attention_mask=mask[:, :8], past_key_values=cache)
+            model(ids[:, :8], attention_mask=mask[:, :8], cache=cache)
         for end in range(9, 13):
             positions = mask[:, :end].sum(-1) - 1 if is_padded else end - 1
             key_mask = mask[:, None, None, :end] != 0 if is_padded else None
-            expected = model(ids[:, end - 1 : end], attention_mask=mask[:, :end], past_key_values=plain).logits[:, 0]
+            expected = model(ids[:, end - 1 : end], attention_mask=mask[:, :end], cache=plain).logits[:, 0]
             found = step(ids[:, end - 1], positions, roomy.layers, key_mask)
             assert found.dtype == dtype
             assert (found - expected).abs().max() <= tolerance
@@ -177,7 +177,7 @@ def test_tokens_after_those_in_a_cache_are_enough():
     settings = {"attention_mask": torch.ones(2, 12, dtype=torch.long), "do_sample": False}
     for n_new in (20, 22):
         cache = DynamicCache(config=model.config)
-        model(idx[:, :8], past_key_values=cache)
+        model(idx[:, :8], cache=cache)
         if n_new == 20:
             tokens = model.generate(idx[:, 8:], max_new_tokens=20, past_key_values=cache, **settings)
             assert torch.equal(tokens, expected[:, 8:])
