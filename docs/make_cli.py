@@ -1,7 +1,7 @@
 """Writes docs/cli.md from the command line itself, so that the page cannot go stale: python docs/make_cli.py."""
 
 import inspect
-from enum import StrEnum
+from enum import EnumType
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
@@ -59,7 +59,7 @@ def _name(parameter: inspect.Parameter) -> str:
     kinds = [kind for kind in get_args(annotation) or (annotation,) if kind is not NoneType]
     if kinds == [bool]:
         return flag
-    choices = r"\|".join(kinds[0]) if issubclass(kinds[0], StrEnum) else None
+    choices = r"\|".join(kinds[0]) if isinstance(kinds[0], EnumType) else None
     return f"{flag} {choices or info.metavar or kinds[0].__name__.upper()}"
 
 

@@ -107,6 +107,7 @@ def test_pretrain_sh_gives_flags_that_train_knows():
 
 
 @needs_gloo
+@pytest.mark.filterwarnings("ignore:DTensor random operators:UserWarning")  # torch 2.6's, and nothing is drawn here
 def test_finetune_fsdp_writes_one_whole_checkpoint(load_example, data_dir, tmp_path, monkeypatch, capsys):
     """Alone, as torchrun would start it; tests/test_distributed.py splits a model in two."""
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
