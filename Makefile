@@ -99,10 +99,10 @@ bench: $(READY)
 	$(VENV)/bin/python benchmarks/generate.py --rounds 3
 	$(VENV)/bin/python benchmarks/onnx_runtime.py --rounds 3
 
-# With the Python there is, whose torch knows the GPU, and this checkout: nothing is installed.
+# With the Python there is, whose torch knows the GPU, and this checkout: nothing is installed. DEVICE=mps for Apple's.
 gpu: export PYTHONPATH = .
 gpu:
-	$(PYTHON) benchmarks/gpu.py
+	$(PYTHON) benchmarks/gpu.py $(if $(DEVICE),--device $(DEVICE))
 	$(PYTHON) -m pytest -m gpu
 
 clean:

@@ -54,6 +54,12 @@ def import_reference() -> type[torch.nn.Module]:
     return ReferenceGPT
 
 
+def synchronize(device: str) -> None:
+    """Waits until a GPU has done what it was given."""
+    if not device.startswith("cpu"):
+        torch.accelerator.synchronize(device)
+
+
 def describe_machine(device: str = "cpu") -> dict[str, Any]:
     """Returns the versions, threads and processors that the figures depend on."""
     return {
@@ -62,7 +68,7 @@ def describe_machine(device: str = "cpu") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "machine": platform.machine(),
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
     }
 
 
