@@ -1,7 +1,5 @@
 """The decoding loop of our own: against Transformers' loop, its one-token step against the forward pass, its waits."""
 
-import inspect
-
 import pytest
 import torch
 from torch import nn
@@ -262,13 +260,7 @@ def test_loop_reads_a_tensor_at_most_once_a_token(settings, n_prompt, n_waits):
     assert counts[1] - counts[0] == 8 * n_waits
 
 
-def test_private_names_of_transformers_are_as_they_are_called():
-    assert len(generation_nano_gpt.PRIVATE_NAMES) <= 2
-    for name, arguments in generation_nano_gpt.PRIVATE_NAMES.items():
-        assert tuple(inspect.signature(getattr(GenerationMixin, name)).parameters) == ("self", *arguments)
-
-
-def test_nothing_private_of_transformers_is_overridden_or_read_beside_the_list():
+def test_nothing_private_of_transformers_is_overridden_for_generation():
     own = {name for name in vars(generation_nano_gpt.NanoGPTGenerationMixin) if not name.startswith("__")}
     overridden = {name for name in own if hasattr(GenerationMixin, name)}
     assert overridden == {"generate", "generate_batch", "init_continuous_batching"}
