@@ -9,7 +9,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -114,5 +113,7 @@ def read_resident_bytes(field: str) -> int:
     if PROC_STATUS.exists():
         lines = PROC_STATUS.read_text().splitlines()
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
+    import resource  # Windows has none
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak << 10
