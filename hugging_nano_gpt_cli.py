@@ -106,7 +106,9 @@ _IgnoreExtra = Annotated[
     bool, typer.Option("--ignore-extra", help="Leave out of account what a fork has added to its checkpoints.")
 ]
 _DtypeOption = Annotated[_Dtype | None, typer.Option(help="Dtype of the weights, in place of the file's.")]
-_Device = Annotated[str | None, typer.Option(help="Device of torch; a GPU where there is one.")]
+_Device = Annotated[
+    str | None, typer.Option(help="Device of torch, as cuda:1 or mps; CUDA where there is a GPU for it.")
+]
 _Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hugging_nano_gpt import ConversionError
+from hugging_nano_gpt.convert.source import choose_device
 from hugging_nano_gpt.training import TokenDataset, arguments, drawing, training_arguments_from_nanogpt
 from hugging_nano_gpt.verify import estimate
 
@@ -44,6 +45,10 @@ def test_train_refuses_mps_where_torch_has_none(tmp_path):
     result = run_command("train", "--dataset=toy", "--device=mps", "--compile=False", cwd=make_workplace(tmp_path))
     assert result.returncode == 1
     assert re.search(r"device: expected .*'mps'", result.stderr.splitlines()[-1])
+
+
+def test_mps_is_computed_on_only_by_name(mps):
+    assert choose_device(None) == torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def test_batches_for_mps_are_not_pinned(monkeypatch):
