@@ -24,17 +24,22 @@ NEWEST_VENV := .venv-newest
 OLDEST_VENV := .venv-oldest
 TRANSFORMERS_RANGE := $(shell sed -n 's/.*"\(transformers>=[^"]*\)".*/\1/p' pyproject.toml)
 OLDEST_TRANSFORMERS := $(shell echo '$(TRANSFORMERS_RANGE)' | sed 's/>=\([0-9.]*\),.*/==\1.*/')
+# The newest torch and Transformers there are, whatever pyproject.toml admits: PRE=1 admits pre-releases of the two, and
+# TORCH='torch==2.13.0' chooses one.
+NEXT_VENV := .venv-next
+TORCH := torch
+
 # What the package relies on in other libraries: numbers, tokens in every way of drawing, remote code, Trainer, TRL.
 CONTRACT := tests/test_exactness.py tests/test_cache.py tests/test_modeling.py tests/test_generation.py tests/test_window.py tests/test_streaming.py tests/test_hub.py tests/test_training.py tests/test_plain_trainer.py tests/test_trl.py
 
-.PHONY: demo test newest oldest clients readme exports vllm check fix examples bench gpu clean
+.PHONY: demo test newest oldest next clients readme exports vllm check fix examples bench gpu clean
 
 demo: $(READY)
 	$(VENV)/bin/hugging-nano-gpt demo
 
 # Two processes of one thread, a file of tests to each at a time: files make what is dear once.
 PYTEST := python -m pytest -n 2 --dist loadfile
-test newest oldest: export OMP_NUM_THREADS = 1
+test newest oldest next: export OMP_NUM_THREADS = 1
 
 test: $(READY)
 	$(VENV)/bin/$(PYTEST)
@@ -49,6 +54,15 @@ newest oldest:
 	$(CONTRACT_VENV)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --constraint $(CONTRACT_VENV)/torch.txt --editable '.[dev]' $(VERSIONS)
 	$(CONTRACT_VENV)/bin/python -c 'import torch, transformers; print("torch", torch.__version__, "transformers", transformers.__version__)'
 	$(CONTRACT_VENV)/bin/$(PYTEST) $(CONTRACT)
+
+next:
+	test -d $(NEXT_VENV) || $(PYTHON) -m venv $(NEXT_VENV)
+	$(NEXT_VENV)/bin/python -m pip install --quiet --upgrade $(if $(PRE),--pre) '$(TORCH)' transformers
+	$(NEXT_VENV)/bin/python -m pip freeze | grep -E '^(torch|transformers)==' > $(NEXT_VENV)/newest.txt
+	$(NEXT_VENV)/bin/python -m tests.run_next requirements > $(NEXT_VENV)/others.txt
+	$(NEXT_VENV)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --constraint $(NEXT_VENV)/newest.txt --requirement $(NEXT_VENV)/others.txt
+	$(NEXT_VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	$(NEXT_VENV)/bin/python -m tests.run_next $(CONTRACT)
 
 clients: $(CLIENTS_READY)
 	$(CLIENTS_VENV)/bin/python -m pytest tests/test_quantization.py tests/test_lm_eval.py tests/test_peft.py tests/test_serve.py tests/test_chat.py tests/test_readme.py
@@ -99,14 +113,14 @@ bench: $(READY)
 	$(VENV)/bin/python benchmarks/generate.py --rounds 3
 	$(VENV)/bin/python benchmarks/onnx_runtime.py --rounds 3
 
-# With the Python there is, whose torch knows the GPU, and this checkout: nothing is installed.
+# With the Python there is, whose torch knows the GPU, and this checkout: nothing is installed. DEVICE=mps for Apple's.
 gpu: export PYTHONPATH = .
 gpu:
-	$(PYTHON) benchmarks/gpu.py
+	$(PYTHON) benchmarks/gpu.py $(if $(DEVICE),--device $(DEVICE))
 	$(PYTHON) -m pytest -m gpu
 
 clean:
-	rm -rf $(VENV) $(NEWEST_VENV) $(OLDEST_VENV) $(CLIENTS_VENV) $(README_VENV) $(EXPORTS_VENV) $(VLLM_VENV)
+	rm -rf $(VENV) $(NEWEST_VENV) $(OLDEST_VENV) $(NEXT_VENV) $(CLIENTS_VENV) $(README_VENV) $(EXPORTS_VENV) $(VLLM_VENV)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set it with PYTHON=...")'

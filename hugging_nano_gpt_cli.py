@@ -6,6 +6,7 @@ the Auto classes, and --help should answer at once.
 
 import io
 import json
+import platform
 import re
 import sys
 from enum import StrEnum
@@ -25,19 +26,40 @@ app = typer.Typer(
 _is_debugging = False
 
 
-def _print_version(is_wanted: bool) -> None:
+def _print_version(context: typer.Context, is_wanted: bool) -> None:
     if is_wanted:
-        print(version("hugging-nano-gpt"))
+        print("\n".join(_list_versions()) if context.params["verbose"] else version("hugging-nano-gpt"))
         raise typer.Exit
+
+
+def _list_versions() -> list[str]:
+    """Lists what a report of a fault has to name."""
+    import torch
+
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    versions = [f"{package} {version(package)}" for package in ("hugging-nano-gpt", "torch", "transformers")]
+    return [
+        *versions,
+        f"Python {platform.python_version()}",
+        f"platform {platform.platform()}",
+        f"device {device}{name}",
+    ]
 
 
 @app.callback()
 def _set_up(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", is_eager=True, help="With --version: torch, Transformers, device and system too."),
+    ] = False,
     _version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool, typer.Option("--version", callback=_print_version, help="Print the version and exit.")
     ] = False,
 ) -> None:
+    if verbose:
+        raise typer.BadParameter("expected --verbose only with --version")
     global _is_debugging
     _is_debugging = debug
 
@@ -91,7 +113,9 @@ _IgnoreExtra = Annotated[
     bool, typer.Option("--ignore-extra", help="Leave out of account what a fork has added to its checkpoints.")
 ]
 _DtypeOption = Annotated[_Dtype | None, typer.Option(help="Dtype of the weights, in place of the file's.")]
-_Device = Annotated[str | None, typer.Option(help="Device of torch; a GPU where there is one.")]
+_Device = Annotated[
+    str | None, typer.Option(help="Device of torch, as cuda:1 or mps; CUDA where there is a GPU for it.")
+]
 _Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
 

@@ -9,7 +9,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -54,6 +53,12 @@ def import_reference() -> type[torch.nn.Module]:
     return ReferenceGPT
 
 
+def synchronize(device: str) -> None:
+    """Waits until a GPU has done what it was given."""
+    if not device.startswith("cpu"):
+        torch.accelerator.synchronize(device)
+
+
 def describe_machine(device: str = "cpu") -> dict[str, Any]:
     """Returns the versions, threads and processors that the figures depend on."""
     return {
@@ -62,7 +67,7 @@ def describe_machine(device: str = "cpu") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "machine": platform.machine(),
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
     }
 
 
@@ -108,5 +113,7 @@ def read_resident_bytes(field: str) -> int:
     if PROC_STATUS.exists():
         lines = PROC_STATUS.read_text().splitlines()
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
+    import resource  # Windows has none
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak << 10

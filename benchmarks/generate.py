@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import Target, import_reference, print_result, print_table
+from common import Target, import_reference, print_result, print_table, synchronize
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
@@ -67,7 +67,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each case (default 5)")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["demo", "shakespeare", "124m"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="rows (default 1 and 8)")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or mps")
     return parser.parse_args()
 
 
@@ -220,12 +220,6 @@ def make_generate(model: nn.Module, **settings: Any) -> Run:
 def count_read_bytes(model: nn.Module, itemsize: int) -> int:
     """Returns the bytes of the weights that a step reads: all, but one row of the position table."""
     return itemsize * (sum(p.numel() for p in model.parameters()) - model.transformer.wpe.weight.numel())
-
-
-def synchronize(device: str) -> None:
-    """Waits until a GPU has done what it was given."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
 
 
 def list_targets(figures: dict[str, Any], args: argparse.Namespace) -> list[Target]:

@@ -71,15 +71,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    parser.add_argument("--size", choices=("full", "toy"), help="full (default on a GPU) or toy (default on a CPU)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, mps or cpu")
+    parser.add_argument("--size", choices=("full", "toy"), help="full (default on CUDA) or toy (elsewhere)")
     parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between them (default all)")
     parser.add_argument("--time-limit", type=float, default=TIME_LIMIT_S, help="seconds in all (default 480)")
     parser.add_argument("--in-process", action="store_true", help="leave out what needs a process of its own")
     parser.add_argument("--output", type=Path, help="file for the JSON object")
     args = parser.parse_args(arguments)
     args.only = args.only.split(",")
-    args.size = args.size or ("toy" if args.device == "cpu" else "full")
+    args.size = args.size or ("full" if args.device.startswith("cuda") else "toy")
     if unknown := [name for name in args.only if name not in PARTS]:
         parser.error(f"--only: expected parts of {', '.join(PARTS)}, got {', '.join(unknown)}")
     return args
@@ -162,8 +162,9 @@ def tidy_up(setting: Setting) -> bool:
     try:
         if setting.is_cuda:
             torch.cuda.set_sync_debug_mode("default")
-            torch.cuda.synchronize(setting.device)
-            torch.cuda.empty_cache()
+        setting.synchronize()
+        if setting.device != "cpu":
+            torch.get_device_module(setting.device).empty_cache()
     except RuntimeError:  # after a device-side assert every call raises it again
         return False
     return True

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import Target, import_reference, print_result, print_table
+from common import Target, import_reference, print_result, print_table, synchronize
 from loss_memory import MOST_OF_DEFAULT, measure_loss_memory
 from torch import nn
 from trainer import MOST_OVERHEAD, measure_trainer
@@ -78,7 +78,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=30, help="timed steps of each model (default 30)")
     parser.add_argument("--size", choices=SIZES, default="shakespeare", help="tiny: a smoke test that takes seconds")
     parser.add_argument("--batch-size", type=int, default=4, help="sequences a step (default 4)")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or mps")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
     parser.add_argument("--compile", action="store_true", help="torch.compile each model")
     return parser.parse_args()
@@ -155,12 +155,6 @@ def take_step(
     contender.optimizer.step()
     contender.optimizer.zero_grad(set_to_none=True)
     return loss.detach()
-
-
-def synchronize(device: str) -> None:
-    """Waits until a GPU has done what it was given."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
 
 
 def report(contenders: dict[str, Contender], args: argparse.Namespace, further: dict[str, Any]) -> None:

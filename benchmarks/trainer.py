@@ -156,7 +156,7 @@ def run_loop(model: NanoGPTLMHeadModel, dataset: TokenDataset, config: dict[str,
     torch.set_rng_state(make_random_state(model.config))
     batch = draw_batch(dataset, config["batch_size"], model.device)
     ends = []
-    is_autocast = config["dtype"] == "bfloat16" and model.device.type != "cpu"  # as train.py has it
+    is_autocast = config["dtype"] == "bfloat16" and model.device.type == "cuda"  # as train.py has it
     for _ in range(config["max_iters"]):
         for _ in range(MICRO_STEPS):
             with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=is_autocast):

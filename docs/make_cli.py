@@ -1,7 +1,7 @@
 """Writes docs/cli.md from the command line itself, so that the page cannot go stale: python docs/make_cli.py."""
 
 import inspect
-from enum import StrEnum
+from enum import EnumType
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
@@ -17,8 +17,9 @@ HEAD = """# The command line
 `hugging-nano-gpt` comes with the package; every command is one call of the library. Results go to standard output,
 notes, progress and errors to standard error. The exit code is 0 when all went well, 1 for an error or a mismatch, 2
 for wrong usage. Nothing is overwritten without `--force`, and a failure leaves nothing half written. An error takes
-one line; `hugging-nano-gpt --debug COMMAND ...` shows its traceback. `hugging-nano-gpt --install-completion` completes
-commands and options in your shell.
+one line; `hugging-nano-gpt --debug COMMAND ...` shows its traceback, and `hugging-nano-gpt --version --verbose` prints
+the versions and the device that a report of a fault needs. `hugging-nano-gpt --install-completion` completes commands
+and options in your shell.
 
 This page is made by `python docs/make_cli.py`.
 """
@@ -59,7 +60,7 @@ def _name(parameter: inspect.Parameter) -> str:
     kinds = [kind for kind in get_args(annotation) or (annotation,) if kind is not NoneType]
     if kinds == [bool]:
         return flag
-    choices = r"\|".join(kinds[0]) if issubclass(kinds[0], StrEnum) else None
+    choices = r"\|".join(kinds[0]) if isinstance(kinds[0], EnumType) else None
     return f"{flag} {choices or info.metavar or kinds[0].__name__.upper()}"
 
 

@@ -3,8 +3,8 @@
 import contextlib
 import copy
 import gc
-import resource
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,10 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def limit_time(seconds: float):
-    """Fails the test when the block takes longer, also while it waits for the system."""
+    """Fails the test when the block takes longer, also while it waits for the system; not on Windows."""
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
 
     def stop(*_):
         pytest.fail(f"took longer than {seconds} s")
@@ -145,9 +148,17 @@ def limit_time(seconds: float):
 @contextlib.contextmanager
 def limit_file_size(size_bytes: int):
     """Makes the system refuse to let a file grow beyond a size, as a full disk does."""
+    resource = pytest.importorskip("resource", reason="Windows has no such limit")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def measure_peak_bytes() -> int:
+    """Returns the largest memory that this process has had."""
+    resource = pytest.importorskip("resource", reason="Windows does not count it")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10

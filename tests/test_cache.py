@@ -3,6 +3,7 @@
 import io
 import re
 import tomllib
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 import transformers
 from packaging.requirements import Requirement
 from packaging.version import Version
-from transformers import DynamicCache, GenerationMixin, StaticCache
+from transformers import DynamicCache, GenerationMixin, GPT2Config, StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+import hugging_nano_gpt
 from hugging_nano_gpt import NanoGPTForSequenceClassification, demo
 from hugging_nano_gpt.model import cache_nano_gpt, generation_nano_gpt
 
@@ -30,6 +32,7 @@ def test_outputs_carry_the_name_of_this_transformers():
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 def test_forward_takes_either_name(name):
     model = make_model()
     ids, mask = pad_left((5, 12))
@@ -52,6 +55,24 @@ def test_forward_takes_either_name(name):
             torch.testing.assert_close(outputs.logits, whole.logits, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["Model", "LMHeadModel", "ForSequenceClassification"])
+def test_old_name_of_the_cache_warns_as_gpt2_does(kind):
+    ours = getattr(hugging_nano_gpt, f"NanoGPT{kind}")(make_model().config)
+    theirs = getattr(transformers, f"GPT2{kind}")(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=65))
+    expected = find_warnings(theirs)
+    assert find_warnings(ours) == expected
+    assert len(expected) == (2 if CACHE_NAME == "cache" else 0)
+
+
+def find_warnings(model):
+    """Returns the warnings of two forward passes that name the cache in the old way, without the model's name."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for cache in (DynamicCache(config=model.config), None):
+            model(torch.tensor([[1, 2]]), past_key_values=cache)
+    return [(each.category, str(each.message).replace(type(model).__name__, "")) for each in caught]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_generate_takes_either_name(name):
     model, reference = make_pair()
@@ -64,6 +85,7 @@ def test_generate_takes_either_name(name):
     assert torch.equal(model.generate(idx, max_new_tokens=16, do_sample=False, **{name: None}), tokens)
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 def test_both_names_at_once_are_refused():
     model = make_model()
     cache = DynamicCache(config=model.config)
@@ -100,7 +122,7 @@ def test_other_unknown_arguments_go_on_to_the_back_end(monkeypatch):
 
 def test_tuples_in_place_of_a_cache_are_refused():
     with pytest.raises(TypeError, match=rf"{CACHE_NAME}: expected a Cache, got a tuple; use DynamicCache\(\)"):
-        make_model()(make_batch(1, 4)[0], past_key_values=((torch.zeros(1), torch.zeros(1)),))
+        make_model()(make_batch(1, 4)[0], **{CACHE_NAME: ((torch.zeros(1), torch.zeros(1)),)})
 
 
 def test_filled_cache_with_gradient_checkpointing_is_refused():
@@ -109,11 +131,11 @@ def test_filled_cache_with_gradient_checkpointing_is_refused():
     enable()
     cache = DynamicCache(config=model.config)
     ids, targets = make_batch(1, 4)
-    assert model(ids, labels=targets, past_key_values=cache).loss.requires_grad  # an empty one is of no use, nor harm
+    assert model(ids, labels=targets, cache=cache).loss.requires_grad  # an empty one is of no use, nor harm
     assert cache.get_seq_length() == 0
     cache = model.eval()(ids)[CACHE_NAME]
     with pytest.raises(ValueError, match="expected no cached tokens while training, got 4"):
-        model.train()(ids, past_key_values=cache)
+        model.train()(ids, cache=cache)
 
 
 def rename_in_generation(monkeypatch):

@@ -46,6 +46,22 @@ def test_version_prints_that_of_the_package():
     assert (result.returncode, result.stdout, result.stderr) == (0, f"{version('hugging-nano-gpt')}\n", "")
 
 
+@pytest.mark.parametrize("arguments", [["--version", "--verbose"], ["--verbose", "--version"]], ids=" ".join)
+def test_verbose_version_prints_what_a_report_needs(arguments):
+    result = run_command(*arguments)
+    assert (result.returncode, result.stderr) == (0, "")
+    names = ["hugging-nano-gpt", "torch", "transformers", "Python", "platform", "device"]
+    assert [line.split()[0] for line in result.stdout.splitlines()] == names
+    assert f"\ntorch {version('torch')}\ntransformers {version('transformers')}\n" in result.stdout
+    assert result.stdout.endswith("\ndevice cpu\n") or torch.accelerator.is_available()
+
+
+def test_verbose_alone_is_refused():
+    result = run_command("--verbose", "demo")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "expected --verbose only with --version" in result.stderr
+
+
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["demo", "--help"], ["verify", "--help"], ["--version"]], ids=" ".join
 )

@@ -1,7 +1,5 @@
 """The decoding loop of our own: against Transformers' loop, its one-token step against the forward pass, its waits."""
 
-import inspect
-
 import pytest
 import torch
 from torch import nn
@@ -43,11 +41,11 @@ def test_step_equals_forward(bias, activation, is_padded, dtype, tolerance, is_t
     step = model.bind_step(nn.functional.linear)
     with torch.no_grad():
         for cache in (plain, roomy):
-            model(ids[:, :8], attention_mask=mask[:, :8], past_key_values=cache)
+            model(ids[:, :8], attention_mask=mask[:, :8], cache=cache)
         for end in range(9, 13):
             positions = mask[:, :end].sum(-1) - 1 if is_padded else end - 1
             key_mask = mask[:, None, None, :end] != 0 if is_padded else None
-            expected = model(ids[:, end - 1 : end], attention_mask=mask[:, :end], past_key_values=plain).logits[:, 0]
+            expected = model(ids[:, end - 1 : end], attention_mask=mask[:, :end], cache=plain).logits[:, 0]
             found = step(ids[:, end - 1], positions, roomy.layers, key_mask)
             assert found.dtype == dtype
             assert (found - expected).abs().max() <= tolerance
@@ -177,7 +175,7 @@ def test_tokens_after_those_in_a_cache_are_enough():
     settings = {"attention_mask": torch.ones(2, 12, dtype=torch.long), "do_sample": False}
     for n_new in (20, 22):
         cache = DynamicCache(config=model.config)
-        model(idx[:, :8], past_key_values=cache)
+        model(idx[:, :8], cache=cache)
         if n_new == 20:
             tokens = model.generate(idx[:, 8:], max_new_tokens=20, past_key_values=cache, **settings)
             assert torch.equal(tokens, expected[:, 8:])
@@ -262,13 +260,7 @@ def test_loop_reads_a_tensor_at_most_once_a_token(settings, n_prompt, n_waits):
     assert counts[1] - counts[0] == 8 * n_waits
 
 
-def test_private_names_of_transformers_are_as_they_are_called():
-    assert len(generation_nano_gpt.PRIVATE_NAMES) <= 2
-    for name, arguments in generation_nano_gpt.PRIVATE_NAMES.items():
-        assert tuple(inspect.signature(getattr(GenerationMixin, name)).parameters) == ("self", *arguments)
-
-
-def test_nothing_private_of_transformers_is_overridden_or_read_beside_the_list():
+def test_nothing_private_of_transformers_is_overridden_for_generation():
     own = {name for name in vars(generation_nano_gpt.NanoGPTGenerationMixin) if not name.startswith("__")}
     overridden = {name for name in own if hasattr(GenerationMixin, name)}
     assert overridden == {"generate", "generate_batch", "init_continuous_batching"}

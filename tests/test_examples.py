@@ -23,6 +23,7 @@ from hugging_nano_gpt.training import TokenDataset, read_settings, training_argu
 
 from .processes import needs_gloo
 from .scripts import NANOGPT_DIR, keep_settings, run_script, skip_without_nanogpt
+from .tiny import TORCH_VERSION
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES_DIR = ROOT / "examples"
@@ -107,6 +108,7 @@ def test_pretrain_sh_gives_flags_that_train_knows():
 
 
 @needs_gloo
+@pytest.mark.skipif(TORCH_VERSION < (2, 7), reason="FSDP2 of torch 2.6 does not run on a CPU")
 def test_finetune_fsdp_writes_one_whole_checkpoint(load_example, data_dir, tmp_path, monkeypatch, capsys):
     """Alone, as torchrun would start it; tests/test_distributed.py splits a model in two."""
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))

@@ -142,7 +142,7 @@ def test_remote_code_gives_the_same_bits(remote):
 
 
 def test_remote_code_refuses_to_generate_with_caches_it_does_not_know(remote):
-    assert re.match(r"TypeError: NanoGPTModel.forward: the argument 'kv_store' holds", remote.facts["renamed"])
+    assert re.match(r"TypeError: NanoGPTLMHeadModel.forward: the argument 'kv_store' holds", remote.facts["renamed"])
     assert re.match(r"RuntimeError: .*a cache changes the logits by", remote.facts["broken"])
 
 

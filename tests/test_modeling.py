@@ -15,6 +15,7 @@ from hugging_nano_gpt import (
     NanoGPTLMHeadModel,
     NanoGPTModel,
 )
+from hugging_nano_gpt.model.cache_nano_gpt import CACHE_NAME
 from hugging_nano_gpt.model.inputs_nano_gpt import check_positions
 
 from .tiny import MODEL_ARGS, TORCH_VERSION, make_batch, make_model
@@ -68,7 +69,7 @@ def test_left_padded_decoding_with_cache_equals_single_row():
     model = make_model()
     ids, mask = pad_left((5, 12))
     prefill = model(ids[:, :-2], attention_mask=mask[:, :-2])
-    step = model(ids[:, -2:], attention_mask=mask, past_key_values=prefill.past_key_values)
+    step = model(ids[:, -2:], attention_mask=mask, cache=prefill[CACHE_NAME])
     torch.testing.assert_close(step.logits[0], model(ids[:1, -5:]).logits[0, -2:], **TOLERANCE)
 
 
@@ -81,8 +82,8 @@ def test_mask_longer_than_the_text_is_read_from_the_first_column(n_cached, fill)
     expected = model(ids, attention_mask=mask).logits[:, n_cached:]
     cache = None if n_cached == 0 else DynamicCache(config=model.config)
     if cache is not None:
-        model(ids[:, :n_cached], attention_mask=long_mask, past_key_values=cache)
-    found = model(ids[:, n_cached:], attention_mask=long_mask, past_key_values=cache).logits
+        model(ids[:, :n_cached], attention_mask=long_mask, cache=cache)
+    found = model(ids[:, n_cached:], attention_mask=long_mask, cache=cache).logits
     torch.testing.assert_close(found[mask[:, n_cached:].bool()], expected[mask[:, n_cached:].bool()], **TOLERANCE)
 
 
@@ -92,10 +93,10 @@ def test_mask_shorter_than_the_text_is_refused(n_cached, columns):
     ids, _ = make_batch(2, 12)
     cache = DynamicCache(config=model.config)
     if n_cached:
-        model(ids[:, :n_cached], past_key_values=cache)
+        model(ids[:, :n_cached], cache=cache)
     message = rf"a column for each of {n_cached} cached and {12 - n_cached} new tokens, got \(2, {columns}\)"
     with pytest.raises(ValueError, match=message):
-        model(ids[:, n_cached:], attention_mask=torch.ones(2, columns), past_key_values=cache)
+        model(ids[:, n_cached:], attention_mask=torch.ones(2, columns), cache=cache)
 
 
 @pytest.mark.parametrize("columns", [12, 32])
@@ -105,8 +106,8 @@ def test_mask_with_a_static_cache_is_read_from_the_first_column(columns):
     expected = model(ids, attention_mask=mask).logits[:, -1]
     cache = StaticCache(config=model.config, max_cache_len=32)
     mask = torch.nn.functional.pad(mask, (0, columns - 12), value=1)
-    model(ids[:, :-1], attention_mask=mask, past_key_values=cache)
-    step = model(ids[:, -1:], attention_mask=mask, past_key_values=cache).logits[:, -1]
+    model(ids[:, :-1], attention_mask=mask, cache=cache)
+    step = model(ids[:, -1:], attention_mask=mask, cache=cache).logits[:, -1]
     torch.testing.assert_close(step, expected, **TOLERANCE)
 
 
@@ -119,8 +120,8 @@ def test_classifier_scores_the_last_token_of_a_mask_with_a_cache():
     for columns in (12, 20):
         long_mask = torch.nn.functional.pad(mask, (0, columns - 12))
         cache = DynamicCache(config=model.config)
-        model(ids[:, :3], attention_mask=long_mask, past_key_values=cache)
-        found = model(ids[:, 3:], attention_mask=long_mask, past_key_values=cache).logits
+        model(ids[:, :3], attention_mask=long_mask, cache=cache)
+        found = model(ids[:, 3:], attention_mask=long_mask, cache=cache).logits
         torch.testing.assert_close(found, expected, **TOLERANCE)
 
 
@@ -137,8 +138,8 @@ def test_cached_forward_equals_uncached(make_cache):
     cache = make_cache(model.config)
     logits = []
     for piece in ids.split([9, 1, 1, 5], dim=1):
-        outputs = model(piece, past_key_values=cache, use_cache=True)
-        cache = outputs.past_key_values
+        outputs = model(piece, use_cache=True, cache=cache)
+        cache = outputs[CACHE_NAME]
         logits.append(outputs.logits)
     torch.testing.assert_close(torch.cat(logits, dim=1), model(ids).logits, **TOLERANCE)
 
@@ -248,9 +249,9 @@ def test_input_longer_than_block_size_is_refused_before_any_kernel(extra, found)
 
 def test_cached_step_beyond_block_size_is_refused():
     model = make_model()
-    cache = model(make_batch(1, 32)[0]).past_key_values
+    cache = model(make_batch(1, 32)[0])[CACHE_NAME]
     with pytest.raises(ValueError, match="block_size=32 tokens, got 33"):
-        model(torch.tensor([[1]]), past_key_values=cache)
+        model(torch.tensor([[1]]), cache=cache)
 
 
 def test_padding_beyond_block_size_is_accepted_when_the_tokens_fit():
@@ -286,10 +287,10 @@ def test_tuple_output_holds_logits_first():
 def test_training_forward_makes_no_cache_unless_asked():
     model = make_model().train()
     ids, _ = make_batch(1, 4)
-    assert model(ids).past_key_values is None
-    assert model(ids, use_cache=True).past_key_values.get_seq_length() == 4
-    assert model.eval()(ids).past_key_values.get_seq_length() == 4
-    assert model(ids, use_cache=False).past_key_values is None
+    assert getattr(model(ids), CACHE_NAME) is None
+    assert model(ids, use_cache=True)[CACHE_NAME].get_seq_length() == 4
+    assert model.eval()(ids)[CACHE_NAME].get_seq_length() == 4
+    assert getattr(model(ids, use_cache=False), CACHE_NAME) is None
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from .programs import run_command
 from .record_training import FIXTURE_PATH, summarize
 from .reference_run import ReferenceRun, flatten_saved
 from .scripts import link_scripts, run_script, skip_without_nanogpt
+from .tiny import TORCH_VERSION
 from .toy_run import SETTINGS, VOCAB_SIZE, flatten_checkpoint, list_differences, make_workplace, train
 from .trace import TOLERANCE, TRACE_DIR
 
@@ -146,6 +147,7 @@ def test_meta_pkl_that_names_no_size_is_refused(tmp_path):
         train(tmp_path)
 
 
+@pytest.mark.skipif(TORCH_VERSION < (2, 7), reason="torch 2.6 draws other dropout masks from the same seed")
 def test_recorded_run_of_train_py_ends_where_ours_does(tmp_path):
     recorded = json.loads(FIXTURE_PATH.read_text())
     train(tmp_path, **recorded["changes"])

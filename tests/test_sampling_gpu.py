@@ -61,6 +61,7 @@ class Collect:
         ("cuda", False, None, torch.float16),
         ("cuda", True, torch.float32, None),
         ("cpu", True, None, None),
+        ("mps", True, None, None),
     ],
 )
 def test_autocast_is_sample_pys(monkeypatch, device, is_supported, dtype, expected):
@@ -73,7 +74,7 @@ def test_autocast_is_sample_pys(monkeypatch, device, is_supported, dtype, expect
 
 
 @pytest.mark.parametrize("was_on", [False, True], ids=["off", "on by Trainer"])
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("device", ["cuda", "cpu", "mps"])
 def test_tf32_is_on_while_a_gpu_draws_and_as_before_afterwards(monkeypatch, device, was_on):
     seen = []
     switch, name = torch.backends.cuda.matmul, "allow_tf32"

@@ -10,6 +10,8 @@ from transformers.integrations.executorch import (
     register_dynamic_cache_export_support,
 )
 
+from hugging_nano_gpt.model.cache_nano_gpt import CACHE_NAME
+
 from .tiny import TORCH_VERSION, make_batch, make_model
 
 SIZES = ((2, 9), (1, 1), (1, 32), (3, 17), (5, 2))  # (B, T); the first is the example that is recorded
@@ -51,12 +53,12 @@ def test_program_gives_the_same_bits_at_any_batch_and_length(is_strict, has_mask
 def test_program_with_a_growing_cache_gives_the_same_bits():
     register_dynamic_cache_export_support()
     model = make_model()
-    inputs = {**make_inputs(2, 9, has_mask=True), "past_key_values": DynamicCache(config=model.config)}
+    inputs = {**make_inputs(2, 9, has_mask=True), CACHE_NAME: DynamicCache(config=model.config)}
     program = torch.export.export(model, (), inputs, strict=False)
     expected = model(**make_inputs(2, 9, has_mask=True))
     outputs = program.module()(**inputs)
     assert torch.equal(outputs.logits, expected.logits)
-    for layer, expected_layer in zip(outputs.past_key_values.layers, expected.past_key_values.layers, strict=True):
+    for layer, expected_layer in zip(outputs[CACHE_NAME].layers, expected[CACHE_NAME].layers, strict=True):
         assert torch.equal(layer.keys, expected_layer.keys)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from common import import_reference, run_in_child
+from common import import_reference, run_in_child, synchronize
 from torch import nn
 
 from hugging_nano_gpt import NanoGPTConfig, NanoGPTLMHeadModel
@@ -57,8 +57,7 @@ class Setting:
 
     def synchronize(self) -> None:
         """Waits until a GPU has done what it was given."""
-        if self.is_cuda:
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
 
 
 @dataclass(frozen=True)

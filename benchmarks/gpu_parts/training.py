@@ -133,7 +133,12 @@ def make_trainer(setting: Setting, folder: Path, **settings: Any) -> Any:
     """Makes a trainer of the recorded run's first updates, which saves once."""
     from tests import trace
 
-    place = {"use_cpu": not setting.is_cuda, "torch_compile": False, "save_strategy": "steps", "save_steps": SAVED_AT}
+    place = {
+        "use_cpu": setting.device == "cpu",
+        "torch_compile": False,
+        "save_strategy": "steps",
+        "save_steps": SAVED_AT,
+    }
     kept = {
         "save_total_limit": 1,
         "logging_strategy": "no",

@@ -110,7 +110,7 @@ def load_folder(source: str | os.PathLike[str], **kwargs: Any) -> NanoGPTLMHeadM
 
 
 def choose_device(name: str | None) -> torch.device:
-    """Returns the device that a user names, or a GPU where there is one, else the CPU.
+    """Returns the device that a user names, or CUDA where there is a GPU for it, else the CPU; MPS only by name.
 
     Raises:
         DeviceError: If torch cannot compute there.

@@ -126,7 +126,7 @@ class _Step(nn.Module):
             input_ids=input_ids,
             attention_mask=mask,
             position_ids=position_ids,
-            past_key_values=past,
+            cache=past,
             use_cache=True,
         )
         head = getattr(self, "lm_head", self.transformer.wte)

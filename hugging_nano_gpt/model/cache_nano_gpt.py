@@ -6,7 +6,10 @@ and keys and values under any other name are refused. No other file that travels
 """
 
 import dataclasses
-from typing import Any
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import transformers
@@ -23,6 +26,30 @@ CACHE_NAME = (
 
 # The newest minor release of Transformers that the tests have run with; pyproject.toml admits no newer one.
 NEWEST_TESTED = (5, 24)
+
+Forward = TypeVar("Forward", bound=Callable)
+
+
+def deprecate_old_name(forward: Forward) -> Forward:
+    """Decorates the forward pass of a model: the FutureWarning that Transformers' own models raise for the old name.
+
+    They raise it since 5.24, which renamed the argument; before that, nothing changes here.
+    """
+    if CACHE_NAME == "past_key_values":
+        return forward
+
+    @functools.wraps(forward)
+    def forward_with_warning(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if "past_key_values" in kwargs and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"`past_key_values` is deprecated and will be removed in version 5.40.0 for "
+                f"`{type(self).__name__}.forward`. Use `cache` instead.",
+                FutureWarning,
+                stacklevel=2,
+            )
+        return forward(self, *args, **kwargs)
+
+    return cast("Forward", forward_with_warning)
 
 
 def take_cache(model: torch.nn.Module, past_key_values: Any, cache: Any, kwargs: dict[str, Any]) -> Any:
@@ -135,4 +162,12 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
-__all__ = ["CACHE_NAME", "NEWEST_TESTED", "RoomyLayer", "describe_newest", "is_untested", "take_cache"]
+__all__ = [
+    "CACHE_NAME",
+    "NEWEST_TESTED",
+    "RoomyLayer",
+    "deprecate_old_name",
+    "describe_newest",
+    "is_untested",
+    "take_cache",
+]

@@ -25,13 +25,6 @@ from .cache_nano_gpt import CACHE_NAME, describe_newest, is_untested
 from .decoding_nano_gpt import Call, count_padding, decode
 from .kernels_nano_gpt import use_kernels
 
-# What is read of GenerationMixin beside its public methods, with the arguments that it is called with. A test holds
-# every supported Transformers to it.
-PRIVATE_NAMES = {
-    # Whether a static cache's step is compiled is decided by the quantiser, the devices and the settings.
-    "_valid_auto_compile_criteria": ("model_kwargs", "generation_config"),
-}
-
 _SIGNATURE = inspect.signature(GenerationMixin.generate)
 _DEFAULT_NEW_TOKENS = 20  # Transformers' own, which it would cut at block_size
 
@@ -241,4 +234,4 @@ def _uses_own_loop(model: Any, settings: GenerationConfig, kwargs: dict[str, Any
     )
 
 
-__all__ = ["PRIVATE_NAMES", "NanoGPTGenerationMixin", "document_as"]
+__all__ = ["NanoGPTGenerationMixin", "document_as"]

@@ -28,7 +28,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .block_nano_gpt import NanoGPTAttention, NanoGPTBlock, NanoGPTMLP, bind_norm
-from .cache_nano_gpt import CACHE_NAME, RoomyLayer, take_cache
+from .cache_nano_gpt import CACHE_NAME, RoomyLayer, deprecate_old_name, take_cache
 from .configuration_nano_gpt import NanoGPTConfig
 from .generation_nano_gpt import NanoGPTGenerationMixin, document_as
 from .inputs_nano_gpt import (
@@ -130,6 +130,7 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         self.wpe.num_embeddings = self.config.block_size = block_size
 
     @capture_outputs
+    @deprecate_old_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -150,7 +151,8 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
             position_ids: (B or 1, T) int64 in [0, block_size). Without them a token's position is the number of
                 unmasked tokens before it, so that padded rows give what the same rows give alone. On a GPU they are
                 not read beforehand: those past the table end in torch's device-side assert.
-            past_key_values, cache: Keys and values of the tokens before these, under the old or the new name.
+            past_key_values, cache: Keys and values of the tokens before these, under the old or the new name; the old
+                one is deprecated since Transformers 5.24.
             inputs_embeds: (B, T, C), token embeddings in place of input_ids.
             use_cache: Whether to return keys and values; config.use_cache in eval mode and False in training.
             **kwargs: output_hidden_states, output_attentions, return_dict, and arguments of the attention back end.
@@ -241,6 +243,7 @@ class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, NanoGPTWayBackMixin, NanoGPTGen
         return embeddings
 
     @can_return_tuple
+    @deprecate_old_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -273,14 +276,14 @@ class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, NanoGPTWayBackMixin, NanoGPTGen
         """
         # Not a parameter: Trainer would evaluate only batches with everything that is named like a label here.
         shift_labels = kwargs.pop("shift_labels", None)
+        cache = take_cache(self, past_key_values, cache, kwargs)
         outputs: BaseModelOutputWithPast = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            cache=cache,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
         logits, loss = None, None
@@ -371,6 +374,7 @@ class NanoGPTForSequenceClassification(NanoGPTPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
+    @deprecate_old_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -395,19 +399,18 @@ class NanoGPTForSequenceClassification(NanoGPTPreTrainedModel):
         Returns:
             loss, logits (B, num_labels), past_key_values, and the recorded hidden_states and attentions.
         """
+        cache = take_cache(self, past_key_values, cache, kwargs)
         outputs: BaseModelOutputWithPast = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            cache=cache,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
         logits = self.score(outputs.last_hidden_state)  # (B, T, num_labels)
         rows = torch.arange(logits.shape[0], device=logits.device)
-        cache = past_key_values if cache is None else cache
         start = 0 if cache is None else int(cache.get_seq_length()) - logits.shape[1]  # the new tokens' first column
         last_tokens = find_last_tokens(self.config.pad_token_id, input_ids, attention_mask, start, logits)
         pooled_logits = logits[rows, last_tokens]  # (B, num_labels)

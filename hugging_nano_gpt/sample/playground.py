@@ -31,7 +31,7 @@ def run_playground(
         source: Checkpoint file of the nanoGPT family, folder that save_pretrained wrote, or Hub id; the bundled
             character model of Shakespeare by default.
         port: Port to listen on.
-        device: Device of torch; a GPU where there is one, by default.
+        device: Device of torch; by default CUDA where there is a GPU for it, else the CPU.
         meta_path: meta.pkl of the model's characters, in place of the tokenizer that belongs to the source.
         tokenizer: Name, folder or Hub id of a tokenizer, in place of meta_path.
         **kwargs: What from_nanogpt_ckpt or from_pretrained takes, such as `dtype`, `n_head`, `activation_function`.

@@ -66,7 +66,7 @@ def sample_text(
         top_k: Number of likeliest tokens to choose among, 0 for all.
         seed: Of the random numbers, used as sample.py uses it: random weights are drawn before the first sample.
         stride: Tokens dropped at once past block_size; 1 is nanoGPT's way (docs/generation.md).
-        device: Device of torch; a GPU where there is one, by default.
+        device: Device of torch; by default CUDA where there is a GPU for it, else the CPU.
         meta_path: meta.pkl of the model's characters, in place of the tokenizer that belongs to the source.
         tokenizer: Name, folder or Hub id of a tokenizer, in place of meta_path.
         stream: Where to write; standard output by default.

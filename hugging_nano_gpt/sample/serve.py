@@ -34,7 +34,7 @@ def run_server(
             file's folder, of the folder or of the id's repository is what requests call the model.
         host: Address to listen on; "0.0.0.0" lets other machines in, without any password.
         port: Port to listen on.
-        device: Device of torch; a GPU where there is one, by default.
+        device: Device of torch; by default CUDA where there is a GPU for it, else the CPU.
         meta_path: meta.pkl of the model's characters, in place of the tokenizer that belongs to the source.
         tokenizer: Name, folder or Hub id of a tokenizer, in place of meta_path.
         **kwargs: What from_nanogpt_ckpt or from_pretrained takes, such as `dtype`, `n_head`, `activation_function`.

@@ -70,7 +70,7 @@ def training_arguments_from_nanogpt(
 
     Args:
         config: train.py's settings, such as a checkpoint's `config`. What it lacks is train.py's default; but where
-            there is no GPU, the device is then the CPU.
+            no CUDA GPU is, the device is then the one that Trainer takes, which may be the CPU.
         iter_num: Number of updates already made: the run ends when nanoGPT's iter_num reaches max_iters.
         **overrides: Arguments of TrainingArguments that take precedence; num_train_epochs over max_iters too.
 
@@ -79,12 +79,13 @@ def training_arguments_from_nanogpt(
         the settings of config without a counterpart in them, each with the reason or the place to go.
 
     Raises:
-        ConversionError: If a setting has a value that train.py cannot run with, or the micro-steps do not divide among
-            the processes.
+        ConversionError: If a setting has a value that train.py cannot run with, the micro-steps do not divide among
+            the processes, or device is "mps" where torch has no MPS.
     """
     settings = complete_settings(config)
-    if "device" not in config and not torch.accelerator.is_available():
-        settings["device"] = "cpu"
+    if "device" not in config and not torch.cuda.is_available():  # the device that Trainer takes
+        gpu = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        settings["device"] = "cpu" if gpu is None else gpu.type
     check_settings(settings, [*_RENAMED, *_RULED, *_READ_FROM_CONFIG])
     values = {ours: settings[theirs] for theirs, ours in _RENAMED.items()}
     values |= _apply_rules(settings, iter_num)
@@ -151,12 +152,19 @@ def _apply_rules(config: Mapping[str, Any], iter_num: int) -> dict[str, Any]:
         )
     values["gradient_accumulation_steps"] = micro_steps
     values["report_to"] = "wandb" if config["wandb_log"] else "none"
-    is_cpu = str(config["device"]).startswith("cpu")
+    is_cpu, is_mps = (str(config["device"]).startswith(kind) for kind in ("cpu", "mps"))
+    if is_mps and not torch.backends.mps.is_available():  # Trainer would train on the CPU without a word
+        raise ConversionError(
+            f"config: device: expected a GPU of Apple's for {config['device']!r}, got a torch that finds no MPS; give "
+            f"--device=cpu, which is config['device'] = 'cpu' in Python"
+        )
+    if is_mps:
+        values["dataloader_pin_memory"] = False  # torch does not have it there
     if is_cpu:
         values["use_cpu"] = True
     elif is_torch_tf32_available():
         values["tf32"] = True  # train.py's two switches
-    if not is_cpu and config["dtype"] in ("bfloat16", "float16"):  # nanoGPT autocasts on an accelerator only
+    if not (is_cpu or is_mps) and config["dtype"] in ("bfloat16", "float16"):  # train.py autocasts on CUDA alone
         values["bf16" if config["dtype"] == "bfloat16" else "fp16"] = True
     if world_size > 1:
         values["ddp_backend"] = "gloo" if is_cpu else config["backend"]  # nanoGPT's nccl needs GPUs

@@ -127,13 +127,19 @@ class DrawingCallback(TrainerCallback):
 
 
 def write_next_batch(folder: Path, offsets: list[int], rank: int, world_size: int) -> None:
-    """Writes the batch that a process has drawn and not used beside the rest of a checkpoint of Trainer's."""
+    """Writes the batch that a process has drawn and not used next to the rest of a checkpoint of Trainer's.
+
+    And the state of MPS's generator, from which dropout draws there: Trainer keeps those of other devices only.
+    """
+    kept = {"offsets": offsets, "world_size": world_size}
+    if torch.backends.mps.is_available():
+        kept["mps_generator"] = torch.mps.get_rng_state().tolist()
     with open_atomically(folder / _name_file(rank)) as file:
-        file.write(json.dumps({"offsets": offsets, "world_size": world_size}).encode())
+        file.write(json.dumps(kept).encode())
 
 
 def read_next_batch(folder: Path, rank: int, world_size: int) -> list[int]:
-    """Reads what write_next_batch wrote in a whole checkpoint.
+    """Returns the offsets that write_next_batch wrote in a whole checkpoint, and sets MPS's generator where it is.
 
     Raises:
         CheckpointError: If there were more or fewer processes.
@@ -144,7 +150,10 @@ def read_next_batch(folder: Path, rank: int, world_size: int) -> list[int]:
             f"{folder}: expected as many processes as the run had, {kept['world_size']}, got {world_size}; start as "
             f"many"
         )
-    return json.loads((folder / _name_file(rank)).read_text())["offsets"]
+    kept = json.loads((folder / _name_file(rank)).read_text())
+    if "mps_generator" in kept and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(torch.tensor(kept["mps_generator"], dtype=torch.uint8))
+    return kept["offsets"]
 
 
 def _name_file(rank: int) -> str:

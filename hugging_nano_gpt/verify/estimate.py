@@ -114,7 +114,7 @@ def compute_losses(model: NanoGPTLMHeadModel, batch: dict[str, torch.Tensor], wh
     for idx, targets in zip(*pieces, strict=True):
         logits = model(idx, use_cache=False).logits.float()  # (B, T, V)
         loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")  # (B, T)
-        losses.append(loss.double().cpu())
+        losses.append(loss.cpu().double())  # MPS has no float64
     return torch.cat(losses)
 
 

@@ -125,7 +125,7 @@ def evaluate_loss(
         data_path: A .bin or .npy file of tokens, a folder with val.bin, or a text in UTF-8 under any other name.
         stride: Tokens from a window to the next, 1 to block_size, which is the default.
         eval_iters: Batches of nanoGPT's estimate, in place of the checkpoint's.
-        device: Device of torch; a GPU where there is one, by default.
+        device: Device of torch; by default CUDA where there is a GPU for it, else the CPU.
         meta_path: meta.pkl of the model's characters, in place of the tokenizer that belongs to the source.
         tokenizer: Name, folder or Hub id of a tokenizer, in place of meta_path.
         **kwargs: What from_nanogpt_ckpt or from_pretrained takes, such as `dtype`, `n_head`, `activation_function`.

@@ -1,0 +1,95 @@
+"""Runs what the package relies on with whatever torch and Transformers are installed, and prints one table: make next.
+
+Run: python -m tests.run_next requirements          prints what to install next to them
+     python -m tests.run_next tests/test_cache.py   runs these tests; the exit status is 1 if anything broke
+"""
+
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+from . import relied_on
+
+ROOT = Path(__file__).parents[1]
+NEWEST = ("torch", "transformers")  # installed first, and free of the range
+
+
+class Row(NamedTuple):
+    """A line of the table."""
+
+    broken: str  # a dotted name, or a test and how many others fail in the same way
+    how: str
+    names: str  # names of relied_on.py that the failure speaks of
+
+
+def list_requirements() -> list[str]:
+    """Returns what the package and its tests need, without what is to be the newest."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    return [each for each in needed if re.match(r"[\w-]+", each).group() not in NEWEST]
+
+
+def run_tests(files: list[str]) -> list[tuple[str, str]]:
+    """Runs tests in a process of its own; returns the name of each that failed, and what it said."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = (
+            *"-n 2 --dist loadfile --tb short --override-ini junit_family=xunit1 --junitxml".split(),
+            str(report),
+        )
+        done = subprocess.run([sys.executable, "-m", "pytest", *command, *files], cwd=ROOT, check=False)
+        cases = ElementTree.parse(report).iter("testcase") if report.exists() else ()
+        failed = [(case, fault) for case in cases for fault in case if fault.tag in ("failure", "error")]
+    if done.returncode != 0 and not failed:
+        return [("pytest", f"ended with exit status {done.returncode}; its own words are above")]
+    return [(f"{case.get('file')}::{case.get('name')}", fault.text or "") for case, fault in failed]
+
+
+def make_table(changes: dict[str, str], failures: list[tuple[str, str]]) -> list[Row]:
+    """Returns a row for each name that changed, and one for all tests that fail in the same words."""
+    rows = [Row(name, how, name.rpartition(".")[2]) for name, how in changes.items()]
+    told = {name for row in rows for name in row.names.split("|")}
+    told |= {name for name in relied_on.list_names() if name.startswith("_")}
+    alike: dict[str, list[tuple[str, str]]] = {}
+    for test, text in failures:
+        alike.setdefault(_find_message(text), []).append((test, text))
+    for how, tests in alike.items():
+        words = {word for _, text in tests for word in re.findall(r"\w+", text)}
+        others = f" and {len(tests) - 1} more" if len(tests) > 1 else ""
+        rows.append(Row(tests[0][0] + others, how, ", ".join(sorted(told & words)) or "-"))
+    return rows
+
+
+def print_table(rows: list[Row]) -> None:
+    """Prints the table, or that it is empty."""
+    versions = ", ".join(f"{name} {version(name)}" for name in NEWEST)
+    print(f"\nPython {platform.python_version()}, {versions}: {len(rows) or 'nothing'} broken\n")
+    for row in rows and [Row("what broke", "how", "names of tests/relied_on.py"), Row("---", "---", "---"), *rows]:
+        print(f"| {row.broken} | {row.how} | {row.names} |")
+
+
+def main(arguments: list[str]) -> int:
+    """Does what the first lines of this file say."""
+    if arguments == ["requirements"]:
+        print("\n".join(list_requirements()))
+        return 0
+    rows = make_table(relied_on.find_changes(), run_tests(arguments))
+    print_table(rows)
+    return int(bool(rows))
+
+
+def _find_message(text: str) -> str:
+    """Returns the first line of an error in a short traceback of pytest's."""
+    lines = [line.removeprefix("E").strip() for line in text.splitlines() if line.startswith("E ")]
+    return (lines or text.splitlines() or [""])[0].replace("|", "/")[:200]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
