@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from hugging_nano_gpt import CheckpointError, read_checkpoint
+from hugging_nano_gpt import CheckpointError, pickles, read_checkpoint, read_meta
 from hugging_nano_gpt.checkpoint.torch_file import TorchFile
-from hugging_nano_gpt.checkpoint.unpickle import Foreign, unpickle
+from hugging_nano_gpt.checkpoint.unpickle import unpickle
 from hugging_nano_gpt.files import open_source
+from hugging_nano_gpt.pickles import Foreign
+from hugging_nano_gpt.tokenization.characters import read_vocab_size
 
 from .conftest import assert_same, limit_time, save
 from .tiny import FIXTURES_DIR
@@ -111,23 +113,86 @@ def test_an_unknown_name_is_refused_and_does_nothing(tmp_path, state):
     assert isinstance(read(path, takes_foreign=True)["a"], Foreign)
 
 
-@pytest.mark.parametrize(
-    "pickled",
-    [
-        b"}r" + struct.pack("<I", 2**32 - 1) + b".",  # a place in the memo that C would make room up to
-        b"c__builtin__\nbytearray\n\x8a\x05\x00\x00\x00\x00\x01\x85R.",
-        b"ctorch\nTensor\n\x8a\x05\x00\x00\x00\x00\x01\x85R.",
-        b"ctorch\nzeros\n\x8a\x05\x00\x00\x00\x00\x01\x85R.",
-        b"]" + b"2\x86" * 40 + b"0ctorch.serialization\n_get_layout\nh\x00\x85R.",
-        b"\x8e" + struct.pack("<Q", 2**62) + b".",
-    ],
-    ids=["memo", "bytearray", "tensor", "zeros", "repr", "bytes"],
-)
-def test_pickles_that_ask_for_memory_or_time_get_none(pickled):
+TEXT = b"X" + struct.pack("<I", 1_000_000) + b"a" * 1_000_000
+COLLIDING = [b"\x8a\x0d" + (n * (2**61 - 1)).to_bytes(13, "little") for n in range(1, 50_000)]
+NUMBERS = b"".join(b"J" + struct.pack("<I", number) for number in range(9_999))
+
+BOMBS = {
+    "memo": b"}r" + struct.pack("<I", 2**32 - 1) + b".",  # a place in the memo that C would make room up to
+    "bytearray": b"c__builtin__\nbytearray\n\x8a\x05\x00\x00\x00\x00\x01\x85R.",
+    "bytearray's opcode": b"\x96" + struct.pack("<Q", 2**33) + b".",
+    "tensor": b"ctorch\nTensor\n\x8a\x05\x00\x00\x00\x00\x01\x85R.",
+    "zeros": b"ctorch\nzeros\n\x8a\x05\x00\x00\x00\x00\x01\x85R.",
+    "repr": b"]" + b"2\x86" * 40 + b"0ctorch.serialization\n_get_layout\nh\x00\x85R.",
+    "bytes": b"\x8e" + struct.pack("<Q", 2**62) + b".",
+    "text": b"\x8d" + struct.pack("<Q", 2**40) + b".",
+    "frame": b"\x95" + struct.pack("<Q", 2**40) + b"N.",
+    "large int": b"\x8b"
+    + struct.pack("<i", 1_000_000)
+    + b"\x7f" * 1_000_000
+    + b"q\x000}"
+    + b"h\x00Ns" * 20_000
+    + b".",
+    "hash of shared tuples": b"}N" + b"2\x86" * 60 + b"Ns.",
+    "hash of deep tuples": b"}N" + b"\x85" * 100_000 + b"Ns.",
+    "ints of one hash": b"}(" + b"N".join(COLLIDING) + b"Nu.",
+    "ints of one hash in a set": b"\x8f(" + b"".join(COLLIDING) + b"\x90.",
+    "long keys compared": b"}" + TEXT + b"q\x00" + TEXT + b"q\x0100h\x00Ns" + b"h\x01Ns" * 20_000 + b".",
+    "list within itself": b"]q\x00" + b"(h\x00h\x00e" * 20_000 + b".",
+    "text many times": TEXT + b"q\x00(" + b"h\x00" * 20_000 + b"l.",
+    "bytes many times": b"c_codecs\nencode\nq\x00" + TEXT + b"X\6\0\0\0latin1\x86q\1(" + b"h\0h\1R" * 20_000 + b"l.",
+    "sets of a list": b"cbuiltins\nset\nq\0](" + NUMBERS + b"e\x85q\1(" + b"h\0h\1R" * 20_000 + b"l.",
+}
+
+NAMING = ("bytearray", "tensor", "zeros", "repr", "bytes many times", "sets of a list")
+
+
+def spend_little(read, pickled):
+    """Calls `read`, which may raise, and checks that it takes neither memory nor time."""
     peak_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with limit_time(5), contextlib.suppress(Exception):
-        unpickle(b"\x80\x02" + pickled, {})
+        repr(read(b"\x80\x02" + pickled))  # a message may write it out
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_before) * 1024 < 100e6
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_pickles_that_ask_for_memory_or_time_get_none(name):
+    spend_little(lambda data: unpickle(data, {}), BOMBS[name])
+
+
+@pytest.mark.parametrize("name", [name for name in BOMBS if name not in NAMING])
+@pytest.mark.parametrize("read", [read_meta, read_vocab_size])
+def test_meta_that_asks_for_memory_or_time_gets_none(tmp_path, read, name):
+    path = tmp_path / "meta.pkl"
+
+    def write_and_read(data):
+        path.write_bytes(data)
+        return read(path)
+
+    spend_little(write_and_read, BOMBS[name])
+
+
+@pytest.mark.parametrize(
+    "opcode", [b"]", b"\x8f", b"(", b"\x94", b"\x85"], ids=["list", "set", "mark", "memo", "tuple"]
+)
+def test_pickle_of_too_many_objects_is_refused(monkeypatch, opcode):
+    monkeypatch.setattr(pickles, "_MOST_OBJECTS", 1000)
+    assert len(pickles.unpickle_plain(b"(" + b"]" * 900 + b"l.")) == 900
+    with pytest.raises(pickle.UnpicklingError, match="more than 1000 objects"):
+        pickles.unpickle_plain(b"N" + opcode * 1001 + b".")
+
+
+def test_every_character_of_unicode_is_read_within_the_bounds():
+    """A twentieth of them, within a twentieth of the bounds: all take seconds."""
+    characters = [chr(code) for code in range(0x10000, 0x110000, 20)]
+    meta = {
+        "vocab_size": len(characters),
+        "itos": dict(enumerate(characters)),
+        "stoi": {character: index for index, character in enumerate(characters)},
+    }
+    unpickler = pickles.Unpickler(pickle.dumps(meta))
+    assert unpickler.load() == meta
+    assert 20 * (pickles._MOST_OBJECTS - unpickler._n_left) < pickles._MOST_OBJECTS
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ from typing import Any, BinaryIO
 import torch
 
 from ..errors import list_some
+from ..pickles import find_foreign
 from .check import find_key_faults, find_model_faults, is_tied
 from .contents import NO_VAL_LOSS, Checkpoint, TrainingState
 from .optimizer import OptimizerState, from_adamw, group_by_module, make_fresh_state
 from .tensors import MODEL_ARGS, CleanNames, clean_names, infer_model_args, tie_missing_head
 from .torch_file import IGNORE_ADVICE, TorchFile
-from .unpickle import find_foreign
 
 NAME = "nanogpt"
 
