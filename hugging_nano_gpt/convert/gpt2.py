@@ -23,7 +23,7 @@ from ..model.configuration_nano_gpt import ACTIVATION_FUNCTIONS, NanoGPTConfig
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from ..tokenization.vocabulary import make_settings
 from .pretrained import load_whole_model
-from .tensors import check_tensors, export_state_dict, list_args, select_tensors, take_tensors
+from .tensors import check_tensors, export_state_dict, list_args, refuse_changed_layers, select_tensors, take_tensors
 
 logger = logging.get_logger(__name__)
 
@@ -122,6 +122,7 @@ def import_gpt2(
     if isinstance(source, transformers.GPT2LMHeadModel):
         where = source.name_or_path or type(source).__name__
         _check_options(where, source.config, dropout)
+        refuse_changed_layers(source, where)
         gpt2 = source
     elif isinstance(source, str | os.PathLike):
         where = os.fspath(source)
