@@ -21,11 +21,11 @@ _MOST_OBJECTS = 4_000_000  # lists, dicts, tuples, calls and places in the memo;
 _DEEPEST = 100  # levels of lists within lists
 _LONGEST_WRITTEN = 64 << 20  # values and characters, with what is shared counted at each of its places
 
-# A dict takes quadratic time if many keys have one hash, which can be arranged for large ints and for tuples, or if
-# long keys have to be compared.
+# A dict takes quadratic time if many keys have one hash, which can be arranged for large ints, complex numbers and
+# tuples, or if long keys have to be compared.
 _LONGEST_KEY = 10_000
 _LARGEST_KEY = 1 << 60
-_TUPLE_PRICE = 1000
+_ODD_KEY_PRICE = 1000
 _KEY_TYPES = (type(None), bool, float, torch.dtype, torch.device, torch.Tensor)
 
 _REFUSED = (
@@ -132,9 +132,10 @@ class Unpickler(pickle._Unpickler):
                 is_quick = len(key) <= _LONGEST_KEY
             elif kind is int:
                 is_quick = -_LARGEST_KEY < key < _LARGEST_KEY
-            elif kind is tuple and not any(isinstance(part, tuple) for part in key):
-                self.spend(_TUPLE_PRICE + len(key))
-                self.check_keys(key)
+            elif kind is complex or (kind is tuple and not any(isinstance(part, tuple) for part in key)):
+                parts = key if kind is tuple else ()
+                self.spend(_ODD_KEY_PRICE + len(parts))
+                self.check_keys(parts)
                 is_quick = True
             else:
                 is_quick = isinstance(key, (*_KEY_TYPES, Foreign))

@@ -112,12 +112,13 @@ def test_every_function_and_command_takes_ignore_extra(contents, tmp_path):
     [
         lambda name: f"_orig_mod.module.{name}",
         lambda name: f"module._orig_mod.{name}",
+        lambda name: f"_forward_module.{name}",
         lambda name: name.replace("transformer.h.0.", "transformer.h.0._orig_mod."),
         lambda name: name.replace("transformer.h.1.", "transformer.h.1._checkpoint_wrapped_module."),
         lambda name: name.replace(".attn.", ".attn._fsdp_wrapped_module."),
         lambda name: f"_fsdp_wrapped_module.{name}".replace(".h.0.", ".h.0._fsdp_wrapped_module._orig_mod."),
     ],
-    ids=["compiled ddp", "ddp compiled", "compiled block", "checkpointed block", "fsdp attention", "all"],
+    ids=["compiled ddp", "ddp compiled", "fabric", "compiled block", "checkpointed block", "fsdp attention", "all"],
 )
 def test_wrappers_are_taken_out_of_names(contents, tmp_path, rename):
     expected = contents["model"]

@@ -183,7 +183,40 @@ def test_read_flipped_byte_in_pickle_is_refused(tmp_path):
     path = save({"a": MATRIX}, tmp_path)
     pickled = find_record(path, "/data.pkl")
     flip_byte(path, path.read_bytes().index(b"storage", pickled))
-    with pytest.raises(CheckpointError, match=r"damaged or cut off: .*Bad CRC-32"):
+    with pytest.raises(CheckpointError, match=r"damaged or cut off: .*a wrong checksum of ckpt/data.pkl"):
+        read(path)
+
+
+@pytest.fixture
+def without_checksums(tmp_path):
+    """A file as torch.save writes it with compute_crc32=False: all checksums in it are 0."""
+    torch.serialization.set_crc32_options(False)
+    try:
+        return save({"a": MATRIX, "b": torch.empty(0)}, tmp_path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+
+
+def test_read_file_without_checksums_is_read_and_says_so(without_checksums):
+    assert_same(read(without_checksums), {"a": MATRIX, "b": torch.empty(0)})
+    with open_torch_file(without_checksums) as file:
+        assert file.assumptions == (
+            "every number as it was written: the file has no checksums, as torch.save was told to write none",
+        )
+
+
+@pytest.mark.parametrize("suffix", ["/data.pkl", "/data/0"])
+def test_read_file_with_one_checksum_lost_is_refused(tmp_path, suffix):
+    path = save({"a": MATRIX}, tmp_path)
+    with zipfile.ZipFile(path) as archive:
+        (info,) = [info for info in archive.infolist() if info.filename.endswith(suffix)]
+    data = bytearray(path.read_bytes())
+    entry = data.rindex(info.filename.encode()) - 46  # in the directory at the end
+    data[entry + 16 : entry + 20] = bytes(4)
+    path.write_bytes(data)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.getinfo(info.filename).CRC == 0
+    with pytest.raises(CheckpointError, match=r"damaged or cut off: .*a wrong checksum of"):
         read(path)
 
 

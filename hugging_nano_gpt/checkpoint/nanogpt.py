@@ -1,8 +1,9 @@
 """nanoGPT's own ckpt.pt: every era read, and written as train.py @ 3adf61e resumes from it.
 
-A dict of model, optimizer, model_args, iter_num, best_val_loss and config. Only model and model_args must be there:
-the first version had no more than four of them, and people strip files to make them smaller. What a file does not
-record is found in its tensors (vocab_size, bias) or follows from its age (the GELU).
+A dict of model, optimizer, model_args, iter_num, best_val_loss and config. Only model must be there: the first version
+had no more than four of them, people strip files to make them smaller, and torch.distributed.checkpoint is often given
+only model and optimizer. What a file does not record is found in its tensors (model_args, but for n_head and dropout)
+or follows from its age (the GELU).
 """
 
 from collections import OrderedDict
@@ -15,6 +16,7 @@ from ..errors import list_some
 from ..pickles import find_foreign
 from .check import find_key_faults, find_model_faults, is_tied
 from .contents import NO_VAL_LOSS, Checkpoint, TrainingState
+from .distributed import number_parameters, rename_optimizer
 from .optimizer import OptimizerState, from_adamw, group_by_module, make_fresh_state
 from .tensors import MODEL_ARGS, CleanNames, clean_names, infer_model_args, tie_missing_head
 from .torch_file import IGNORE_ADVICE, TorchFile
@@ -30,42 +32,37 @@ def recognise(contents: Any) -> bool:
     return isinstance(contents, dict) and any(key in contents for key in _REQUIRED_KEYS)
 
 
-def read(file: TorchFile, *, with_optimizer: bool, ignore_extra: bool) -> Checkpoint:
+def read(file: TorchFile, *, n_head: int | None, with_optimizer: bool, ignore_extra: bool) -> Checkpoint:
     """Reads a nanoGPT checkpoint, after checking every key, shape and dtype in it.
 
     Raises:
         CheckpointError: With all faults found, before any tensor is read; or if the optimizer is wanted and its
             moments cannot be named with certainty.
     """
-    contents, assumptions = _leave_out_extra(file.contents) if ignore_extra else (file.contents, [])
-    faults = find_key_faults("checkpoint", contents, _REQUIRED_KEYS, _KEYS)
-    faults += _find_type_faults(contents, with_optimizer)
-    if not all(isinstance(contents.get(key), dict) for key in _REQUIRED_KEYS):
+    contents = rename_optimizer(file.contents)
+    contents, assumptions = _leave_out_extra(contents) if ignore_extra else (contents, [])
+    faults = find_key_faults("checkpoint", contents, ("model",), _KEYS) + _find_type_faults(contents, with_optimizer)
+    if not isinstance(contents.get("model"), dict) or not isinstance(contents.get("model_args", {}), dict):
         raise _fail(file, faults)
-    file.refuse_foreign([contents[key] for key in _REQUIRED_KEYS])
+    file.refuse_foreign([contents["model"], contents.get("model_args")])
     names = clean_names(contents["model"])
-    if "vocab_size" in contents["model_args"]:  # before that was recorded, lm_head was not tied
+    recorded = contents.get("model_args")
+    if recorded is None and n_head is None:
+        raise _fail(file, [*faults, "checkpoint: missing 'model_args', or n_head= (--n-head) instead"])
+    if recorded is None:
+        recorded = {**infer_model_args(names.tensors), "n_head": n_head, "dropout": 0.0}
+        assumptions.append("dropout 0.0, and sizes as its tensors have: there are no model_args")
+    if "vocab_size" in recorded:  # before that was recorded, lm_head was not tied
         assumptions += tie_missing_head(names.tensors)
-    model_args, inferred = _complete_model_args(contents["model_args"], names.tensors)
+    model_args, inferred = _complete_model_args(recorded, names.tensors)
     faults += names.faults + find_model_faults(model_args, names.tensors)
     if faults:
         raise _fail(file, faults)
 
     state_dict = file.read_tensors(names.tensors)
     tied = is_tied(state_dict)
-    optimizer: OptimizerState | None = None
-    fault = None
-    if contents.get("optimizer") is not None:
-        try:
-            optimizer = from_adamw(contents["optimizer"], model_args, tied)
-        except ValueError as error:
-            fault = str(error)
-    if fault and with_optimizer:
-        raise file.fail(
-            f"its optimizer state cannot be named with certainty: {fault}",
-            "read the checkpoint with with_optimizer=False to use the model alone",
-        )
-    era, activation_function, reason = _tell_age(contents["model_args"], names, optimizer)
+    optimizer = _name_moments(file, contents.get("optimizer"), model_args, tied, with_optimizer)
+    era, activation_function, reason = _tell_age(recorded, names, optimizer)
     return Checkpoint(
         model_args=model_args,
         state_dict=state_dict,
@@ -125,6 +122,23 @@ def _find_type_faults(contents: Mapping[str, Any], with_optimizer: bool) -> list
     if not _is_real_number(contents.get("best_val_loss", NO_VAL_LOSS)):
         faults.append(f"best_val_loss: expected a number, got {type(contents['best_val_loss']).__name__}")
     return faults
+
+
+def _name_moments(
+    file: TorchFile, adamw: Any, model_args: Mapping[str, Any], tied: bool, is_wanted: bool
+) -> OptimizerState | None:
+    """Returns the optimizer's state by name; None if there is none, or one of another form that is not wanted."""
+    if adamw is None:
+        return None
+    try:
+        return from_adamw(number_parameters(adamw, model_args, tied), model_args, tied)
+    except ValueError as error:
+        if not is_wanted:
+            return None
+        raise file.fail(
+            f"its optimizer state cannot be named with certainty: {error}",
+            "read the checkpoint with with_optimizer=False to use the model alone",
+        ) from error
 
 
 def _is_real_number(value: Any) -> bool:
