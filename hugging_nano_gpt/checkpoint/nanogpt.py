@@ -6,13 +6,14 @@ only model and optimizer. What a file does not record is found in its tensors (m
 or follows from its age (the GELU).
 """
 
+import reprlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 import torch
 
-from ..errors import list_some
+from ..errors import join_some, list_some
 from ..pickles import find_foreign
 from .check import find_key_faults, find_model_faults, is_tied
 from .contents import NO_VAL_LOSS, Checkpoint, TrainingState
@@ -25,6 +26,14 @@ NAME = "nanogpt"
 
 _REQUIRED_KEYS = ("model", "model_args")
 _KEYS = ("model", "optimizer", "model_args", "iter_num", "best_val_loss", "config")
+
+# Every setting that a train.py of nanoGPT has had, fe804286 to 3adf61e, and vocab_size.
+_SETTINGS = frozenset(
+    "out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from wandb_log wandb_entity "
+    "wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size block_size vocab_size n_layer n_head "
+    "n_embd dropout bias learning_rate max_iters weight_decay betas beta1 beta2 grad_clip decay_lr warmup_iters "
+    "lr_decay_iters min_lr backend device dtype compile compile_model".split()
+)
 
 
 def recognise(contents: Any) -> bool:
@@ -72,7 +81,7 @@ def read(file: TorchFile, *, n_head: int | None, with_optimizer: bool, ignore_ex
         format=NAME,
         era=era,
         has_optimizer=contents.get("optimizer") is not None,
-        assumptions=(*assumptions, *inferred, reason),
+        assumptions=(*assumptions, *inferred, reason, *_describe_unknown_settings(contents.get("config", {}))),
     )
 
 
@@ -173,6 +182,21 @@ def _tell_age(
         return "before 2023-01-30", "gelu_new", f"{tanh} it stored attention masks (before 2023-01-30)"
     since = "2023-01-27" if optimizer is None else "2023-05-06"
     return f"since {since}", "gelu", "exact GELU, as nanoGPT computes since 2023-06-14: the file does not record it"
+
+
+def _describe_unknown_settings(config: Mapping[Any, Any]) -> list[str]:
+    """Says, in a sentence, which settings of a fork are on: they may change the model, and no tensor would tell."""
+    unknown = [
+        f"{name}={reprlib.repr(value)}"
+        for name, value in config.items()
+        if name not in _SETTINGS and value is not None and value is not False
+    ]
+    if not unknown:
+        return []
+    return [
+        f"nanoGPT's own model, though config has settings that nanoGPT's train.py does not have: "
+        f"{join_some(unknown)}; if they change the model, its numbers will differ"
+    ]
 
 
 def _read_training_state(
