@@ -84,6 +84,8 @@ class Unpickler(pickle._Unpickler):
     """
 
     stack: list[Any]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
     def __init__(self, data: bytes, admitted: Mapping[str, type] | None = None):

@@ -77,7 +77,9 @@ def convert_to_folder(
     check_folder(folder, overwrite)
     check_other_place(source, folder)
     loaded = load_source(source, **kwargs)
-    found, reasons = find_tokenizer_or_reason(loaded.model, source, meta_path=meta_path, tokenizer=tokenizer)
+    found, reasons = find_tokenizer_or_reason(
+        loaded.model, source, meta_path=meta_path, tokenizer=tokenizer, **loaded.hub
+    )
     loaded.model.generation_config = make_settings(loaded.model, found)
     with open_folder(folder, overwrite) as temporary:
         loaded.model.save_pretrained(temporary, max_shard_size=max_shard_size)
@@ -93,6 +95,7 @@ def convert_to_checkpoint(
     best_val_loss: float | None = None,
     optimizer_from: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
+    **kwargs: Any,
 ) -> NanoGPTLMHeadModel:
     """Converts a saved folder, or a model of the Hub, to a checkpoint that nanoGPT's train.py resumes.
 
@@ -103,6 +106,7 @@ def convert_to_checkpoint(
         optimizer_from: Checkpoint whose AdamW moments go on, that of the run the model came from; a fresh optimizer
             state without it.
         overwrite: Whether a file there may be replaced.
+        **kwargs: What from_pretrained takes, such as `revision` and `subfolder`.
 
     Returns:
         The model that was written.
@@ -114,7 +118,7 @@ def convert_to_checkpoint(
     """
     check_file(Path(ckpt_path), overwrite)
     optimizer = None if optimizer_from is None else _read_optimizer(optimizer_from)
-    model = load_folder(source)
+    model = load_folder(source, **kwargs)
     model.to_nanogpt_ckpt(ckpt_path, best_val_loss=best_val_loss, optimizer=optimizer)
     return model
 

@@ -88,9 +88,9 @@ class NanoGPTGenerationMixin(GenerationMixin):
 
     def _let_text_end(self, settings: GenerationConfig, kwargs: dict[str, Any]) -> None:
         """Lets an end-of-text token be drawn that was added in a row without a token; what a call suppresses stays."""
-        own, n_rows = self.generation_config.suppress_tokens, self.config.vocab_size  # type: ignore[has-type]
+        own, n_rows = self.generation_config.suppress_tokens, self.config.vocab_size
         if own and settings.suppress_tokens == own and kwargs.get("suppress_tokens") is None:
-            n_tokens = count_tokens(self.generation_config, n_rows)  # type: ignore[has-type]
+            n_tokens = count_tokens(self.generation_config, n_rows)
             ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
             kwargs["suppress_tokens"] = [each for each in own if each < n_tokens or each not in ends]
 
