@@ -212,6 +212,39 @@ def test_pickles_cannot_change_what_they_name(pickled):
         unpickle(b"\x80\x02" + pickled, {})
 
 
+def spell(text):
+    return b"X" + struct.pack("<I", len(text)) + text.encode()
+
+
+@pytest.mark.parametrize("name", ["torch.save", "save", "torch.os", "torch.hub", "torch.Tensor", "torch.nothing"])
+def test_layout_is_a_layout_and_nothing_else_of_torch(tmp_path, name):
+    """torch.save could be had under the name of a layout, and called: a checkpoint could write a file when read."""
+    get_layout = b"\x80\x02ctorch.serialization\n_get_layout\n" + spell(name) + b"\x85R"
+    canary = tmp_path / "canary"
+    with pytest.raises(TypeError, match="a layout that torch does not have"):
+        unpickle(get_layout + b"]" + spell(str(canary)) + b"\x86R.", {})
+    assert not canary.exists()
+    assert unpickle(get_layout.replace(spell(name), spell("torch.sparse_coo")) + b".", {})[0] is torch.sparse_coo
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"ctorch._tensor\n_rebuild_from_type_v2\n(c_codecs\nencode\nN(U\1aU\6latin1tNtR.",
+        b"ctorch._utils\n_rebuild_tensor_v2\n(c__main__\nGPTConfig\n)RK\0))I00\nNtR.",
+        b"cnumpy.core.multiarray\nscalar\nc__main__\nGPTConfig\n)RC\1a\x86R.",
+        b"cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\nU\2f4\x85RK\3U\1(\x86bC\4aaaa\x86R.",
+    ],
+    ids=["type", "block", "dtype", "byte order"],
+)
+def test_functions_take_only_what_torch_save_gives_them(pickled):
+    class GPTConfig:
+        """As build_nanogpt.py admits it."""
+
+    with pytest.raises(TypeError, match=r"a (tensor|number) (of|without)"):
+        unpickle(b"\x80\x02" + pickled, {"__main__.GPTConfig": GPTConfig})
+
+
 def test_no_name_stands_for_what_runs_code():
     """Every name of the interpreter's own that a pickle may use, asked for one by one."""
     for module in (

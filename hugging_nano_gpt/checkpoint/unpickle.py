@@ -16,6 +16,8 @@ import torch
 
 from ..pickles import Unpickler
 
+_MOST_DIMENSIONS = 64  # torch's own limit in most of its functions
+
 
 class StoredBlock(NamedTuple):
     """Where the numbers of a tensor lie.
@@ -116,6 +118,8 @@ def _rebuild_tensor(
     *rest: Any,
 ) -> torch.Tensor:
     """Stands in for torch._utils._rebuild_tensor_v2, and _v3, which names the dtype too."""
+    if not isinstance(block, StoredBlock):
+        raise TypeError("a tensor without a block")
     dtype = rest[0] if rest and isinstance(rest[0], torch.dtype) else block.dtype
     _check_bounds(block.nbytes // dtype.itemsize, offset, size, stride)
     metadata = rest[-1] if rest and isinstance(rest[-1], dict) else {}
@@ -131,6 +135,7 @@ def _rebuild_tensor(
 
 def _check_bounds(numel: int, offset: int, size: Sequence[int], stride: Sequence[int]) -> None:
     """Refuses a view that reaches outside its block, in exact integers: torch 2.6's own wrap around at 2**63."""
+    _check_dimensions(size)
     if any(type(number) is not int or number < 0 for number in (offset, *size, *stride)):
         raise ValueError("a tensor with sizes, strides or an offset that are not positive ints")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
@@ -138,20 +143,30 @@ def _check_bounds(numel: int, offset: int, size: Sequence[int], stride: Sequence
         raise ValueError(f"a tensor that reaches to number {last} of a block of {numel}")
 
 
+def _check_dimensions(size: Sequence[int]) -> None:
+    if len(size) > _MOST_DIMENSIONS:
+        raise ValueError(f"a tensor of {len(size)} dimensions")
+
+
 def _make_ordered_dict() -> OrderedDict:
     return OrderedDict()
 
 
 def _get_layout(name: str) -> torch.layout:
-    return getattr(torch, name.removeprefix("torch."))
+    layout = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(layout, torch.layout):  # torch.save is there too, and the pickle could call it
+        raise TypeError("a layout that torch does not have")
+    return layout
 
 
 def _rebuild_sparse_tensor(layout: torch.layout, parts: Any) -> torch.Tensor:
     size = next(part for part in parts if isinstance(part, torch.Size))
+    _check_dimensions(size)
     return torch.empty(size, layout=layout, device="meta")
 
 
 def _rebuild_meta_tensor(dtype: torch.dtype, size: Any, stride: Any, _requires_grad: Any) -> torch.Tensor:
+    _check_dimensions(size)
     return torch.empty_strided(tuple(size), tuple(stride), dtype=dtype, device="meta")
 
 
@@ -160,6 +175,8 @@ def _rebuild_parameter(tensor: torch.Tensor, *_args: Any) -> torch.Tensor:
 
 
 def _rebuild_from_type(function: Callable, _type: Any, args: Any, _state: Any) -> torch.Tensor:
+    if function not in (_rebuild_tensor, _rebuild_parameter, _rebuild_sparse_tensor, _rebuild_meta_tensor):
+        raise TypeError("a tensor of a type that is made in another way")
     return function(*args)
 
 
@@ -169,6 +186,8 @@ def _encode(text: str, encoding: str) -> bytes:
 
 def _make_number(dtype: _NumpyDtype, data: bytes) -> Any:
     """Makes a plain Python number of a numpy scalar."""
+    if not isinstance(dtype, _NumpyDtype) or dtype.byteorder not in ("<", ">", "=", "|"):
+        raise TypeError("a number of another kind than numpy's")
     return np.frombuffer(data, np.dtype(dtype.byteorder + dtype.code), count=1)[0].item()
 
 
