@@ -19,7 +19,7 @@ LARGEST_PICKLE_BYTES = 32 << 20
 
 _MOST_OBJECTS = 4_000_000  # lists, dicts, tuples, calls and places in the memo; all of Unicode takes 1.1 million
 _DEEPEST = 100  # levels of lists within lists
-_LONGEST_WRITTEN = 64 << 20  # values and characters, with what is shared counted at each of its places
+_LONGEST_WRITTEN = 128 << 20  # characters, of each value with the keys that lead to it; all of Unicode has 36 million
 
 # A dict takes quadratic time if many keys have one hash, which can be arranged for large ints, complex numbers and
 # tuples, or if long keys have to be compared.
@@ -93,7 +93,7 @@ class Unpickler(pickle._Unpickler):
         self.admitted = admitted or {}
         self.foreign_names: set[str] = set()
         self._n_left = _MOST_OBJECTS
-        self._measured: dict[int, tuple[int, int]] = {}
+        self._measured: dict[int, tuple[int, int, int]] = {}
 
     def load(self) -> Any:
         """Returns what was pickled: at most _DEEPEST levels, and no longer than _LONGEST_WRITTEN when written out.
@@ -144,23 +144,24 @@ class Unpickler(pickle._Unpickler):
             if not is_quick:
                 raise pickle.UnpicklingError(f"a key of type {kind.__name__}, or too large a one")
 
-    def _measure(self, item: Any, depth: int) -> tuple[int, int]:
-        """Returns how long a value is when written out, and how many levels it has."""
+    def _measure(self, item: Any, depth: int) -> tuple[int, int, int]:
+        """Returns how long a value is when each part is written out with the keys to it, its parts, and its levels."""
         if isinstance(item, str | bytes):
-            return 1 + len(item), 0
+            return 1 + len(item), 1, 0
         is_admitted = type(item) in self.admitted.values()
         if not is_admitted and not isinstance(item, dict | list | tuple | set | frozenset):
-            return 1, 0
+            return 1, 1, 0
         if id(item) not in self._measured:
-            length, height = 1, 0
-            for part in _list_parts(vars(item) if is_admitted else item):
+            length, n_parts, height = 1, 1, 0
+            for key, part in _list_entries(vars(item) if is_admitted else item):
                 if depth >= _DEEPEST:
                     break
-                part_length, part_height = self._measure(part, depth + 1)
-                length, height = length + part_length, max(height, part_height)
+                part_length, part_n_parts, part_height = self._measure(part, depth + 1)
+                length += part_length + part_n_parts * (4 + self._measure(key, depth + 1)[0])
+                n_parts, height = n_parts + part_n_parts, max(height, part_height)
             if depth >= _DEEPEST or height >= _DEEPEST or length > _LONGEST_WRITTEN:
                 raise pickle.UnpicklingError("lists within lists without end")
-            self._measured[id(item)] = length, height + 1
+            self._measured[id(item)] = length, n_parts, height + 1
         return self._measured[id(item)]
 
     def _make(self) -> None:
@@ -220,8 +221,8 @@ class Unpickler(pickle._Unpickler):
     }
 
 
-def _list_parts(item: Collection[Any]) -> Collection[Any]:
-    return [*item, *item.values()] if isinstance(item, dict) else item
+def _list_entries(item: Collection[Any]) -> Iterable[tuple[Any, Any]]:
+    return item.items() if isinstance(item, dict) else ((None, part) for part in item)
 
 
 def _count(load: Callable[[Any], None], n_objects: int) -> Callable[[Any], None]:

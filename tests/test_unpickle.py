@@ -115,6 +115,7 @@ def test_an_unknown_name_is_refused_and_does_nothing(tmp_path, state):
 
 TEXT = b"X" + struct.pack("<I", 1_000_000) + b"a" * 1_000_000
 COLLIDING = [b"\x8a\x0d" + (n * (2**61 - 1)).to_bytes(13, "little") for n in range(1, 50_000)]
+KEY = b"}X" + struct.pack("<I", 10_000) + b"a" * 10_000
 NUMBERS = b"".join(b"J" + struct.pack("<I", number) for number in range(9_999))
 
 BOMBS = {
@@ -139,6 +140,7 @@ BOMBS = {
     "ints of one hash in a set": b"\x8f(" + b"".join(COLLIDING) + b"\x90.",
     "long keys compared": b"}" + TEXT + b"q\x00" + TEXT + b"q\x0100h\x00Ns" + b"h\x01Ns" * 20_000 + b".",
     "list within itself": b"]q\x00" + b"(h\x00h\x00e" * 20_000 + b".",
+    "values behind long keys": KEY * 90 + b"](" + b"N" * 2000 + b"e" + b"s" * 90 + b".",
     "text many times": TEXT + b"q\x00(" + b"h\x00" * 20_000 + b"l.",
     "bytes many times": b"c_codecs\nencode\nq\x00" + TEXT + b"X\6\0\0\0latin1\x86q\1(" + b"h\0h\1R" * 20_000 + b"l.",
     "sets of a list": b"cbuiltins\nset\nq\0](" + NUMBERS + b"e\x85q\1(" + b"h\0h\1R" * 20_000 + b"l.",
@@ -148,10 +150,11 @@ NAMING = ("bytearray", "tensor", "zeros", "repr", "bytes many times", "sets of a
 
 
 def spend_little(read, pickled):
-    """Calls `read`, which may raise, and checks that it takes neither memory nor time."""
+    """Calls `read`, which may raise, uses what it returns, and checks that it all takes neither memory nor time."""
     peak_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with limit_time(5), contextlib.suppress(Exception):
-        repr(read(b"\x80\x02" + pickled))  # a message may write it out
+        contents = read(b"\x80\x02" + pickled)
+        repr(contents), list(pickles.iterate_values(contents))
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_before) * 1024 < 100e6
 
 
