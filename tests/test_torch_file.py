@@ -326,6 +326,12 @@ def save_view(view, folder):
     return replace_record(path, "/data.pkl", (folder / "data.pkl").read_bytes())
 
 
+def test_read_tensor_in_a_block_of_odd_length_is_refused(tmp_path):
+    path = save_view(View((1,), numel=31, kind=torch.UntypedStorage, dtype=torch.uint16), tmp_path)
+    with pytest.raises(CheckpointError, match=r"damaged or cut off: .*a torch.uint16 tensor in a block of 31 bytes"):
+        read(replace_record(path, "/data/0", bytes(31)))
+
+
 def test_read_crafted_view_in_bounds_is_read(tmp_path):
     assert_same(read(save_view(View((3,), (2,), 1), tmp_path)), {"a": torch.tensor([1.0, 3.0, 5.0])})
     whole = View((16,), numel=32, kind=torch.UntypedStorage, dtype=torch.uint16)
@@ -355,6 +361,8 @@ def test_read_crafted_view_in_bounds_is_read(tmp_path):
         View((33,), numel=32, kind=torch.ByteStorage),
         View((17,), numel=32, kind=torch.UntypedStorage, dtype=torch.uint16),
         View((32,), numel=32, kind=torch.UntypedStorage, dtype=torch.uint16),
+        View((1,), numel=32, kind=torch.UntypedStorage, dtype=torch.complex128, offset=2),
+        View((1,), numel=31, kind=torch.UntypedStorage, dtype=torch.uint16),
     ],
     ids=lambda view: f"{view.args[1:4]} of {view.args[0].numel} {view.args[0].kind.__name__}",
 )

@@ -121,6 +121,8 @@ def _rebuild_tensor(
     if not isinstance(block, StoredBlock):
         raise TypeError("a tensor without a block")
     dtype = rest[0] if rest and isinstance(rest[0], torch.dtype) else block.dtype
+    if block.nbytes % dtype.itemsize:
+        raise ValueError(f"a {dtype} tensor in a block of {block.nbytes} bytes")
     _check_bounds(block.nbytes // dtype.itemsize, offset, size, stride)
     metadata = rest[-1] if rest and isinstance(rest[-1], dict) else {}
     tensor = torch.empty_strided(tuple(size), tuple(stride), dtype=dtype, device="meta")
