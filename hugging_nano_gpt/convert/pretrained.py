@@ -62,8 +62,8 @@ def load_whole_model(
     Raises:
         CheckpointError: If there is no whole model of this class there, or the Hub cannot be reached.
     """
-    if Path(source).is_dir():  # where Transformers reads generation_config.json from the folder itself
-        source = Path(source) / (kwargs.pop("subfolder", None) or "")
+    if kwargs.get("subfolder") and Path(source).is_dir():
+        source = Path(source, kwargs.pop("subfolder"))  # Transformers takes generation_config.json from above it
     config = read_config(model_class, source, **select_hub(kwargs))
     with _explaining(source):
         if check is not None:
