@@ -1,5 +1,6 @@
 """Keys and values under every name that Transformers has given them, and what happens under one that nobody knows."""
 
+import ast
 import io
 import re
 import tomllib
@@ -257,3 +258,11 @@ def test_installed_transformers_is_one_that_the_range_admits():
     assert (installed.major, installed.minor) <= newest, (
         f"Transformers {installed} is newer than {newest[0]}.{newest[1]}, the newest tested: see CONTRIBUTING.md"
     )
+
+
+@pytest.mark.parametrize("name", ["block", "cache", "decoding", "inputs", "kernels", "loss", "modeling"])
+def test_no_union_is_asked_for_in_what_torch_export_records(name):
+    """torch 2.6 cannot trace isinstance(x, A | B): "Unexpected type in sourceless builder types.UnionType"."""
+    tree = ast.parse((Path(cache_nano_gpt.__file__).parent / f"{name}_nano_gpt.py").read_text())
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance"]
+    assert [ast.unparse(call) for call in calls if isinstance(call.args[1], ast.BinOp)] == []

@@ -1,5 +1,7 @@
 """What every exporter refuses, whatever it writes: models that are not whole or plain, and tokenizers too large."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -51,6 +53,26 @@ def make_quantised():
     return make_with_head(torch.ones(65, 32).as_subclass(type("Int8", (torch.Tensor,), {})))
 
 
+def quantise(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torch.ao.quantization moves to torchao
+        return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+
+
+def make_dynamic():
+    return quantise(make_model().eval())
+
+
+def make_fake_quantised():
+    """Has nanoGPT's parameters, under nanoGPT's names, and computes with others."""
+    model = make_model()
+    layer = model.transformer.h[0].mlp.c_fc
+    fake = torch.ao.nn.qat.Linear(32, 128, qconfig=torch.ao.quantization.default_qat_qconfig)
+    fake.weight, fake.bias = layer.weight, layer.bias
+    model.transformer.h[0].mlp.c_fc = fake
+    return model
+
+
 def make_loosened():
     return make_with_head(torch.ones(65, 32))
 
@@ -62,7 +84,9 @@ def make_classifier():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (make_wrapped, "missing 'transformer.h.0.mlp.c_fc.weight'"),
+        (make_wrapped, r"got torch.nn.modules.container.Sequential at 'transformer.h.0.mlp.c_fc'; give the model as"),
+        (make_dynamic, r"got torch.ao.nn.quantized.dynamic.*Linear at 'transformer.h.0.attn.c_attn', .*\(9 in all\)"),
+        (make_fake_quantised, "got torch.ao.nn.qat.modules.linear.Linear at 'transformer.h.0.mlp.c_fc'"),
         (make_diverged, "got NaN or infinity in 'transformer.wpe.weight'"),
         (make_quantised, "expected floating-point layers, got quantised ones at 'lm_head.weight'"),
         (make_loosened, "lm_head.weight: expected the numbers of transformer.wte.weight"),
@@ -72,6 +96,13 @@ def make_classifier():
 def test_models_that_are_not_whole_or_plain_are_refused(export, make, message, tmp_path):
     with pytest.raises(ConversionError, match=message):
         export(make(), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("make", [make_dynamic, make_fake_quantised, make_wrapped])
+def test_layers_that_were_replaced_are_refused_on_the_way_back(make, tmp_path):
+    with pytest.raises(ConversionError, match=r"ckpt.pt: expected the layers that .*give the model as it was"):
+        make().to_nanogpt_ckpt(tmp_path / "ckpt.pt")
     assert not list(tmp_path.iterdir())
 
 

@@ -20,6 +20,8 @@ from hugging_nano_gpt import (
     read_checkpoint,
     verify_models,
 )
+from hugging_nano_gpt.demo import CKPT_PATH
+from hugging_nano_gpt.training.configurator import TRAIN_DEFAULTS
 
 from .conftest import assert_same, save
 from .tiny import FIXTURES_DIR
@@ -104,6 +106,43 @@ def test_every_function_and_command_takes_ignore_extra(contents, tmp_path):
     assert verify_models(path, tmp_path / "out", ignore_extra=True).is_equal
 
 
+# Settings.
+
+
+def test_settings_of_a_fork_are_told_by_every_command_that_prints_notes(contents, tmp_path):
+    """Nothing else tells that the tensors of a fork's model are read as nanoGPT's."""
+    contents["config"] = {
+        "batch_size": 4,
+        "norm_type": "rmsnorm",
+        "use_rope": True,
+        "parallel_block": False,
+        "n_kv_head": None,
+    }
+    path = save(contents, tmp_path)
+    note = (
+        "nanoGPT's own model, though config has settings that nanoGPT's train.py does not have: norm_type='rmsnorm', "
+        "use_rope=True; if they change the model, its numbers will differ"
+    )
+    assert note in read_checkpoint(path).assumptions
+    assert note in inspect_path(path).assumptions
+    assert f"assumed: {note}" in convert_to_folder(path, tmp_path / "folder").notes
+    assert f"left: assumed: {note}" in verify_models(path, tmp_path / "folder").notes
+
+
+CKPT_FILES = [*sorted(FIXTURES_DIR.rglob("*.pt")), CKPT_PATH]
+
+
+@pytest.mark.parametrize("path", CKPT_FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_settings_of_every_age_of_nanogpt_give_no_note(path):
+    checkpoint = read_checkpoint(path, n_head=4 if "mingpt" in str(path) else None, with_optimizer=False)
+    assert not any("settings" in text for text in checkpoint.assumptions)
+
+
+def test_settings_of_train_give_no_note(contents, tmp_path):
+    contents["config"] = TRAIN_DEFAULTS
+    assert not any("settings" in text for text in read_checkpoint(save(contents, tmp_path)).assumptions)
+
+
 # Names.
 
 
@@ -112,12 +151,13 @@ def test_every_function_and_command_takes_ignore_extra(contents, tmp_path):
     [
         lambda name: f"_orig_mod.module.{name}",
         lambda name: f"module._orig_mod.{name}",
+        lambda name: f"_forward_module.{name}",
         lambda name: name.replace("transformer.h.0.", "transformer.h.0._orig_mod."),
         lambda name: name.replace("transformer.h.1.", "transformer.h.1._checkpoint_wrapped_module."),
         lambda name: name.replace(".attn.", ".attn._fsdp_wrapped_module."),
         lambda name: f"_fsdp_wrapped_module.{name}".replace(".h.0.", ".h.0._fsdp_wrapped_module._orig_mod."),
     ],
-    ids=["compiled ddp", "ddp compiled", "compiled block", "checkpointed block", "fsdp attention", "all"],
+    ids=["compiled ddp", "ddp compiled", "fabric", "compiled block", "checkpointed block", "fsdp attention", "all"],
 )
 def test_wrappers_are_taken_out_of_names(contents, tmp_path, rename):
     expected = contents["model"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
 from transformers.generation import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
@@ -26,6 +26,16 @@ def test_greedy_tokens_equal_reference(settings):
     idx, _ = make_batch(2, 8)
     tokens = model.eval().generate(idx, max_new_tokens=24, do_sample=False, **settings)
     assert torch.equal(tokens, reference.eval().generate_greedily(idx, 24))
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_cache_given_with_use_cache_false_is_refused(num_beams):
+    """Beams read the text anew into the growing cache, and drew other tokens without a word."""
+    idx, _ = make_batch(1, 8)
+    with pytest.raises(ValueError, match=r"use_cache=False with past_key_values: .*got a DynamicCache too; leave one"):
+        make_model().generate(
+            idx, max_new_tokens=4, num_beams=num_beams, use_cache=False, past_key_values=DynamicCache()
+        )
 
 
 def test_prompt_lookup_tokens_equal_greedy():

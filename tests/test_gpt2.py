@@ -33,6 +33,7 @@ from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
 from .conftest import assert_same, limit_file_size
 from .test_bpe import make_encoding
+from .test_exporting import quantise
 from .test_family import MEMBERS
 from .tiny import FIXTURES_DIR, MODEL_ARGS, make_batch, make_model
 
@@ -347,11 +348,18 @@ def test_other_models_are_refused(tmp_path):
         import_gpt2(tmp_path / "gpt2")
 
 
-def test_import_refuses_wrapped_layers():
-    gpt2 = make_gpt2()
+def wrap(gpt2):
     gpt2.transformer.h[0].mlp.c_fc = torch.nn.Sequential(gpt2.transformer.h[0].mlp.c_fc)
-    with pytest.raises(ConversionError, match=r"missing 'transformer.h.0.mlp.c_fc.weight'"):
-        import_gpt2(gpt2)
+    return gpt2
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [(wrap, "container.Sequential at 'transformer.h.0.mlp.c_fc'"), (quantise, "dynamic.*Linear at 'lm_head'")],
+)
+def test_import_of_changed_layers_is_refused(change, found):
+    with pytest.raises(ConversionError, match=rf"expected the layers that .* got torch\..*{found}; give the model as"):
+        import_gpt2(change(make_gpt2()))
 
 
 def test_tokenizer_is_written_beside_it(tmp_path):

@@ -84,11 +84,11 @@ def test_conversion_to_shards_takes_no_more_memory_for_an_optimizer(paths, tmp_p
 @needs_offsets
 def test_each_stored_block_is_read_once_and_moments_not_at_all(paths, monkeypatch):
     read_bytes = []
-    read_into = torch_file.TorchFile._read_into
+    read_block = torch_file.TorchFile._read_block
     monkeypatch.setattr(
         torch_file.TorchFile,
-        "_read_into",
-        lambda self, buffer, offset: read_bytes.append(len(buffer)) or read_into(self, buffer, offset),
+        "_read_block",
+        lambda self, name, stored: read_bytes.append(stored.nbytes) or read_block(self, name, stored),
     )
     NanoGPTLMHeadModel.from_nanogpt_ckpt(paths / "with.pt")
     assert sum(read_bytes) == WEIGHTS_BYTES

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from hugging_nano_gpt import CheckpointError, read_checkpoint
+from hugging_nano_gpt import CheckpointError, pickles, read_checkpoint, read_meta
 from hugging_nano_gpt.checkpoint.torch_file import TorchFile
-from hugging_nano_gpt.checkpoint.unpickle import Foreign, unpickle
+from hugging_nano_gpt.checkpoint.unpickle import unpickle
 from hugging_nano_gpt.files import open_source
+from hugging_nano_gpt.pickles import Foreign
+from hugging_nano_gpt.tokenization.characters import read_vocab_size
 
 from .conftest import assert_same, limit_time, save
 from .tiny import FIXTURES_DIR
@@ -111,23 +113,89 @@ def test_an_unknown_name_is_refused_and_does_nothing(tmp_path, state):
     assert isinstance(read(path, takes_foreign=True)["a"], Foreign)
 
 
-@pytest.mark.parametrize(
-    "pickled",
-    [
-        b"}r" + struct.pack("<I", 2**32 - 1) + b".",  # a place in the memo that C would make room up to
-        b"c__builtin__\nbytearray\n\x8a\x05\x00\x00\x00\x00\x01\x85R.",
-        b"ctorch\nTensor\n\x8a\x05\x00\x00\x00\x00\x01\x85R.",
-        b"ctorch\nzeros\n\x8a\x05\x00\x00\x00\x00\x01\x85R.",
-        b"]" + b"2\x86" * 40 + b"0ctorch.serialization\n_get_layout\nh\x00\x85R.",
-        b"\x8e" + struct.pack("<Q", 2**62) + b".",
-    ],
-    ids=["memo", "bytearray", "tensor", "zeros", "repr", "bytes"],
-)
-def test_pickles_that_ask_for_memory_or_time_get_none(pickled):
+TEXT = b"X" + struct.pack("<I", 1_000_000) + b"a" * 1_000_000
+COLLIDING = [b"\x8a\x0d" + (n * (2**61 - 1)).to_bytes(13, "little") for n in range(1, 50_000)]
+KEY = b"}X" + struct.pack("<I", 10_000) + b"a" * 10_000
+NUMBERS = b"".join(b"J" + struct.pack("<I", number) for number in range(9_999))
+
+BOMBS = {
+    "memo": b"}r" + struct.pack("<I", 2**32 - 1) + b".",  # a place in the memo that C would make room up to
+    "bytearray": b"c__builtin__\nbytearray\n\x8a\x05\x00\x00\x00\x00\x01\x85R.",
+    "bytearray's opcode": b"\x96" + struct.pack("<Q", 2**33) + b".",
+    "tensor": b"ctorch\nTensor\n\x8a\x05\x00\x00\x00\x00\x01\x85R.",
+    "zeros": b"ctorch\nzeros\n\x8a\x05\x00\x00\x00\x00\x01\x85R.",
+    "repr": b"]" + b"2\x86" * 40 + b"0ctorch.serialization\n_get_layout\nh\x00\x85R.",
+    "bytes": b"\x8e" + struct.pack("<Q", 2**62) + b".",
+    "text": b"\x8d" + struct.pack("<Q", 2**40) + b".",
+    "frame": b"\x95" + struct.pack("<Q", 2**40) + b"N.",
+    "large int": b"\x8b"
+    + struct.pack("<i", 1_000_000)
+    + b"\x7f" * 1_000_000
+    + b"q\x000}"
+    + b"h\x00Ns" * 20_000
+    + b".",
+    "hash of shared tuples": b"}N" + b"2\x86" * 60 + b"Ns.",
+    "hash of deep tuples": b"}N" + b"\x85" * 100_000 + b"Ns.",
+    "ints of one hash": b"}(" + b"N".join(COLLIDING) + b"Nu.",
+    "ints of one hash in a set": b"\x8f(" + b"".join(COLLIDING) + b"\x90.",
+    "long keys compared": b"}" + TEXT + b"q\x00" + TEXT + b"q\x0100h\x00Ns" + b"h\x01Ns" * 20_000 + b".",
+    "list within itself": b"]q\x00" + b"(h\x00h\x00e" * 20_000 + b".",
+    "values behind long keys": KEY * 90 + b"](" + b"N" * 2000 + b"e" + b"s" * 90 + b".",
+    "text many times": TEXT + b"q\x00(" + b"h\x00" * 20_000 + b"l.",
+    "bytes many times": b"c_codecs\nencode\nq\x00" + TEXT + b"X\6\0\0\0latin1\x86q\1(" + b"h\0h\1R" * 20_000 + b"l.",
+    "sets of a list": b"cbuiltins\nset\nq\0](" + NUMBERS + b"e\x85q\1(" + b"h\0h\1R" * 20_000 + b"l.",
+}
+
+NAMING = ("bytearray", "tensor", "zeros", "repr", "bytes many times", "sets of a list")
+
+
+def spend_little(read, pickled):
+    """Calls `read`, which may raise, uses what it returns, and checks that it all takes neither memory nor time."""
     peak_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with limit_time(5), contextlib.suppress(Exception):
-        unpickle(b"\x80\x02" + pickled, {})
+        contents = read(b"\x80\x02" + pickled)
+        repr(contents), list(pickles.iterate_values(contents))
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_before) * 1024 < 100e6
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_pickles_that_ask_for_memory_or_time_get_none(name):
+    spend_little(lambda data: unpickle(data, {}), BOMBS[name])
+
+
+@pytest.mark.parametrize("name", [name for name in BOMBS if name not in NAMING])
+@pytest.mark.parametrize("read", [read_meta, read_vocab_size])
+def test_meta_that_asks_for_memory_or_time_gets_none(tmp_path, read, name):
+    path = tmp_path / "meta.pkl"
+
+    def write_and_read(data):
+        path.write_bytes(data)
+        return read(path)
+
+    spend_little(write_and_read, BOMBS[name])
+
+
+@pytest.mark.parametrize(
+    "opcode", [b"]", b"\x8f", b"(", b"\x94", b"\x85"], ids=["list", "set", "mark", "memo", "tuple"]
+)
+def test_pickle_of_too_many_objects_is_refused(monkeypatch, opcode):
+    monkeypatch.setattr(pickles, "_MOST_OBJECTS", 1000)
+    assert len(pickles.unpickle_plain(b"(" + b"]" * 900 + b"l.")) == 900
+    with pytest.raises(pickle.UnpicklingError, match="more than 1000 objects"):
+        pickles.unpickle_plain(b"N" + opcode * 1001 + b".")
+
+
+def test_every_character_of_unicode_is_read_within_the_bounds():
+    """A twentieth of them, within a twentieth of the bounds: all take seconds."""
+    characters = [chr(code) for code in range(0x10000, 0x110000, 20)]
+    meta = {
+        "vocab_size": len(characters),
+        "itos": dict(enumerate(characters)),
+        "stoi": {character: index for index, character in enumerate(characters)},
+    }
+    unpickler = pickles.Unpickler(pickle.dumps(meta))
+    assert unpickler.load() == meta
+    assert 20 * (pickles._MOST_OBJECTS - unpickler._n_left) < pickles._MOST_OBJECTS
 
 
 @pytest.mark.parametrize(
@@ -145,6 +213,39 @@ def test_pickles_that_ask_for_memory_or_time_get_none(pickled):
 def test_pickles_cannot_change_what_they_name(pickled):
     with pytest.raises((pickle.UnpicklingError, KeyError)):
         unpickle(b"\x80\x02" + pickled, {})
+
+
+def spell(text):
+    return b"X" + struct.pack("<I", len(text)) + text.encode()
+
+
+@pytest.mark.parametrize("name", ["torch.save", "save", "torch.os", "torch.hub", "torch.Tensor", "torch.nothing"])
+def test_layout_is_a_layout_and_nothing_else_of_torch(tmp_path, name):
+    """torch.save could be had under the name of a layout, and called: a checkpoint could write a file when read."""
+    get_layout = b"\x80\x02ctorch.serialization\n_get_layout\n" + spell(name) + b"\x85R"
+    canary = tmp_path / "canary"
+    with pytest.raises(TypeError, match="a layout that torch does not have"):
+        unpickle(get_layout + b"]" + spell(str(canary)) + b"\x86R.", {})
+    assert not canary.exists()
+    assert unpickle(get_layout.replace(spell(name), spell("torch.sparse_coo")) + b".", {})[0] is torch.sparse_coo
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"ctorch._tensor\n_rebuild_from_type_v2\n(c_codecs\nencode\nN(U\1aU\6latin1tNtR.",
+        b"ctorch._utils\n_rebuild_tensor_v2\n(c__main__\nGPTConfig\n)RK\0))I00\nNtR.",
+        b"cnumpy.core.multiarray\nscalar\nc__main__\nGPTConfig\n)RC\1a\x86R.",
+        b"cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\nU\2f4\x85RK\3U\1(\x86bC\4aaaa\x86R.",
+    ],
+    ids=["type", "block", "dtype", "byte order"],
+)
+def test_functions_take_only_what_torch_save_gives_them(pickled):
+    class GPTConfig:
+        """As build_nanogpt.py admits it."""
+
+    with pytest.raises(TypeError, match=r"a (tensor|number) (of|without)"):
+        unpickle(b"\x80\x02" + pickled, {"__main__.GPTConfig": GPTConfig})
 
 
 def test_no_name_stands_for_what_runs_code():

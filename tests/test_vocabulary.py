@@ -1,5 +1,6 @@
 """tokenization/vocabulary.py: which rows are tokens, as the tokenizer, a resize or the number of rows says."""
 
+import copy
 import json
 
 import pytest
@@ -135,6 +136,29 @@ def test_spare_row_that_ends_a_text_ends_it(tmp_path, ends):
     last = ends if isinstance(ends, int) else ends[-1]
     assert draw(prefer(model, last)) == [last]
     assert last in get_suppressed(model)  # generate leaves the settings alone
+
+
+@pytest.mark.parametrize(
+    "suppressing",
+    [{"suppress_tokens": [3]}, {"generation_config": GenerationConfig(suppress_tokens=[3])}],
+    ids=["argument", "generation_config"],
+)
+def test_end_that_a_call_suppresses_is_not_drawn(suppressing):
+    model = prefer(make(64), 3)
+    assert draw(model, eos_token_id=3) == [3]
+    assert 3 not in draw(model, eos_token_id=3, **suppressing)
+
+
+def test_end_among_the_tokens_that_a_model_suppresses_is_not_drawn():
+    model = prefer(make(64, suppress_tokens=[3, *range(60, 64)]), 3)
+    assert 3 not in draw(model, eos_token_id=3)
+
+
+def test_spare_row_that_a_call_suppresses_is_not_drawn():
+    model = prefer(make(64, suppress_tokens=[60, 61, 62, 63], eos_token_id=62), 62)
+    assert draw(model) == [62]
+    assert draw(model, generation_config=copy.deepcopy(model.generation_config)) == [62]
+    assert 62 not in draw(model, suppress_tokens=[60, 61, 62, 63])
 
 
 def test_token_added_in_a_spare_row_is_drawn_after_fit_vocabulary(tmp_path):

@@ -1,28 +1,39 @@
 """nanoGPT's own ckpt.pt: every era read, and written as train.py @ 3adf61e resumes from it.
 
-A dict of model, optimizer, model_args, iter_num, best_val_loss and config. Only model and model_args must be there:
-the first version had no more than four of them, and people strip files to make them smaller. What a file does not
-record is found in its tensors (vocab_size, bias) or follows from its age (the GELU).
+A dict of model, optimizer, model_args, iter_num, best_val_loss and config. Only model must be there: the first version
+had no more than four of them, people strip files to make them smaller, and torch.distributed.checkpoint is often given
+only model and optimizer. What a file does not record is found in its tensors (model_args, but for n_head and dropout)
+or follows from its age (the GELU).
 """
 
+import reprlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 import torch
 
-from ..errors import list_some
+from ..errors import join_some, list_some
+from ..pickles import find_foreign
 from .check import find_key_faults, find_model_faults, is_tied
 from .contents import NO_VAL_LOSS, Checkpoint, TrainingState
+from .distributed import number_parameters, rename_optimizer
 from .optimizer import OptimizerState, from_adamw, group_by_module, make_fresh_state
 from .tensors import MODEL_ARGS, CleanNames, clean_names, infer_model_args, tie_missing_head
 from .torch_file import IGNORE_ADVICE, TorchFile
-from .unpickle import find_foreign
 
 NAME = "nanogpt"
 
 _REQUIRED_KEYS = ("model", "model_args")
 _KEYS = ("model", "optimizer", "model_args", "iter_num", "best_val_loss", "config")
+
+# Every setting that a train.py of nanoGPT has had, fe804286 to 3adf61e, and vocab_size.
+_SETTINGS = frozenset(
+    "out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from wandb_log wandb_entity "
+    "wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size block_size vocab_size n_layer n_head "
+    "n_embd dropout bias learning_rate max_iters weight_decay betas beta1 beta2 grad_clip decay_lr warmup_iters "
+    "lr_decay_iters min_lr backend device dtype compile compile_model".split()
+)
 
 
 def recognise(contents: Any) -> bool:
@@ -30,42 +41,37 @@ def recognise(contents: Any) -> bool:
     return isinstance(contents, dict) and any(key in contents for key in _REQUIRED_KEYS)
 
 
-def read(file: TorchFile, *, with_optimizer: bool, ignore_extra: bool) -> Checkpoint:
+def read(file: TorchFile, *, n_head: int | None, with_optimizer: bool, ignore_extra: bool) -> Checkpoint:
     """Reads a nanoGPT checkpoint, after checking every key, shape and dtype in it.
 
     Raises:
         CheckpointError: With all faults found, before any tensor is read; or if the optimizer is wanted and its
             moments cannot be named with certainty.
     """
-    contents, assumptions = _leave_out_extra(file.contents) if ignore_extra else (file.contents, [])
-    faults = find_key_faults("checkpoint", contents, _REQUIRED_KEYS, _KEYS)
-    faults += _find_type_faults(contents, with_optimizer)
-    if not all(isinstance(contents.get(key), dict) for key in _REQUIRED_KEYS):
+    contents = rename_optimizer(file.contents)
+    contents, assumptions = _leave_out_extra(contents) if ignore_extra else (contents, [])
+    faults = find_key_faults("checkpoint", contents, ("model",), _KEYS) + _find_type_faults(contents, with_optimizer)
+    if not isinstance(contents.get("model"), dict) or not isinstance(contents.get("model_args", {}), dict):
         raise _fail(file, faults)
-    file.refuse_foreign([contents[key] for key in _REQUIRED_KEYS])
+    file.refuse_foreign([contents["model"], contents.get("model_args")])
     names = clean_names(contents["model"])
-    if "vocab_size" in contents["model_args"]:  # before that was recorded, lm_head was not tied
+    recorded = contents.get("model_args")
+    if recorded is None and n_head is None:
+        raise _fail(file, [*faults, "checkpoint: missing 'model_args', or n_head= (--n-head) instead"])
+    if recorded is None:
+        recorded = {**infer_model_args(names.tensors), "n_head": n_head, "dropout": 0.0}
+        assumptions.append("dropout 0.0, and sizes as its tensors have: there are no model_args")
+    if "vocab_size" in recorded:  # before that was recorded, lm_head was not tied
         assumptions += tie_missing_head(names.tensors)
-    model_args, inferred = _complete_model_args(contents["model_args"], names.tensors)
+    model_args, inferred = _complete_model_args(recorded, names.tensors)
     faults += names.faults + find_model_faults(model_args, names.tensors)
     if faults:
         raise _fail(file, faults)
 
     state_dict = file.read_tensors(names.tensors)
     tied = is_tied(state_dict)
-    optimizer: OptimizerState | None = None
-    fault = None
-    if contents.get("optimizer") is not None:
-        try:
-            optimizer = from_adamw(contents["optimizer"], model_args, tied)
-        except ValueError as error:
-            fault = str(error)
-    if fault and with_optimizer:
-        raise file.fail(
-            f"its optimizer state cannot be named with certainty: {fault}",
-            "read the checkpoint with with_optimizer=False to use the model alone",
-        )
-    era, activation_function, reason = _tell_age(contents["model_args"], names, optimizer)
+    optimizer = _name_moments(file, contents.get("optimizer"), model_args, tied, with_optimizer)
+    era, activation_function, reason = _tell_age(recorded, names, optimizer)
     return Checkpoint(
         model_args=model_args,
         state_dict=state_dict,
@@ -75,7 +81,7 @@ def read(file: TorchFile, *, with_optimizer: bool, ignore_extra: bool) -> Checkp
         format=NAME,
         era=era,
         has_optimizer=contents.get("optimizer") is not None,
-        assumptions=(*assumptions, *inferred, reason),
+        assumptions=(*assumptions, *inferred, reason, *_describe_unknown_settings(contents.get("config", {}))),
     )
 
 
@@ -129,6 +135,23 @@ def _find_type_faults(contents: Mapping[str, Any], with_optimizer: bool) -> list
     return faults
 
 
+def _name_moments(
+    file: TorchFile, adamw: Any, model_args: Mapping[str, Any], tied: bool, is_wanted: bool
+) -> OptimizerState | None:
+    """Returns the optimizer's state by name; None if there is none, or one of another form that is not wanted."""
+    if adamw is None:
+        return None
+    try:
+        return from_adamw(number_parameters(adamw, model_args, tied), model_args, tied)
+    except ValueError as error:
+        if not is_wanted:
+            return None
+        raise file.fail(
+            f"its optimizer state cannot be named with certainty: {error}",
+            "read the checkpoint with with_optimizer=False to use the model alone",
+        ) from error
+
+
 def _is_real_number(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return value.numel() == 1 and not value.is_complex()
@@ -161,6 +184,21 @@ def _tell_age(
         return "before 2023-01-30", "gelu_new", f"{tanh} it stored attention masks (before 2023-01-30)"
     since = "2023-01-27" if optimizer is None else "2023-05-06"
     return f"since {since}", "gelu", "exact GELU, as nanoGPT computes since 2023-06-14: the file does not record it"
+
+
+def _describe_unknown_settings(config: Mapping[Any, Any]) -> list[str]:
+    """Says, in a sentence, which settings of a fork are on: they may change the model, and no tensor would tell."""
+    unknown = [
+        f"{name}={reprlib.repr(value)}"
+        for name, value in config.items()
+        if name not in _SETTINGS and value is not None and value is not False
+    ]
+    if not unknown:
+        return []
+    return [
+        f"nanoGPT's own model, though config has settings that nanoGPT's train.py does not have: "
+        f"{join_some(unknown)}; if they change the model, its numbers will differ"
+    ]
 
 
 def _read_training_state(

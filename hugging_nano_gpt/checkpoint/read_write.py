@@ -38,7 +38,8 @@ def read_checkpoint(
 
     Args:
         path: Path of the file.
-        n_head: Number of heads, for a bare state dict such as minGPT's, which does not record it.
+        n_head: Number of heads, for a file that does not record it: a bare state dict such as minGPT's, or one
+            without model_args.
         activation_function: Activation, instead of the one that follows from the file's age
             (docs/checkpoint-format.md).
         tie_word_embeddings: Whether lm_head is the token embedding; by default it is if the two are equal.
@@ -57,6 +58,7 @@ def read_checkpoint(
         else:
             torch_file = TorchFile(path, file, admitted=build_nanogpt.ADMITTED, takes_foreign=ignore_extra)
             checkpoint = _read_torch_file(torch_file, n_head, with_optimizer, ignore_extra)
+            checkpoint = replace(checkpoint, assumptions=(*checkpoint.assumptions, *torch_file.assumptions))
     faults = find_number_faults(checkpoint.state_dict)
     if faults:
         raise fail(path, "; ".join(faults), "the run diverged before it was saved: use an earlier checkpoint")
@@ -125,7 +127,7 @@ def _read_torch_file(file: TorchFile, n_head: int | None, with_optimizer: bool, 
     if build_nanogpt.recognise(file.contents):
         return build_nanogpt.read(file, ignore_extra=ignore_extra)
     if nanogpt.recognise(file.contents):
-        return nanogpt.read(file, with_optimizer=with_optimizer, ignore_extra=ignore_extra)
+        return nanogpt.read(file, n_head=n_head, with_optimizer=with_optimizer, ignore_extra=ignore_extra)
     if mingpt.recognise(file.contents):
         return mingpt.read(file, n_head=n_head)
     kind = type(file.contents).__name__

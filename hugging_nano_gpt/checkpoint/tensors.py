@@ -63,9 +63,9 @@ def count_parameters(model_args: Mapping[str, Any], is_tied: bool) -> tuple[int,
     return total - sizes["transformer.wpe.weight"], total
 
 
-# What torch.compile, activation checkpointing and FSDP put into a name, around the model or a part of it, whole
-# between dots; DistributedDataParallel puts "module" before it.
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+# What torch.compile, activation checkpointing, FSDP and Lightning Fabric put into a name, around the model or a part,
+# whole between dots; DistributedDataParallel puts "module" before it.
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module")
 
 # The causal mask, where attention is written out: minGPT, nanoGPT before SDPA or on torch before 2.0. Beside it,
 # attn.c_attn.bias is a parameter.

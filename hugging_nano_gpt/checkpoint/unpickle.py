@@ -2,19 +2,21 @@
 
 torch.load(weights_only=True) is not used. Its list of admitted names belongs to the whole process, so that threads
 take names from each other, and what it makes of an odd file changes with torch. Here a name stands for something of
-this module, or for nothing at all: an unknown one becomes a Foreign, which takes whatever the pickle does with it.
-pickle's own unpickler in Python does the rest; the one in C can be made to fill the memory by a few bytes.
+this module, or for nothing at all. pickles.py reads the rest.
 """
 
-import io
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+
+from ..pickles import Unpickler
+
+_MOST_DIMENSIONS = 64  # torch's own limit in most of its functions
 
 
 class StoredBlock(NamedTuple):
@@ -31,25 +33,6 @@ class StoredBlock(NamedTuple):
     dtype: torch.dtype
 
 
-class Foreign:
-    """Stands for what an unknown name would have made. It does nothing, whatever it is called or filled with."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __call__(self, *_args: Any) -> "Foreign":
-        return self
-
-    def __setitem__(self, _key: Any, _value: Any) -> None:
-        pass
-
-    def append(self, _item: Any) -> None:
-        """Takes an item."""
-
-    def extend(self, _items: Any) -> None:
-        """Takes items."""
-
-
 def unpickle(data: bytes, admitted: Mapping[str, type]) -> tuple[Any, list[str]]:
     """Reads a pickle of torch.save.
 
@@ -63,7 +46,7 @@ def unpickle(data: bytes, admitted: Mapping[str, type]) -> tuple[Any, list[str]]
         unknown names in it.
 
     Raises:
-        Exception: Of nearly any type, if the pickle is damaged.
+        Exception: Of nearly any type, if the pickle is damaged, or takes more than a checkpoint can.
     """
     unpickler = _Unpickler(data, admitted)
     contents = unpickler.load()
@@ -80,26 +63,6 @@ def get_offset(tensor: torch.Tensor) -> int:
     return getattr(tensor, "_stored_offset", 0)
 
 
-def iterate_values(contents: Any) -> Iterator[tuple[str, Any]]:
-    """Yields what is in nested dicts, lists, tuples and sets, each object once, with the keys that lead to it."""
-    seen, pending = set(), [("", contents)]
-    while pending:
-        path, item = pending.pop()
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, dict | list | tuple | set):
-            entries = item.items() if isinstance(item, dict) else enumerate(item)
-            pending.extend((f"{path}[{key!r}]", value) for key, value in entries)
-        else:
-            yield path, item
-
-
-def find_foreign(contents: Any) -> list[str]:
-    """Lists the unknown names that things in `contents` were pickled under."""
-    return sorted({item.name for _, item in iterate_values(contents) if isinstance(item, Foreign)})
-
-
 class _StorageType(NamedTuple):
     dtype: torch.dtype
 
@@ -113,51 +76,36 @@ class _NumpyDtype:
         self.code, self.byteorder = code, "="
 
 
-class _Unpickler(pickle._Unpickler):
-    stack: list[Any]
-    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
-    for _opcode in (pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.PERSID):
-        del dispatch[_opcode[0]]
-
-    def __init__(self, data: bytes, admitted: Mapping[str, type]):
-        super().__init__(io.BytesIO(data), encoding="utf-8")
-        self._admitted = admitted
-        self.foreign_names: set[str] = set()
-
+class _Unpickler(Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         full_name = f"{module}.{name}"
-        if full_name in self._admitted:
-            return self._admitted[full_name]
         if full_name in _NAMES:
             return _NAMES[full_name]
+        if full_name in ("__builtin__.set", "builtins.set"):
+            return self._make_set
         if module in ("torch", "torch.storage") and name in _STORAGE_TYPES:
             return _STORAGE_TYPES[name]
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
-        self.foreign_names.add(full_name)
-        return Foreign(full_name)
+        return super().find_class(module, name)
 
     def persistent_load(self, pid: Any) -> StoredBlock:
         kind, storage_type, key, _location, numel = pid
-        if kind != "storage" or not isinstance(storage_type, _StorageType) or not isinstance(key, str):
+        is_known = kind == "storage" and isinstance(storage_type, _StorageType) and isinstance(key, str)
+        if not is_known or type(numel) is not int or numel < 0:
             raise pickle.UnpicklingError("a block that is not one of torch's")
         return StoredBlock(key, numel * storage_type.dtype.itemsize, storage_type.dtype)
 
-    def _make(self) -> None:
-        args = self.stack.pop()
-        self.stack[-1] = self.stack[-1](*args)
+    def _make_set(self, items: list[Any]) -> set[Any]:
+        self.spend(4 * len(items))  # of a set, an item takes as much as a list
+        self.check_keys(items)
+        return set(items)
 
-    def _fill(self) -> None:
-        state, instance = self.stack.pop(), self.stack[-1]
+    def fill(self, instance: Any, state: Any) -> None:
         if isinstance(instance, _NumpyDtype):
             instance.byteorder = state[1]
-        elif type(instance) in (OrderedDict, *self._admitted.values()):
-            vars(instance).update(state)
-        elif not isinstance(instance, Foreign):
-            raise pickle.UnpicklingError(f"attributes for a {type(instance).__name__}")
-
-    dispatch[pickle.REDUCE[0]] = dispatch[pickle.NEWOBJ[0]] = _make
-    dispatch[pickle.BUILD[0]] = _fill
+        else:
+            super().fill(instance, state)
 
 
 def _rebuild_tensor(
@@ -170,9 +118,12 @@ def _rebuild_tensor(
     *rest: Any,
 ) -> torch.Tensor:
     """Stands in for torch._utils._rebuild_tensor_v2, and _v3, which names the dtype too."""
-    if min((offset, *size, *stride)) < 0:
-        raise ValueError(f"a tensor of shape {size}, strides {stride} and offset {offset}")
+    if not isinstance(block, StoredBlock):
+        raise TypeError("a tensor without a block")
     dtype = rest[0] if rest and isinstance(rest[0], torch.dtype) else block.dtype
+    if block.nbytes % dtype.itemsize:
+        raise ValueError(f"a {dtype} tensor in a block of {block.nbytes} bytes")
+    _check_bounds(block.nbytes // dtype.itemsize, offset, size, stride)
     metadata = rest[-1] if rest and isinstance(rest[-1], dict) else {}
     tensor = torch.empty_strided(tuple(size), tuple(stride), dtype=dtype, device="meta")
     if metadata.get("conj"):
@@ -184,16 +135,40 @@ def _rebuild_tensor(
     return tensor
 
 
+def _check_bounds(numel: int, offset: int, size: Sequence[int], stride: Sequence[int]) -> None:
+    """Refuses a view that reaches outside its block, in exact integers: torch 2.6's own wrap around at 2**63."""
+    _check_dimensions(size)
+    if any(type(number) is not int or number < 0 for number in (offset, *size, *stride)):
+        raise ValueError("a tensor with sizes, strides or an offset that are not positive ints")
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if 0 not in size and last >= numel:
+        raise ValueError(f"a tensor that reaches to number {last} of a block of {numel}")
+
+
+def _check_dimensions(size: Sequence[int]) -> None:
+    if len(size) > _MOST_DIMENSIONS:
+        raise ValueError(f"a tensor of {len(size)} dimensions")
+
+
+def _make_ordered_dict() -> OrderedDict:
+    return OrderedDict()
+
+
 def _get_layout(name: str) -> torch.layout:
-    return getattr(torch, name.removeprefix("torch."))
+    layout = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(layout, torch.layout):  # torch.save is there too, and the pickle could call it
+        raise TypeError("a layout that torch does not have")
+    return layout
 
 
 def _rebuild_sparse_tensor(layout: torch.layout, parts: Any) -> torch.Tensor:
     size = next(part for part in parts if isinstance(part, torch.Size))
+    _check_dimensions(size)
     return torch.empty(size, layout=layout, device="meta")
 
 
 def _rebuild_meta_tensor(dtype: torch.dtype, size: Any, stride: Any, _requires_grad: Any) -> torch.Tensor:
+    _check_dimensions(size)
     return torch.empty_strided(tuple(size), tuple(stride), dtype=dtype, device="meta")
 
 
@@ -202,6 +177,8 @@ def _rebuild_parameter(tensor: torch.Tensor, *_args: Any) -> torch.Tensor:
 
 
 def _rebuild_from_type(function: Callable, _type: Any, args: Any, _state: Any) -> torch.Tensor:
+    if function not in (_rebuild_tensor, _rebuild_parameter, _rebuild_sparse_tensor, _rebuild_meta_tensor):
+        raise TypeError("a tensor of a type that is made in another way")
     return function(*args)
 
 
@@ -211,6 +188,8 @@ def _encode(text: str, encoding: str) -> bytes:
 
 def _make_number(dtype: _NumpyDtype, data: bytes) -> Any:
     """Makes a plain Python number of a numpy scalar."""
+    if not isinstance(dtype, _NumpyDtype) or dtype.byteorder not in ("<", ">", "=", "|"):
+        raise TypeError("a number of another kind than numpy's")
     return np.frombuffer(data, np.dtype(dtype.byteorder + dtype.code), count=1)[0].item()
 
 
@@ -237,11 +216,9 @@ _STORAGE_TYPES = {
 # Nothing here may be made to take memory or time by odd arguments.
 _NAMES: dict[str, Any] = {
     "__builtin__.complex": complex,
-    "__builtin__.set": set,
     "_codecs.encode": _encode,
     "builtins.complex": complex,
-    "builtins.set": set,
-    "collections.OrderedDict": OrderedDict,
+    "collections.OrderedDict": _make_ordered_dict,
     "numpy._core.multiarray.scalar": _make_number,
     "numpy.core.multiarray.scalar": _make_number,
     "numpy.dtype": _NumpyDtype,

@@ -78,7 +78,9 @@ def convert_to_folder(
     check_other_place(source, folder)
     check_folder(folder, overwrite)
     loaded = load_source(source, **kwargs)
-    found, reasons = find_tokenizer_or_reason(loaded.model, source, meta_path=meta_path, tokenizer=tokenizer)
+    found, reasons = find_tokenizer_or_reason(
+        loaded.model, source, meta_path=meta_path, tokenizer=tokenizer, **loaded.hub
+    )
     loaded.model.generation_config = make_settings(loaded.model, found)
     with open_folder(folder, overwrite) as temporary:
         loaded.model.save_pretrained(temporary, max_shard_size=max_shard_size)
@@ -94,6 +96,7 @@ def convert_to_checkpoint(
     best_val_loss: float | None = None,
     optimizer_from: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
+    **kwargs: Any,
 ) -> NanoGPTLMHeadModel:
     """Converts a saved folder, or a model of the Hub, to a checkpoint that nanoGPT's train.py resumes.
 
@@ -104,6 +107,7 @@ def convert_to_checkpoint(
         optimizer_from: Checkpoint whose AdamW moments go on, that of the run the model came from; a fresh optimizer
             state without it.
         overwrite: Whether a file there may be replaced.
+        **kwargs: What from_pretrained takes, such as `revision` and `subfolder`.
 
     Returns:
         The model that was written.
@@ -115,7 +119,7 @@ def convert_to_checkpoint(
     """
     check_file(Path(ckpt_path), overwrite)
     optimizer = None if optimizer_from is None else _read_optimizer(optimizer_from)
-    model = load_folder(source)
+    model = load_folder(source, **kwargs)
     if optimizer is not None and (faults := optimizer.find_faults(list_args(model.config))):
         raise ConversionError(
             f"{os.fspath(optimizer_from or '')}: its optimizer state is of another model than {os.fspath(source)}: "

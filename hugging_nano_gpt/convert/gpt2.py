@@ -22,8 +22,8 @@ from ..files import check_folder, open_folder
 from ..model.configuration_nano_gpt import ACTIVATION_FUNCTIONS, NanoGPTConfig
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from ..tokenization.vocabulary import make_settings
-from .pretrained import load_whole_model
-from .tensors import check_tensors, export_state_dict, list_args, select_tensors, take_tensors
+from .pretrained import load_whole_model, select_hub
+from .tensors import check_tensors, export_state_dict, list_args, refuse_changed_layers, select_tensors, take_tensors
 
 logger = logging.get_logger(__name__)
 
@@ -97,7 +97,7 @@ def import_gpt2(
     bias: bool | None = None,
     dropout: float | None = None,
     **kwargs: Any,
-) -> NanoGPTLMHeadModel:
+) -> Any:
     """Makes a nanoGPT model of GPT-2, as nanoGPT's init_from=gpt2 does.
 
     Every tensor is taken over bit for bit, and so is the GELU: OpenAI's models compute "gelu_new", where today's
@@ -109,24 +109,33 @@ def import_gpt2(
             By default an export of a model without biases comes back without, unless they were trained since, and
             every other model keeps its biases, zero or not.
         dropout: The one dropout of nanoGPT, in place of GPT-2's three.
-        **kwargs: What from_pretrained takes, such as `dtype`; by default the dtype is GPT-2's.
+        **kwargs: What from_pretrained takes, such as `dtype`, `revision` and `subfolder`; by default the dtype is
+            GPT-2's.
 
     Returns:
-        A model in eval mode, with GPT-2's generation settings.
+        A NanoGPTLMHeadModel in eval mode, with GPT-2's generation settings; with output_loading_info=True, the model
+        and from_pretrained's info.
 
     Raises:
         ConversionError: If GPT-2 has an option that nanoGPT has no counterpart for (each is listed), wrapped or
             quantised layers or NaN, or bias=False and a bias that is not zero.
         CheckpointError: If there is no whole GPT-2 model in safetensors, or the Hub cannot be reached.
     """
+    hub = select_hub(kwargs)
     if isinstance(source, transformers.GPT2LMHeadModel):
+        if hub:
+            raise ConversionError(
+                f"{type(source).__name__}: {list_some(hub)} cannot be set: expected none for a model in memory, got "
+                f"{list(hub.values())}; leave it out, or give the hub id"
+            )
         where = source.name_or_path or type(source).__name__
         _check_options(where, source.config, dropout)
+        refuse_changed_layers(source, where)
         gpt2 = source
     elif isinstance(source, str | os.PathLike):
         where = os.fspath(source)
         gpt2 = load_whole_model(
-            transformers.GPT2LMHeadModel, where, check=lambda config: _check_options(where, config, dropout)
+            transformers.GPT2LMHeadModel, where, check=lambda config: _check_options(where, config, dropout), **hub
         )
     else:
         raise ConversionError(
@@ -138,12 +147,14 @@ def import_gpt2(
     check_tensors(where, config, tensors)
     config.bias = _settle_bias(where, tensors, bias, was_without=not getattr(gpt2.config, "nanogpt_bias", True))
     state_dict = select_tensors(tensors, list_args(config), is_tied=config.tie_word_embeddings)
-    model: NanoGPTLMHeadModel = NanoGPTLMHeadModel.from_pretrained(
-        None, config=config, state_dict=state_dict, **kwargs
+    wants_info = kwargs.pop("output_loading_info", False)
+    others = {name: value for name, value in kwargs.items() if name not in hub}
+    model, info = NanoGPTLMHeadModel.from_pretrained(
+        None, config=config, state_dict=state_dict, output_loading_info=True, **others
     )
     model.name_or_path = model.config.name_or_path = where
     model.generation_config = make_settings(gpt2, None)
-    return model
+    return (model, info) if wants_info else model
 
 
 def _make_gpt2(

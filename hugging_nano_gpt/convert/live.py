@@ -13,8 +13,8 @@ from ..tokenization.vocabulary import guess_settings
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
-# Where DDP and torch.compile keep the module that they wrap.
-_WRAPPERS = ("module", "_orig_mod")
+# Where DDP, torch.compile and Lightning Fabric keep the module that they wrap.
+_WRAPPERS = ("module", "_orig_mod", "_forward_module")
 
 
 def share_model(model_class: type[Model], gpt: nn.Module, **settings: Any) -> Model:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import CheckpointError, NanoGPTError, list_some
 from ..files import advise_on_folder
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
+from ..tokenization.find import HUB_KWARGS
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -26,22 +27,27 @@ def is_hub_id(source: str | os.PathLike[str]) -> bool:
     return _HUB_ID.fullmatch(os.fspath(source)) is not None
 
 
-def read_model_type(source: str | os.PathLike[str]) -> str | None:
-    """Reads the model_type of a folder or a model of the Hub.
+def select_hub(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Selects what says where on the Hub a model is and how it is fetched: its tokenizer is in the same place."""
+    return {name: kwargs[name] for name in HUB_KWARGS if kwargs.get(name) is not None}
+
+
+def read_model_type(source: str | os.PathLike[str], **hub: Any) -> str | None:
+    """Reads the model_type of a folder or a model of the Hub; `hub` is of HUB_KWARGS.
 
     Raises:
         CheckpointError: If its config.json cannot be read, or the Hub cannot be reached.
     """
-    return _read_fields(source).get("model_type")
+    return _read_fields(source, hub).get("model_type")
 
 
-def read_config(model_class: type[PreTrainedModel], source: str | os.PathLike[str]) -> PreTrainedConfig:
-    """Reads the configuration of a model of a class from a folder or the Hub.
+def read_config(model_class: type[PreTrainedModel], source: str | os.PathLike[str], **hub: Any) -> PreTrainedConfig:
+    """Reads the configuration of a model of a class from a folder or the Hub; `hub` is of HUB_KWARGS.
 
     Raises:
         CheckpointError: If there is none, or one of another kind of model, or the Hub cannot be reached.
     """
-    fields = _read_fields(source)
+    fields = _read_fields(source, hub)
     _check_model_type(model_class, source, fields)
     with _explaining(source):
         return model_class.config_class.from_dict(fields)
@@ -65,7 +71,9 @@ def load_whole_model(
     Raises:
         CheckpointError: If there is no whole model of this class there, or the Hub cannot be reached.
     """
-    config = read_config(model_class, source)
+    if kwargs.get("subfolder") and Path(source).is_dir():
+        source = Path(source, kwargs.pop("subfolder"))  # Transformers takes generation_config.json from above it
+    config = read_config(model_class, source, **select_hub(kwargs))
     with _explaining(source):
         if check is not None:
             check(config)
@@ -109,7 +117,7 @@ def _check_numbers(source: str | os.PathLike[str], config: PreTrainedConfig) -> 
         )
 
 
-def _read_fields(source: str | os.PathLike[str]) -> dict[str, Any]:
+def _read_fields(source: str | os.PathLike[str], hub: dict[str, Any]) -> dict[str, Any]:
     if Path(source).is_file():
         raise CheckpointError(
             f"{source}: expected a folder that save_pretrained wrote, or a hub id, got a file; load a checkpoint with "
@@ -118,7 +126,7 @@ def _read_fields(source: str | os.PathLike[str]) -> dict[str, Any]:
     with _explaining(source):
         if not (Path(source).is_dir() or is_hub_id(source)):
             raise FileNotFoundError("no such folder, and no hub id, which is owner/name")
-        fields, _ = PreTrainedConfig.get_config_dict(source)
+        fields, _ = PreTrainedConfig.get_config_dict(source, **hub)
     return fields
 
 

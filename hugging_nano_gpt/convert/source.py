@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,11 @@ from transformers import GPT2Config
 
 from ..checkpoint.contents import Checkpoint
 from ..checkpoint.read_write import read_checkpoint
-from ..errors import CheckpointError, DeviceError, list_some
+from ..errors import CheckpointError, ConversionError, DeviceError, list_some
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from .gpt2 import import_gpt2
 from .nanogpt import READING_KWARGS, make_model
-from .pretrained import is_hub_id, load_whole_model, read_model_type
+from .pretrained import is_hub_id, load_whole_model, read_model_type, select_hub
 
 # In words, by Checkpoint.format.
 FILE_KINDS = {
@@ -41,11 +41,13 @@ class Source:
         model: The model.
         kind: What the user named, in words.
         checkpoint: What the model was made from, without its optimizer; None for a folder and the Hub.
+        hub: Where on the Hub it is and how it was fetched, for load_tokenizer.
     """
 
     model: NanoGPTLMHeadModel
     kind: str
     checkpoint: Checkpoint | None = None
+    hub: dict[str, Any] = field(default_factory=dict)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -72,15 +74,23 @@ def load_source(source: str | os.PathLike[str], **kwargs: Any) -> Source:
 
     Raises:
         CheckpointError: If there is no whole model, or a folder is asked to be read in another way than it records.
-        ConversionError: If it is a GPT-2 that nanoGPT cannot express.
+        ConversionError: If it is a GPT-2 that nanoGPT cannot express, or output_loading_info is asked for.
     """
+    _refuse_info(source, kwargs)
+    hub = select_hub(kwargs)
     reading = {name: value for name in READING_KWARGS if (value := kwargs.pop(name, None)) is not None}
     if names_file(source):
+        if hub:
+            raise CheckpointError(
+                f"{source}: {list_some(hub)} cannot be set: expected none for a file, got {list(hub.values())}; leave "
+                f"it out, or give a hub id"
+            )
         checkpoint = read_checkpoint(source, with_optimizer=False, **reading)
         kind = ", ".join(filter(None, (FILE_KINDS[checkpoint.format], checkpoint.era)))
         return Source(make_model(NanoGPTLMHeadModel, source, checkpoint, **kwargs), kind, checkpoint)
     refuse_reading(source, reading)
-    return Source(load_folder(source, **kwargs), FOLDER if Path(source).is_dir() else "model of the Hub")
+    kind = FOLDER if Path(source).is_dir() else "model of the Hub"
+    return Source(load_folder(source, **kwargs), kind, hub=hub)
 
 
 def refuse_reading(source: str | os.PathLike[str], reading: Mapping[str, Any]) -> None:
@@ -104,9 +114,18 @@ def load_folder(source: str | os.PathLike[str], **kwargs: Any) -> NanoGPTLMHeadM
         CheckpointError: If there is no whole model there, or the Hub cannot be reached.
         ConversionError: If it is a GPT-2 that nanoGPT cannot express.
     """
-    if read_model_type(source) == GPT2Config.model_type:
+    _refuse_info(source, kwargs)
+    if read_model_type(source, **select_hub(kwargs)) == GPT2Config.model_type:
         return import_gpt2(source, **kwargs)
     return load_whole_model(NanoGPTLMHeadModel, source, **kwargs)
+
+
+def _refuse_info(source: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> None:
+    if kwargs.get("output_loading_info"):
+        raise ConversionError(
+            f"{source}: output_loading_info cannot be set: expected a call that returns a model, got one that goes on "
+            f"with it; leave it out, or use from_pretrained, from_nanogpt_ckpt or import_gpt2"
+        )
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -5,13 +5,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint.check import find_dense_faults, find_model_faults, find_number_faults, find_tying_faults
 from ..checkpoint.tensors import MODEL_ARGS, iterate_shapes
-from ..errors import ConversionError, list_some
+from ..errors import ConversionError, join_some, list_some
 from ..model.configuration_nano_gpt import NanoGPTConfig
 from ..tokenization.vocabulary import check_tokenizer
+
+# The modules that have parameters, by the last part of their name, and what they compute; Conv1D is GPT-2's.
+_LAYERS = frozenset(("wte", "wpe", "ln_1", "ln_2", "ln_f", "c_attn", "c_proj", "c_fc", "lm_head"))
+_FORWARDS = (nn.Linear.forward, nn.Embedding.forward, nn.LayerNorm.forward, Conv1D.forward)
 
 
 def list_args(config: NanoGPTConfig) -> dict[str, Any]:
@@ -60,7 +66,11 @@ def select_tensors(
 
 
 def refuse_changed_layers(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
-    """Refuses layers that PEFT, torchao or bitsandbytes put in place of nanoGPT's, and says what to do."""
+    """Refuses layers that PEFT, torchao, bitsandbytes or others put where nanoGPT's were, and says what to do.
+
+    Raises:
+        ConversionError: If there are any.
+    """
     # PEFT wraps what it adapts: base_layer in its own layers, original_module around layers that it trains whole.
     inner = ("base_layer", "original_module")
     adapted = [parent for parent, _, name in (n.rpartition(".") for n, _ in model.named_modules()) if name in inner]
@@ -77,6 +87,17 @@ def refuse_changed_layers(model: PreTrainedModel, path: str | os.PathLike[str]) 
         raise ConversionError(
             f"{os.fspath(path)}: expected floating-point layers, got quantised ones{at}; "
             f"their rounding cannot be undone: write the model that was quantised; nothing was written"
+        )
+    # A subclass computes the same if it has the same forward, as FSDP's have.
+    changed = [
+        f"{type(module).__module__}.{type(module).__qualname__} at {name!r}"
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in _LAYERS and getattr(type(module), "forward", None) not in _FORWARDS
+    ]
+    if changed:
+        raise ConversionError(
+            f"{os.fspath(path)}: expected the layers that the model was built with, got {join_some(changed)}; "
+            f"give the model as it was before they were put in; nothing was written"
         )
 
 

@@ -62,7 +62,9 @@ def export_model(
         )
     check_other_place(source, out)
     loaded = load_source(source, **kwargs)
-    found, reasons = find_tokenizer_or_reason(loaded.model, source, meta_path=meta_path, tokenizer=tokenizer)
+    found, reasons = find_tokenizer_or_reason(
+        loaded.model, source, meta_path=meta_path, tokenizer=tokenizer, **loaded.hub
+    )
     options = {} if file_type is None else {"file_type": file_type}
     lost = _EXPORTERS[to](loaded.model, out, tokenizer=found, overwrite=overwrite, **options)
     return Conversion(Path(out), loaded.model, found, (*loaded.notes, *reasons, *lost))

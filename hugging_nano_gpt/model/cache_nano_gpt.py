@@ -71,7 +71,8 @@ def take_cache(model: torch.nn.Module, past_key_values: Any, cache: Any, kwargs:
     if past_key_values is not None and cache is not None:
         raise TypeError(f"{where}: past_key_values and cache are two names of the same argument; give one")
     found = past_key_values if cache is None else cache
-    if isinstance(found, tuple | list):
+    # Tuples of types from here on: torch 2.6 cannot trace isinstance(x, A | B).
+    if isinstance(found, (tuple, list)):
         raise TypeError(f"{where}: {CACHE_NAME}: expected a Cache, got a {type(found).__name__}; use DynamicCache()")
     for name, value in kwargs.items():
         if name != "cache" and _holds_keys_and_values(value):
@@ -98,8 +99,8 @@ def is_untested() -> bool:
 def _holds_keys_and_values(value: Any) -> bool:
     if isinstance(value, Cache):
         return True
-    layer = value[0] if isinstance(value, tuple | list) and value else None  # ((keys, values) of a layer, ...)
-    return isinstance(layer, tuple | list) and len(layer) > 0 and isinstance(layer[0], torch.Tensor)
+    layer = value[0] if isinstance(value, (tuple, list)) and value else None  # ((keys, values) of a layer, ...)
+    return isinstance(layer, (tuple, list)) and len(layer) > 0 and isinstance(layer[0], torch.Tensor)
 
 
 class RoomyLayer(DynamicLayer):

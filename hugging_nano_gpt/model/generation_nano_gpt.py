@@ -24,6 +24,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_manage
 from .cache_nano_gpt import CACHE_NAME, describe_newest, is_untested
 from .decoding_nano_gpt import Call, count_padding, decode
 from .kernels_nano_gpt import use_kernels
+from .vocabulary_nano_gpt import count_tokens
 
 _SIGNATURE = inspect.signature(GenerationMixin.generate)
 _DEFAULT_NEW_TOKENS = 20  # Transformers' own, which it would cut at block_size
@@ -56,9 +57,12 @@ class NanoGPTGenerationMixin(GenerationMixin):
                 "stopping_criteria": [*(kwargs.get("stopping_criteria") or []), criterion],
                 "stop_strings": None,
             }
-        if settings.suppress_tokens:  # a token that ends the text is one, whatever row it was added in
-            ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-            kwargs["suppress_tokens"] = [each for each in settings.suppress_tokens if each not in ends]
+        if settings.use_cache is False and kwargs.get(CACHE_NAME) is not None:
+            raise ValueError(
+                f"{type(self).__name__}.generate: use_cache=False with past_key_values: expected one of the two, got "
+                f"a {type(kwargs[CACHE_NAME]).__name__} too; leave one out"
+            )
+        self._let_text_end(settings, kwargs)
         is_ours = _uses_own_loop(self, settings, kwargs)
         if not is_ours or settings.guidance_scale not in (None, 1):
             self._check_room(settings, kwargs)
@@ -74,6 +78,14 @@ class NanoGPTGenerationMixin(GenerationMixin):
         is_plain = settings.use_cache is False or settings.compile_config is not None
         with nullcontext() if is_plain else use_kernels(self)():
             return super().generate(**kwargs)
+
+    def _let_text_end(self, settings: GenerationConfig, kwargs: dict[str, Any]) -> None:
+        """Lets an end-of-text token be drawn that was added in a row without a token; what a call suppresses stays."""
+        own, n_rows = self.generation_config.suppress_tokens, self.config.vocab_size
+        if own and settings.suppress_tokens == own and kwargs.get("suppress_tokens") is None:
+            n_tokens = count_tokens(self.generation_config, n_rows)
+            ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+            kwargs["suppress_tokens"] = [each for each in own if each < n_tokens or each not in ends]
 
     def _check_room(self, settings: GenerationConfig, kwargs: dict[str, Any]) -> None:
         """Refuses what Transformers does in its own way and could not go on with past block_size."""

@@ -201,7 +201,7 @@ def load_model_and_tokenizer(
     """Loads a model to a device, its tokenizer, and what it was loaded from, in words; see sample_text."""
     torch_device = choose_device(device)
     loaded = load_source(source, **kwargs)
-    text_tokenizer = load_tokenizer(loaded.model, source, meta_path=meta_path, tokenizer=tokenizer)
+    text_tokenizer = load_tokenizer(loaded.model, source, meta_path=meta_path, tokenizer=tokenizer, **loaded.hub)
     loaded.model.to(torch_device)
     return loaded.model, text_tokenizer, loaded.kind
 

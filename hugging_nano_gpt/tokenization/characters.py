@@ -6,6 +6,7 @@ bpe.py makes those of GPT-2's kind, and find.py chooses.
 
 import os
 import pickle
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..errors import CheckpointError, TokenizerError, list_some
 from ..files import open_atomically
+from ..pickles import LARGEST_PICKLE_BYTES, unpickle_plain
 from .bpe import wrap_backend
-
-_LARGEST_BYTES = 64 << 20  # every character of Unicode, both ways, takes 18 MB
 
 # `tokenizers` raises "Unk token `...` not found in the vocabulary". Only the words in the middle can be chosen.
 _NO_UNKNOWN = "(for a character that is not in the model's alphabet)"
@@ -82,19 +82,19 @@ def read_vocab_size(path: str | os.PathLike[str]) -> int:
     vocab_size = meta.get("vocab_size") if isinstance(meta, dict) else None
     if type(vocab_size) is not int or vocab_size < 1:
         raise TokenizerError(
-            f"{path}: expected a positive vocab_size, got {vocab_size!r}; give the meta.pkl that prepare.py wrote"
+            f"{path}: expected a positive vocab_size, got {reprlib.repr(vocab_size)}; give the meta.pkl that "
+            f"prepare.py wrote"
         )
     return vocab_size
 
 
 def _load_meta(path: Path) -> Any:
     try:
-        if path.stat().st_size > _LARGEST_BYTES or not path.is_file():
+        if path.stat().st_size > LARGEST_PICKLE_BYTES or not path.is_file():
             raise TokenizerError(
                 f"{path}: expected a meta.pkl, got a directory, a device or too large a file; check the path"
             )
-        with path.open("rb") as file:
-            return _PlainUnpickler(file).load()
+        return unpickle_plain(path.read_bytes())
     except OSError as error:
         raise TokenizerError(f"{path}: cannot be opened: {error.strerror}; check the path") from error
     except TokenizerError:
@@ -195,13 +195,6 @@ def _extract_table(where: str, tokenizer: PreTrainedTokenizerBase) -> CharacterT
             f"{reason}; nanoGPT's meta.pkl cannot hold it, nothing was written"
         )
     return CharacterTable(characters)
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Admits no names at all, so that no class is made and no function is called."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"refused the name {module}.{name}, nothing was executed")
 
 
 def _are_inverse(characters: tuple[str, ...], stoi: dict) -> bool:

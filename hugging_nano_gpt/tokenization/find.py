@@ -17,6 +17,11 @@ from .vocabulary import check_tokenizer, describe_spare_rows
 # In the words of the command line and of Python.
 _ADVICE = "give its meta.pkl (--meta FILE, read_meta), or another by name (--tokenizer NAME, build_tiktoken_tokenizer)"
 
+# Where in a repository of the Hub, or in a folder, a model and its tokenizer are, and how they are fetched: arguments
+# of from_pretrained that travel together. A tokenizer from another place is only fetched in the same way.
+_PLACE = ("revision", "subfolder")
+HUB_KWARGS = (*_PLACE, "cache_dir", "force_download", "local_files_only", "proxies", "token")
+
 
 def find_tokenizer(
     checkpoint_path: str | os.PathLike[str],
@@ -68,8 +73,16 @@ def load_tokenizer(
     *,
     meta_path: str | os.PathLike[str] | None = None,
     tokenizer: str | None = None,
+    **hub: Any,
 ) -> PreTrainedTokenizerBase:
     """Loads the tokenizer asked for, or the one that belongs to a checkpoint or a folder.
+
+    Args:
+        model: The model.
+        source: What it was loaded from.
+        meta_path: meta.pkl of its characters, instead of the tokenizer that belongs to the source.
+        tokenizer: Name, folder or Hub id of a tokenizer, instead of meta_path.
+        **hub: Those of HUB_KWARGS that the model was loaded with.
 
     Raises:
         TokenizerError: If there is none, both are asked for, or it does not fit the model's rows.
@@ -83,12 +96,12 @@ def load_tokenizer(
     if meta_path is not None:
         where, found = os.fspath(meta_path), build_character_tokenizer(read_meta(meta_path), block_size=block_size)
     elif tokenizer is not None:
-        where, found = tokenizer, _load_named(tokenizer, block_size)
+        where, found = tokenizer, _load_named(tokenizer, block_size, hub)
     elif Path(source).is_file():
         config = model.nanogpt_training_state.config
         return find_tokenizer(source, config, vocab_size, block_size=block_size)
     else:
-        where, found = os.fspath(source), _load_saved(os.fspath(source), block_size)
+        where, found = os.fspath(source), _load_saved(os.fspath(source), block_size, hub)
     check_tokenizer(where, found, vocab_size)
     describe_spare_rows(where, found, vocab_size)
     return found
@@ -100,10 +113,11 @@ def find_tokenizer_or_reason(
     *,
     meta_path: str | os.PathLike[str] | None,
     tokenizer: str | None,
+    **hub: Any,
 ) -> tuple[PreTrainedTokenizerBase | None, list[str]]:
     """Loads the tokenizer as load_tokenizer does; where none was asked for and there is none, returns the reason."""
     try:
-        found = load_tokenizer(model, source, meta_path=meta_path, tokenizer=tokenizer)
+        found = load_tokenizer(model, source, meta_path=meta_path, tokenizer=tokenizer, **hub)
         return found, describe_spare_rows(os.fspath(meta_path or tokenizer or source), found, model.config.vocab_size)
     except (TokenizerError, MissingDependencyError) as error:
         if meta_path is not None or tokenizer is not None:
@@ -111,16 +125,16 @@ def find_tokenizer_or_reason(
         return None, [str(error)]
 
 
-def _load_named(name: str, block_size: int) -> PreTrainedTokenizerBase:
+def _load_named(name: str, block_size: int, hub: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     if name == "gpt2":
         return build_gpt2_tokenizer(block_size=block_size)
     if Path(name).is_dir() or "/" in name:
-        return _load_saved(name, block_size)
+        return _load_saved(name, block_size, {key: value for key, value in hub.items() if key not in _PLACE})
     return build_tiktoken_tokenizer(name, block_size=block_size)
 
 
-def _load_saved(name: str, block_size: int) -> PreTrainedTokenizerBase:
-    folder = Path(name)
+def _load_saved(name: str, block_size: int, hub: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    folder = Path(name) / hub.get("subfolder", "")
     if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
         found = read_gpt2_files(folder, block_size=block_size)
         if found is not None:
@@ -132,7 +146,7 @@ def _load_saved(name: str, block_size: int) -> PreTrainedTokenizerBase:
                 f"{list_some(files) or 'nothing'}; {_ADVICE}"
             )
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # or it may ask on the terminal
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **hub)  # or it may ask on the terminal
     except Exception as error:  # whatever a tokenizer's files make Transformers raise
         reason = " ".join(str(error).split())
         raise TokenizerError(f"{name}: has no tokenizer that can be loaded: {reason}; {_ADVICE}") from error

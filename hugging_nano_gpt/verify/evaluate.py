@@ -147,7 +147,7 @@ def evaluate_loss(
     if not 1 <= stride <= model.config.block_size:
         raise DataError(f"stride: expected 1 to block_size={model.config.block_size}, got {stride}; change --stride")
     model.to(torch_device)
-    asked = {"meta_path": meta_path, "tokenizer": tokenizer}
+    asked = {"meta_path": meta_path, "tokenizer": tokenizer, **loaded.hub}
     windows, own_tokenizer, reasons = _open_windows(model, source, path, asked)
     loss, scored = _score(model, windows, stride, path)
     unit, n_units = (None, 0) if own_tokenizer is None else count_units(own_tokenizer, scored)
