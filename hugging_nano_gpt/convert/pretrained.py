@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import CheckpointError, NanoGPTError, list_some
 from ..files import advise_on_folder
+from ..model.folder_nano_gpt import describe_interruption, refuse_change
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -56,8 +57,8 @@ def load_whole_model(
     Raises:
         CheckpointError: If there is no whole model of this class there, or the Hub cannot be reached.
     """
-    config = read_config(model_class, source)
-    with _explaining(source):
+    with _explaining(source), refuse_change(Path(source, kwargs.get("subfolder") or "")):
+        config = read_config(model_class, source)
         if check is not None:
             check(config)
         _check_numbers(source, config)
@@ -106,6 +107,9 @@ def _read_fields(source: str | os.PathLike[str]) -> dict[str, Any]:
             f"{source}: expected a folder that save_pretrained wrote, or a hub id, got a file; load a checkpoint with "
             f"from_nanogpt_ckpt, or make a folder of it with `hugging-nano-gpt convert`"
         )
+    interruption = describe_interruption(Path(source))
+    if interruption is not None:
+        raise CheckpointError(interruption)
     with _explaining(source):
         fields, _ = PreTrainedConfig.get_config_dict(source)
     return fields
