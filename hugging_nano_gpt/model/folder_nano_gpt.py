@@ -176,11 +176,8 @@ def _remove_abandoned(folder: Path, own: Path) -> None:
 
 def _remove_temporary(temporary: Path) -> None:
     """Removes the lock after all that it protects, so that a kill leaves it, or an empty folder."""
-    for name in (_NEW, _OLD):
-        shutil.rmtree(temporary / name, ignore_errors=True)
-    with contextlib.suppress(OSError):  # it is no part of the model
-        (temporary / _LOCK).unlink(missing_ok=True)
-        temporary.rmdir()
+    for path in (temporary / _NEW, temporary / _OLD, temporary):
+        shutil.rmtree(path, ignore_errors=True)  # Windows removes no file that a model has mapped
 
 
 def _is_abandoned(lock: Path) -> bool:
@@ -188,7 +185,7 @@ def _is_abandoned(lock: Path) -> bool:
     try:
         with lock.open("r+b") as file:
             _lock_file(file, waits=False)
-        lock.rename(lock)  # which Windows refuses while the writer has it open
+        lock.rename(lock.with_name("abandoned"))  # which Windows refuses while the writer has it open
     except FileNotFoundError:  # killed before it was made, or after it was removed
         return True
     except OSError:

@@ -131,13 +131,13 @@ def read_next_batch(folder: Path, rank: int, world_size: int) -> list[int]:
     Raises:
         CheckpointError: If there were more or fewer processes.
     """
-    kept = json.loads((folder / _name_file(0)).read_text())
+    kept = json.loads((folder / _name_file(0)).read_text(encoding="utf-8"))
     if kept["world_size"] != world_size:
         raise CheckpointError(
             f"{folder}: expected as many processes as the run had, {kept['world_size']}, got {world_size}; start as "
             f"many"
         )
-    return json.loads((folder / _name_file(rank)).read_text())["offsets"]
+    return json.loads((folder / _name_file(rank)).read_text(encoding="utf-8"))["offsets"]
 
 
 def _name_file(rank: int) -> str:
