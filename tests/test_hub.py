@@ -184,6 +184,10 @@ def find_advice(text):
     return re.search(r"(pip3?|uv|pipx) +(add|install|run)\b[^\n]*hugging[-_]nano", text)
 
 
+def test_remote_code_refuses_a_folder_whose_write_was_interrupted(remote):
+    assert "interrupted: a write of this folder is under way or was interrupted" in remote.facts["interrupted"]
+
+
 @torch.no_grad()
 def test_remote_code_saved_again_works_again(remote):
     without_card = [name for name in FILES if name != "README.md"]  # cards are written by the package alone

@@ -4,6 +4,7 @@ A kill leaves the disk as it is at that moment, so one write shows all states th
 before every call that changes a folder. Old and new have the same shapes and another n_head: a mix would load.
 """
 
+import contextlib
 import os
 import random
 import re
@@ -335,6 +336,16 @@ def test_live_writers_do_not_remove_each_others_files(tmp_path):
         write_model(tmp_path, "first")
         (temporary / "model.safetensors").write_text("last")
     assert read_tree(tmp_path) == {"config.json": b"last", "model.safetensors": b"last"}
+
+
+@forks
+def test_process_forked_during_a_write_keeps_no_later_writer_waiting(tmp_path):
+    """A fork, such as a DataLoader makes, has the lock open for as long as it lives."""
+    with contextlib.ExitStack() as stack:
+        with folder_nano_gpt._lock_folder(tmp_path):
+            stack.enter_context(start_child(lambda ready: (ready(), time.sleep(60))))
+        with limit_time(10):
+            write_model(tmp_path, "new")
 
 
 @forks

@@ -158,7 +158,7 @@ def _make_temporary(folder: Path) -> Iterator[Path]:
         temporary.mkdir()
         lock = (temporary / _LOCK).open("xb")
         with contextlib.suppress(OSError):  # some network drives have no locks: there, what killed writers leave stays
-            _lock_file(lock, waits=False)
+            _lock_file(lock, "LOCK_EX", "LOCK_NB")
     try:
         (temporary / _NEW).mkdir()
         yield temporary
@@ -184,7 +184,7 @@ def _is_abandoned(lock: Path) -> bool:
     """Returns whether the writer who has made a lock has gone; False where that cannot be known."""
     try:
         with lock.open("r+b") as file:
-            _lock_file(file, waits=False)
+            _lock_file(file, "LOCK_EX", "LOCK_NB")
         lock.rename(lock.with_name("abandoned"))  # which Windows refuses while the writer has it open
     except FileNotFoundError:  # killed before it was made, or after it was removed
         return True
@@ -200,21 +200,22 @@ def _lock_folder(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError, AttributeError):  # Windows and some network drives cannot
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             stack.callback(os.close, descriptor)
-            _lock_file(descriptor, waits=True)
+            _lock_file(descriptor, "LOCK_EX")
+            stack.callback(_lock_file, descriptor, "LOCK_UN")  # a process forked meanwhile has it open too
         yield
 
 
-def _lock_file(file: BinaryIO | int, *, waits: bool) -> None:
-    """Locks an open file until it is closed, also by the end of the process.
+def _lock_file(file: BinaryIO | int, *operations: str) -> None:
+    """Locks an open file for as long as it is open in a process that lives, or does what else flock knows.
 
     Raises:
-        OSError: If another process or thread has locked it, and this one does not wait; or if files cannot be locked.
+        OSError: If another process or thread has locked it, with LOCK_NB; or if files cannot be locked here.
     """
     try:
         import fcntl
     except ImportError:  # Windows, where a file that is open cannot be removed
         return
-    fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+    fcntl.flock(file, sum(getattr(fcntl, operation) for operation in operations))
 
 
 def _list_files(folder: Path) -> list[Path]:

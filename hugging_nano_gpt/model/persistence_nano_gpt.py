@@ -36,10 +36,11 @@ class NanoGPTPersistence(PreTrainedModel):
     @classmethod
     @document_as(PreTrainedModel.from_pretrained.__func__)
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any):
-        folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
-        if pretrained_model_name_or_path is not None:
-            _refuse_checkpoint(Path(pretrained_model_name_or_path), cls.__name__)
-            _refuse_incomplete(folder, kwargs.get("config"))
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *args, **kwargs)
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        _refuse_checkpoint(Path(pretrained_model_name_or_path), cls.__name__)
+        _refuse_incomplete(folder, kwargs.get("config"))
         with refuse_change(folder):
             _refuse_other_config(folder, pretrained_model_name_or_path, kwargs.get("config"))
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
