@@ -230,14 +230,14 @@ def _move_files(temporary: Path, folder: Path, all_variants: bool) -> None:
     moves += [(path, temporary / _NEW, folder) for path in sorted(new, key=_rank)]
     done: list[tuple[Path, Path]] = []  # from where to where
     try:
-        for _, step in itertools.groupby(moves, key=lambda move: _rank(move[0])):
+        for _, step in itertools.groupby(moves, key=lambda move: _rank(move[0]) > 1):
             changed = set()
             for path, source, goal in step:
                 (goal / path).parent.mkdir(parents=True, exist_ok=True)
                 (source / path).rename(goal / path)
                 done.append((source / path, goal / path))
-                changed |= {(source / path).parent, (goal / path).parent}
-            for changed_folder in changed:
+                changed.add((folder / path).parent)
+            for changed_folder in changed:  # so that a power cut finds no later step without this one
                 sync_folder(changed_folder)
     except BaseException:
         _move_back(done, folder, temporary)
