@@ -504,8 +504,11 @@ def _set_up_transformers(has_progress: bool = True, is_quiet: bool = False) -> N
 def main() -> None:
     """Runs the command line; an error goes to stderr in one line, without a traceback unless --debug is given."""
     for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed, as `<&-` in a shell does it
+        stream = getattr(sys, name)
+        if stream is None:  # closed, as `<&-` in a shell does it
             setattr(sys, name, io.StringIO())
+        elif sys.platform == "win32" and not stream.isatty():  # else pipes and files have the system's code page
+            stream.reconfigure(encoding="utf-8")
     try:
         app()
     except Exception as error:

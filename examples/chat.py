@@ -58,7 +58,7 @@ def add_chat(model: NanoGPTLMHeadModel, tokenizer: PreTrainedTokenizerBase) -> N
 
 def read_conversations() -> list[list[dict[str, str]]]:
     """Reads the messages of each conversation."""
-    return [json.loads(line)["messages"] for line in CONVERSATIONS_PATH.read_text().splitlines()]
+    return [json.loads(line)["messages"] for line in CONVERSATIONS_PATH.read_text(encoding="utf-8").splitlines()]
 
 
 def train(model: NanoGPTLMHeadModel, tokenizer: PreTrainedTokenizerBase, out_dir: Path, n_updates: int) -> None:

@@ -35,21 +35,21 @@ def write_sample(gpt: torch.nn.Module, iter_num: int, data_dir: str) -> None:
     tokenizer = build_character_tokenizer(read_meta(Path(data_dir) / "meta.pkl"))
     with torch.random.fork_rng():
         tokens = model.generate(torch.tensor([[0]], device=model.device), max_new_tokens=60, do_sample=True)
-    with Path("samples.txt").open("a") as file:
+    with Path("samples.txt").open("a", encoding="utf-8") as file:
         file.write(f"--- iteration {iter_num}{tokenizer.decode(tokens[0])}\n")
 
 
 def main(out_dir: Path) -> None:
     """Runs train.py as it is and with the line, and compares."""
     nanogpt_dir = Path(os.environ["NANOGPT_DIR"])
-    script = (nanogpt_dir / "train.py").read_text()
+    script = (nanogpt_dir / "train.py").read_text(encoding="utf-8")
     assert script.count(PLACE) == 1
     data_dir = write_data(out_dir / "data" / "sample")
     for name, text in (("plain", script), ("sampled", script.replace(PLACE, PLACE + LINE))):
         run(out_dir / name, text, nanogpt_dir, data_dir)
     plain, sampled = (read_checkpoint(out_dir / name / "out" / "ckpt.pt") for name in ("plain", "sampled"))
     assert all(torch.equal(sampled.state_dict[name], tensor) for name, tensor in plain.state_dict.items())
-    samples = (out_dir / "sampled" / "samples.txt").read_text()
+    samples = (out_dir / "sampled" / "samples.txt").read_text(encoding="utf-8")
     assert samples.count("--- iteration") == 3
     print(samples)
     print(f"Three samples, and the bits of iteration {plain.training_state.iter_num} as without them.")
@@ -59,7 +59,7 @@ def run(folder: Path, script: str, nanogpt_dir: Path, data_dir: Path) -> None:
     """Runs a train.py in a folder of its own, beside the checkout's other files."""
     (folder / "data").mkdir(parents=True)
     (folder / "data" / "sample").symlink_to(data_dir)
-    (folder / "train.py").write_text(script)
+    (folder / "train.py").write_text(script, encoding="utf-8")
     for name in ("model.py", "configurator.py"):
         (folder / name).symlink_to(nanogpt_dir / name)
     sys.argv = ["train.py", *FLAGS]

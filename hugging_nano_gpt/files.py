@@ -1,13 +1,13 @@
 """Opening the file that a user names, and writing a file, or a folder of files, wholly or not at all.
 
-New bytes go to a temporary name beside the target, or inside of a folder that is there, are flushed to the disk, and
-are then renamed over it. It costs an fsync a file; it buys that a crash, a full disk or a kill at any moment leaves
-the file that was there before.
+New bytes go to a temporary name in the same folder, are flushed to the disk, and are then renamed over the old ones.
+It costs an fsync a file; it buys that a crash, a full disk or a kill at any moment leaves the file that was there.
+How a folder gets another model is in model/folder_nano_gpt.py.
 """
 
 import contextlib
+import functools
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +16,14 @@ from typing import BinaryIO
 from safetensors import SafetensorError
 
 from .errors import CheckpointError, ConversionError, list_some
-
-# How the names of what is not complete yet begin.
-_TEMPORARY = ".writing-"
+from .model.folder_nano_gpt import (
+    TEMPORARY,
+    WrittenInPartError,
+    flush_files,
+    name_temporary,
+    replace_model,
+    sync_folder,
+)
 
 
 def open_source(path: Path) -> BinaryIO:
@@ -92,8 +97,11 @@ def open_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         if target.exists() and not target.is_file():
             raise OSError("it is a directory, a device or a pipe, not a file")
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _name_temporary(target.parent, ".tmp")
-        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)  # less what the umask takes
+        temporary = name_temporary(target.parent, ".tmp")
+        flags = (
+            os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0)
+        )  # Windows writes "\n" as two bytes else
+        descriptor = os.open(temporary, flags, 0o666)  # less what the umask takes
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise _explain(path, error) from error
     try:
@@ -104,25 +112,11 @@ def open_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         if target.exists():
             temporary.chmod(target.stat().st_mode & 0o777)
         temporary.replace(target)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     except OSError as error:
         raise _explain(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)  # renamed away when all went well
-
-
-def _name_temporary(folder: Path, suffix: str = "") -> Path:
-    return folder / f"{_TEMPORARY}{secrets.token_hex(8)}{suffix}"
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the rename itself survive a power cut, where the system lets a folder be opened."""
-    with contextlib.suppress(OSError, AttributeError):  # some systems and network drives cannot; the file is there
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _explain(path: str | os.PathLike[str], error: OSError | ValueError) -> CheckpointError:
@@ -164,8 +158,8 @@ def check_folder(folder: Path, overwrite: bool) -> None:
 def open_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
     """Makes a temporary folder, and puts what was written into it in its place when the block ends.
 
-    A folder that is not there appears whole, in one step. Into one that is there, a mount point or the target of a
-    link, files are moved one by one, config.json last; if one cannot be, those before it are moved back.
+    A folder that is not there appears whole, in one step. In one that is there, a mount point or the target of a link,
+    the files of the model are replaced: see replace_model.
 
     Args:
         folder: The folder to write.
@@ -177,29 +171,31 @@ def open_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(folder))
     try:
-        is_new = not target.is_dir()
-        (target.parent if is_new else target).mkdir(parents=True, exist_ok=True)
-        temporary = _name_temporary(target.parent if is_new else target)
-        temporary.mkdir()
-    except OSError as error:
-        raise _explain_folder(folder, error.strerror) from error
-    try:
-        yield temporary
-        mode = temporary.stat().st_mode & 0o666  # what the umask leaves
-        for path in _list_files(temporary):
-            (temporary / path).chmod(mode)  # safetensors makes files that only their owner reads
-            with (temporary / path).open("rb") as file:
-                os.fsync(file.fileno())
-        if is_new:
-            _take_place(temporary, folder, target)
+        if target.is_dir():
+            check = functools.partial(_check_meanwhile, folder, overwrite)
+            with replace_model(target, all_variants=True, check=check) as temporary:
+                yield temporary
         else:
-            with _lock(target):
-                _check_meanwhile(folder, overwrite)
-                _move_files(temporary, target)
+            with _open_new_folder(folder, target) as temporary:
+                yield temporary
+    except WrittenInPartError as error:
+        raise ConversionError(str(error)) from error
     except OSError as error:
         raise _explain_folder(folder, error.strerror or error) from error
     except (SafetensorError, RuntimeError) as error:  # how the writers of tensors report a full disk
         raise _explain_folder(folder, error) from error
+
+
+@contextlib.contextmanager
+def _open_new_folder(folder: Path, target: Path) -> Iterator[Path]:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = name_temporary(target.parent)
+    temporary.mkdir()
+    try:
+        yield temporary
+        flush_files(temporary)
+        _take_place(temporary, folder, target)
+        sync_folder(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -215,70 +211,9 @@ def _take_place(temporary: Path, folder: Path, target: Path) -> None:
 
 def _check_meanwhile(folder: Path, overwrite: bool) -> None:
     """Raises ConversionError if files have come into a folder since check_folder looked, and may not be replaced."""
-    others = [path.name for path in folder.iterdir() if not path.name.startswith(_TEMPORARY)]
+    others = [path.name for path in folder.iterdir() if not path.name.startswith(TEMPORARY)]
     if others and not overwrite:
         raise _explain_folder(folder, f"another process has written {list_some(sorted(others))} in the meantime")
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Keeps other processes and threads that move files into a folder waiting, where the system can."""
-    descriptor = None
-    try:
-        with contextlib.suppress(ImportError, OSError, AttributeError):  # Windows; some network drives
-            import fcntl
-
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-
-
-def _list_files(folder: Path) -> list[Path]:
-    """Lists the files in a folder and its subfolders, from there, config.json last: without it, it is no model."""
-    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-    return sorted(files, key=lambda path: (path == Path("config.json"), path))
-
-
-def _move_files(temporary: Path, folder: Path) -> None:
-    new = _list_files(temporary)
-    weights = [path for pattern in ("model*.safetensors*", "model.onnx*") for path in folder.glob(pattern)]
-    stale = [path.name for path in weights if Path(path.name) not in new]  # of an earlier model, or in more files
-    old = _name_temporary(folder)  # takes what is replaced, until all is in place
-    done: list[tuple[Path, Path]] = []  # from where to where
-
-    def move(source: Path, goal: Path) -> None:
-        goal.parent.mkdir(parents=True, exist_ok=True)
-        source.rename(goal)
-        done.append((source, goal))
-
-    try:
-        for path in new:
-            goal = folder / path
-            if path == Path("README.md") and goal.exists():  # the card there is the user's
-                continue
-            if os.path.lexists(goal):
-                move(goal, old / path)
-            move(temporary / path, goal)
-        for name in stale:
-            move(folder / name, old / name)
-    except BaseException:
-        _move_back(done, folder, old)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _move_back(done: list[tuple[Path, Path]], folder: Path, old: Path) -> None:
-    try:
-        for source, goal in reversed(done):
-            goal.rename(source)
-    except OSError as error:
-        raise ConversionError(
-            f"{folder}: is written in part: {error.strerror}; move the files in {old} back into it"
-        ) from error
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _explain_folder(folder: Path, reason: object) -> ConversionError:

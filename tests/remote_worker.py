@@ -6,6 +6,7 @@ idx.safetensors and the saved folders; beside them go outputs.safetensors, facts
 
 import importlib.abc
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -71,7 +72,12 @@ def main(folder: Path, n_threads: int) -> None:
 
     model.save_pretrained(folder / "again")
     model.transformer.save_pretrained(folder / "again-base")
-    load(AutoModelForCausalLM, "again").save_pretrained(folder / "third")
+    for _ in range(2):  # the second time over the first
+        load(AutoModelForCausalLM, "again").save_pretrained(folder / "third")
+    shutil.copytree(folder / "third", folder / "interrupted")
+    (folder / "interrupted" / ".writing-0" / "new").mkdir(parents=True)
+    (folder / "interrupted" / "model.safetensors").unlink()
+    facts["interrupted"] = catch(load, AutoModelForCausalLM, "interrupted")
     facts["files"] = {name: list_files(folder / name) for name in ("lm", "again", "again-base", "third")}
 
     row = {"input_ids": idx[0], "labels": idx[0]}
@@ -129,7 +135,7 @@ def generate_with_other_caches(model, idx) -> tuple[str, str]:
 def catch(function, *args, **kwargs) -> str:
     try:
         return f"no error: {function(*args, **kwargs)}"
-    except (TypeError, RuntimeError) as error:
+    except (OSError, TypeError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
 
 

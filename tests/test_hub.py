@@ -50,6 +50,7 @@ CODE_FILES = [
         "cache",
         "configuration",
         "decoding",
+        "folder",
         "generation",
         "inputs",
         "kernels",
@@ -156,9 +157,35 @@ def test_remote_code_generates_past_block_size(remote):
 
 
 def test_remote_code_without_the_package_says_so(remote):
-    assert "pip install hugging-nano-gpt" in remote.facts["import_error"]
+    assert "install it from a clone of its repository" in remote.facts["import_error"]
     assert remote.facts["training_state"] == "None"
     assert remote.facts["config"]["nanogpt_training_state"]["iter_num"] == 5000
+
+
+def test_no_text_advises_to_fetch_the_package_by_its_name(model, tmp_path):
+    """No index has it, so anybody could claim the name there and be installed by our advice."""
+    model.save_pretrained(tmp_path)
+    root = Path(__file__).parents[1]
+    texts = [*root.glob("*.md"), *root.glob("*.py"), *tmp_path.iterdir()]
+    texts += [
+        path for name in ("benchmarks", "docs", "examples", "hugging_nano_gpt") for path in (root / name).rglob("*")
+    ]
+    found = [
+        path
+        for path in texts
+        if path.suffix in (".md", ".py", ".sh", ".json") and find_advice(path.read_text("utf-8"))
+    ]
+    assert found == []
+    assert find_advice("run: pip install -U 'hugging-nano-gpt[train]'")
+    assert "install it from a clone of its repository" in (tmp_path / "README.md").read_text()
+
+
+def find_advice(text):
+    return re.search(r"(pip3?|uv|pipx) +(add|install|run)\b[^\n]*hugging[-_]nano", text)
+
+
+def test_remote_code_refuses_a_folder_whose_write_was_interrupted(remote):
+    assert "interrupted: a write of this folder is under way or was interrupted" in remote.facts["interrupted"]
 
 
 @torch.no_grad()

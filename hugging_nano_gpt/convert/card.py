@@ -133,7 +133,8 @@ def _describe_loading(config: PreTrainedConfig, class_name: str) -> list[str]:
         "nothing but torch and transformers:",
         f"```python\nfrom transformers import {auto_class}\n\n"
         f'model = {auto_class}.from_pretrained("path/or/name", trust_remote_code=True)\n```',
-        "With the package hugging-nano-gpt, which brings the same code and the way back to nanoGPT:",
+        "With the package hugging-nano-gpt, which brings the same code and the way back to nanoGPT (install it from a "
+        "clone of its repository: it is on no package index):",
         f"```python\nfrom hugging_nano_gpt import {class_name}\n\n"
         f'model = {class_name}.from_pretrained("path/or/name"){back}\n```',
     ]

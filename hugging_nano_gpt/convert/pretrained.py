@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import CheckpointError, NanoGPTError, list_some
 from ..files import advise_on_folder
+from ..model.folder_nano_gpt import describe_interruption, refuse_change
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from ..tokenization.find import HUB_KWARGS
 
@@ -73,8 +74,8 @@ def load_whole_model(
     """
     if kwargs.get("subfolder") and Path(source).is_dir():
         source = Path(source, kwargs.pop("subfolder"))  # Transformers takes generation_config.json from above it
-    config = read_config(model_class, source, **select_hub(kwargs))
-    with _explaining(source):
+    with _explaining(source), refuse_change(Path(source)):
+        config = read_config(model_class, source, **select_hub(kwargs))
         if check is not None:
             check(config)
         _check_numbers(source, config)
@@ -123,6 +124,9 @@ def _read_fields(source: str | os.PathLike[str], hub: dict[str, Any]) -> dict[st
             f"{source}: expected a folder that save_pretrained wrote, or a hub id, got a file; load a checkpoint with "
             f"from_nanogpt_ckpt, or make a folder of it with `hugging-nano-gpt convert`"
         )
+    interruption = describe_interruption(Path(source))
+    if interruption is not None:
+        raise CheckpointError(interruption)
     with _explaining(source):
         if not (Path(source).is_dir() or is_hub_id(source)):
             raise FileNotFoundError("no such folder, and no hub id, which is owner/name")

@@ -5,6 +5,7 @@ nanoGPT changed in June 2023 without recording it, and the fields that Transform
 This file travels with saved models as remote code, so it imports nothing else of this package.
 """
 
+import json
 from typing import Any
 
 import torch
@@ -96,9 +97,19 @@ class NanoGPTConfig(PreTrainedConfig):
             raise ValueError(f"{type(self).__name__}: impossible values: {'; '.join(faults)}")
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        """Makes a configuration; of a folder that AutoConfig reads, it keeps what was read until its weights are."""
+        as_read = write_fields(config_dict)
+        made = super().from_dict(config_dict, **kwargs)
+        if "name_or_path" in kwargs:
+            (made[0] if isinstance(made, tuple) else made)._as_read = as_read
+        return made
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as they are saved."""
         fields = super().to_dict()
+        fields.pop("_as_read", None)
         state = fields.get("nanogpt_training_state")
         if state is not None:
             config = {
@@ -132,6 +143,12 @@ class NanoGPTConfig(PreTrainedConfig):
                 f"nanoGPT computes another, got {self.activation_function!r}"
             )
         return faults
+
+
+def write_fields(config_dict: dict[str, Any]) -> str:
+    """Writes what get_config_dict reads, less what it adds, so that two readings can be compared."""
+    fields = {name: value for name, value in config_dict.items() if name != "_commit_hash"}
+    return json.dumps(fields, sort_keys=True, default=str)
 
 
 def is_exact_in_json(value: Any) -> bool:

@@ -7,13 +7,16 @@ remote code.
 
 import contextlib
 import importlib
+import inspect
 import os
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
+from .configuration_nano_gpt import write_fields
+from .folder_nano_gpt import describe_change, describe_interruption, holds_model, refuse_change, replace_model
 from .generation_nano_gpt import document_as
 
 # Where a saved folder has the class for each Auto class; vLLM asks for AutoModel whatever was saved.
@@ -24,6 +27,8 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_nano_gpt.NanoGPTForSequenceClassification",
 }
 
+_UPLOAD_FAILED = "Only the upload failed: the files are complete."
+
 
 class NanoGPTPersistence(PreTrainedModel):
     """Loading from a checkpoint, and saving with the code and a card beside the weights."""
@@ -31,8 +36,14 @@ class NanoGPTPersistence(PreTrainedModel):
     @classmethod
     @document_as(PreTrainedModel.from_pretrained.__func__)
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any):
-        _refuse_checkpoint(pretrained_model_name_or_path, cls.__name__)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *args, **kwargs)
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        _refuse_checkpoint(Path(pretrained_model_name_or_path), cls.__name__)
+        _refuse_incomplete(folder, kwargs.get("config"))
+        with refuse_change(folder):
+            _refuse_other_config(folder, pretrained_model_name_or_path, kwargs.get("config"))
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
     def from_nanogpt_ckpt(cls, ckpt_path: str | os.PathLike[str], **kwargs: Any):
@@ -83,17 +94,43 @@ class NanoGPTPersistence(PreTrainedModel):
 
     @document_as(PreTrainedModel.save_pretrained)
     def save_pretrained(self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args, **kwargs):
+        folder = Path(save_directory)
+        arguments = inspect.signature(super().save_pretrained).bind(folder, is_main_process, *args, **kwargs).arguments
+        is_shared = arguments.get("distributed_checkpoint", False)  # every process writes into the folder
+        failed_upload = None
+        if self.should_save_on_this_rank(is_main_process) and holds_model(folder) and not is_shared:
+            if arguments.get("push_to_hub"):
+                kwargs.setdefault("repo_id", folder.name)  # as Transformers names it
+            with replace_model(folder) as new_folder:
+                try:
+                    self._save_into(new_folder, folder, is_main_process, *args, **kwargs)
+                except BaseException as error:
+                    if _UPLOAD_FAILED not in getattr(error, "__notes__", ()):
+                        raise
+                    failed_upload = error  # raised when the files are in place
+        else:
+            self._save_into(save_directory, folder, is_main_process, *args, **kwargs)
+        if hasattr(self, "barrier_after_gathered_checkpoint_save"):  # Transformers waits before the files are in place
+            self.barrier_after_gathered_checkpoint_save(getattr(self.config, "distributed_config", None))
+        if failed_upload is not None:
+            raise failed_upload
+
+    def _save_into(self, folder: str | os.PathLike[str], card_folder: str | os.PathLike[str], *args, **kwargs) -> None:
         # Also in place of entries that point to the repository of the Hub that the model came from.
         self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **AUTO_MAP}
         package = _find_package()
-        with contextlib.nullcontext() if package is None else package.keep_card(self, save_directory):
-            super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-        if self.should_save_on_this_rank(is_main_process):
-            self._add_code_and_card(save_directory)
+        with contextlib.nullcontext() if package is None else package.keep_card(self, card_folder):
+            super().save_pretrained(folder, *args, **kwargs)
+        if self.should_save_on_this_rank(args[0]):
+            self._add_code_and_card(folder)
 
     def _upload_modified_files(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any):
         self._add_code_and_card(working_dir)  # the upload is part of save_pretrained, so it does not wait for the end
-        return super()._upload_modified_files(working_dir, *args, **kwargs)
+        try:
+            return super()._upload_modified_files(working_dir, *args, **kwargs)
+        except BaseException as error:
+            error.add_note(_UPLOAD_FAILED)  # for the user, and for save_pretrained
+            raise
 
     def _add_code_and_card(self, folder: str | os.PathLike[str]) -> None:
         if not (Path(folder) / "config.json").is_file():  # an adapter, which loads onto another folder
@@ -106,15 +143,36 @@ class NanoGPTPersistence(PreTrainedModel):
             package.write_card(self, folder)
 
 
-def _refuse_checkpoint(source: str | os.PathLike[str] | None, class_name: str) -> None:
+def _refuse_checkpoint(path: Path, class_name: str) -> None:
     """Raises ValueError for a checkpoint file, or a folder that holds one and no saved model."""
-    path = Path(source or "")
     is_folder = path.is_dir() and (path / "ckpt.pt").is_file() and not (path / "config.json").is_file()
-    if source is not None and (is_folder or path.is_file() or path.suffix in (".ckpt", ".pt", ".pth")):
+    if is_folder or path.is_file() or path.suffix in (".ckpt", ".pt", ".pth"):
         raise ValueError(
             f"{path}: expected a folder that save_pretrained wrote, or a hub id, got a checkpoint; load it with "
             f"{class_name}.from_nanogpt_ckpt, or make a folder of it with `hugging-nano-gpt convert`"
         )
+
+
+def _refuse_incomplete(folder: Path, config: object) -> None:
+    """Raises OSError for a folder that would be loaded in part, or under the default configuration."""
+    interruption = describe_interruption(folder)
+    if interruption is not None:
+        raise OSError(interruption)
+    has_config = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+    if folder.is_dir() and config is None and not has_config:
+        raise OSError(
+            f"{folder}: expected a folder that save_pretrained wrote, got one without config.json; copy it again from "
+            f"where it was written, or give another"
+        )
+
+
+def _refuse_other_config(folder: Path, source: object, config: Any) -> None:
+    """Raises OSError if AutoModel has read a config.json that another model has replaced since."""
+    as_read = getattr(config, "__dict__", {}).pop("_as_read", None)
+    if as_read is None or str(source) != str(config.name_or_path) or not folder.is_dir():
+        return
+    if as_read != write_fields(PreTrainedConfig.get_config_dict(folder)[0]):
+        raise OSError(describe_change(folder))
 
 
 class NanoGPTWayBackMixin:
@@ -157,8 +215,8 @@ def _require_package():
     package = _find_package()
     if package is None:
         raise ImportError(
-            "nanoGPT checkpoints are read and written by the package hugging-nano-gpt, which is not installed here; "
-            "run: pip install hugging-nano-gpt"
+            "nanoGPT checkpoints are read and written by the package hugging-nano-gpt, which is not installed here: "
+            "install it from a clone of its repository with `pip install .`, not by its name, which is on no index"
         )
     return package
 

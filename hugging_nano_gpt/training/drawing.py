@@ -144,13 +144,13 @@ def read_next_batch(folder: Path, rank: int, world_size: int) -> list[int]:
     Raises:
         CheckpointError: If there were more or fewer processes.
     """
-    kept = json.loads((folder / _name_file(0)).read_text())
+    kept = json.loads((folder / _name_file(0)).read_text(encoding="utf-8"))
     if kept["world_size"] != world_size:
         raise CheckpointError(
             f"{folder}: expected as many processes as the run had, {kept['world_size']}, got {world_size}; start as "
             f"many"
         )
-    kept = json.loads((folder / _name_file(rank)).read_text())
+    kept = json.loads((folder / _name_file(rank)).read_text(encoding="utf-8"))
     if "mps_generator" in kept and torch.backends.mps.is_available():
         torch.mps.set_rng_state(torch.tensor(kept["mps_generator"], dtype=torch.uint8))
     return kept["offsets"]

@@ -29,6 +29,8 @@ def leave_processes() -> Iterator[None]:
 
 def _destroy_group() -> None:
     if _is_distributed():
+        # gloo's threads drop a gathered tensor after everybody has it, which aborts a process that is at its end
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 

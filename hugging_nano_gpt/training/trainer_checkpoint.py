@@ -91,9 +91,9 @@ def find_faults(folder: Path) -> list[str]:
 
 def read_counts(folder: Path) -> TrainerCounts:
     """Reads how many updates a whole checkpoint's weights have seen."""
-    state = json.loads((folder / _STATE).read_text())
+    state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
     config_path = folder / "config.json"
-    config = json.loads(config_path.read_text()) if config_path.exists() else {}
+    config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.exists() else {}
     kept = config.get("nanogpt_training_state") or {}
     step = state["global_step"]
     losses = [entry["val/loss"] for entry in state["log_history"] if "val/loss" in entry and entry["step"] == step]
@@ -102,7 +102,7 @@ def read_counts(folder: Path) -> TrainerCounts:
 
 def _find_absent_processes(folder: Path) -> list[str]:
     """Lists the next batches that the run's processes did not get to write."""
-    world_size = json.loads(next(folder.glob("nanogpt_next_batch_*.json")).read_text())["world_size"]
+    world_size = json.loads(next(folder.glob("nanogpt_next_batch_*.json")).read_text(encoding="utf-8"))["world_size"]
     names = [f"nanogpt_next_batch_{rank}.json" for rank in range(world_size)]
     return [f"no {name}" for name in names if not (folder / name).exists()]
 
@@ -121,10 +121,10 @@ def _is_whole(path: Path) -> bool:
             with safe_open(path, "pt"):
                 return True
         if path.name.endswith(".index.json"):
-            shards = set(json.loads(path.read_text())["weight_map"].values())
+            shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
             return all((path.parent / shard).exists() and _is_whole(path.parent / shard) for shard in shards)
         if path.suffix == ".json":
-            return isinstance(json.loads(path.read_text()), dict)
+            return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
     except (SafetensorError, OSError, ValueError, KeyError):
         return False
     return path.is_dir() or zipfile.is_zipfile(path)

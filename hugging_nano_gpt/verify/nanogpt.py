@@ -117,7 +117,7 @@ def _run_script(folder: Path, request_path: Path, answer_path: Path) -> None:
     command = [sys.executable, "-P", computing.__file__, *map(str, (folder, request_path, answer_path))]
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(  # noqa: S603  # the user asked for their own code to be run
-        command, cwd=folder, env=environment, capture_output=True, text=True, errors="replace", check=False
+        command, cwd=folder, env=environment, capture_output=True, encoding="utf-8", errors="replace", check=False
     )
     if done.returncode == 0:
         return
