@@ -35,7 +35,7 @@ RELIED_ON: dict[str, list[str]] = {
     "transformers.TextStreamer": ["on_finalized_text(text, stream_end)"],
     "transformers.PreTrainedConfig": [
         "_attn_implementation",
-        *("attribute_map", "base_model_fsdp_plan", "base_model_tp_plan", "model_type", "to_dict"),
+        *("attribute_map", "base_model_fsdp_plan", "base_model_tp_plan", "from_dict", "model_type", "to_dict"),
     ],
     "transformers.PreTrainedModel": [
         "_init_weights(module)",

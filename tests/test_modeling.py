@@ -424,7 +424,7 @@ def test_decay_groups_of_trainer_are_those_of_nanogpt():
         ("cache_nano_gpt", []),
         ("kernels_nano_gpt", []),
         ("decoding_nano_gpt", ["cache_nano_gpt", "kernels_nano_gpt"]),
-        ("generation_nano_gpt", ["cache_nano_gpt", "decoding_nano_gpt", "kernels_nano_gpt"]),
+        ("generation_nano_gpt", ["cache_nano_gpt", "decoding_nano_gpt", "kernels_nano_gpt", "vocabulary_nano_gpt"]),
         ("inputs_nano_gpt", []),
         ("loss_nano_gpt", []),
         ("folder_nano_gpt", []),
