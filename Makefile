@@ -65,7 +65,7 @@ next:
 	$(NEXT_VENV)/bin/python -m tests.run_next $(CONTRACT)
 
 clients: $(CLIENTS_READY)
-	$(CLIENTS_VENV)/bin/python -m pytest tests/test_quantization.py tests/test_lm_eval.py tests/test_peft.py tests/test_serve.py tests/test_chat.py tests/test_readme.py
+	$(CLIENTS_VENV)/bin/python -m pytest tests/test_quantization.py tests/test_lm_eval.py tests/test_peft.py tests/test_serve.py tests/test_serve_load.py tests/test_chat.py tests/test_readme.py
 
 # The wheel, in a venv that knows nothing of this clone: the test itself installs it, as the README says.
 readme: $(READY)

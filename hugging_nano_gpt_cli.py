@@ -446,6 +446,20 @@ def serve(
     source: _Source,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; the others get the status 503.")] = 32,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Most tokens of all answers to a request, and of a prompt.")
+    ] = 4096,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY", envvar="HUGGING_NANO_GPT_API_KEY", help="Key to ask for; or in HUGGING_NANO_GPT_API_KEY."
+        ),
+    ] = None,
+    allow_origin: Annotated[
+        str | None, typer.Option(metavar="ORIGIN", help="Web page that may ask, as http://localhost:3000.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Log no line for each request.")] = False,
     meta: _Meta = None,
     tokenizer: _Tokenizer = None,
     dtype: _DtypeOption = None,
@@ -462,6 +476,11 @@ def serve(
         source,
         host=host,
         port=port,
+        queue=queue,
+        max_tokens=max_tokens,
+        api_key=api_key,
+        allow_origin=allow_origin,
+        quiet=quiet,
         device=device,
         meta_path=meta,
         tokenizer=tokenizer,

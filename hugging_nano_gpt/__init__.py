@@ -32,7 +32,7 @@ from .model.modeling_nano_gpt import (
 )
 from .sample.playground import run_playground
 from .sample.sampling import sample_text
-from .sample.serve import run_server
+from .serve.server import run_server
 from .tokenization.bpe import build_gpt2_tokenizer, build_tiktoken_tokenizer
 from .tokenization.characters import CharacterTable, build_character_tokenizer, read_meta, write_meta
 from .tokenization.find import find_tokenizer

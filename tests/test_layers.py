@@ -16,7 +16,8 @@ LAYERS = [
     {"checkpoint", "tokenization"},
     {"convert"},
     {"training", "export", "demo"},
-    {"sample", "verify"},
+    {"sample"},
+    {"serve", "verify"},
     {"__init__"},
 ]
 HEIGHTS = {room: height for height, rooms in enumerate(LAYERS) for room in rooms}

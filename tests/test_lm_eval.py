@@ -16,6 +16,8 @@ import pytest
 from hugging_nano_gpt import NanoGPTLMHeadModel, build_character_tokenizer, evaluate_loss, read_meta
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
+from .serving import serve_app
+
 pytest.importorskip("lm_eval")
 
 # What lm-eval and its many packages warn of when they are imported is their own business.
@@ -62,6 +64,43 @@ def test_command_line_evaluates_a_saved_folder(model, tmp_path):
     (path,) = tmp_path.glob("results*.json")
     found = json.loads(path.read_text())["results"]["demo_text"]["bits_per_byte,none"]
     assert found == pytest.approx(1.890, abs=5e-4)  # what examples/evaluate.py prints, and computes itself
+
+
+def test_numbers_over_http_are_those_in_process(model, tmp_path):
+    """The client sends token ids, with echo and one new token; its longest window has block_size + 1 tokens."""
+    pytest.importorskip("fastapi")
+    pytest.importorskip("tenacity")
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    ends = {"eos_token": "$", "pad_token": "$"}
+    tokenizer = make_tokenizer(model, **ends)
+    tokenizer.save_pretrained(tmp_path)
+    long = "\n".join(TEXTS)  # of several windows
+    pairs = [(text[:length], text[length : length + 9]) for text in TEXTS[:4] for length in (0, 5, 40)]
+    pairs += [(long[:200], long[200:210]), (long[:200], " zzzz")]
+    asked = request("loglikelihood", *pairs), request("loglikelihood_rolling", (long,))
+    settings = {"until": ["\n"], "max_gen_toks": 20}
+    until = request("generate_until", ("KING", settings), ("ROMEO:\n", settings))
+    harness = make_harness(model, ends, prefix_token_id=0)
+    with serve_app(model, tokenizer) as address:
+        api = LocalCompletionsAPI(
+            model="demo",
+            base_url=f"{address}/v1/completions",
+            tokenizer=str(tmp_path),
+            tokenizer_backend="huggingface",
+            max_length=model.config.block_size + 2,
+            custom_prefix_token_id=0,
+            batch_size=3,
+            max_retries=1,
+        )
+        scored, (rolled,) = api.loglikelihood(asked[0]), api.loglikelihood_rolling(asked[1])
+        generated = api.generate_until(until)
+    expected = harness.loglikelihood(asked[0], disable_tqdm=True)
+    assert [value for value, _ in scored] == pytest.approx([value for value, _ in expected], abs=1e-4)
+    assert [is_greedy for _, is_greedy in scored] == [is_greedy for _, is_greedy in expected]
+    assert {is_greedy for _, is_greedy in expected} == {True, False}
+    assert rolled == pytest.approx(harness.loglikelihood_rolling(asked[1], disable_tqdm=True)[0], rel=1e-5)
+    assert generated == harness.generate_until(until, disable_tqdm=True)
 
 
 def test_padding_changes_no_number(model):

@@ -12,7 +12,6 @@ import shlex
 import shutil
 import socket
 import subprocess
-import threading
 import time
 import tomllib
 import urllib.error
@@ -27,6 +26,7 @@ from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
 from .programs import run_command, run_program
 from .scripts import NANOGPT_DIR, link_scripts, run_script
+from .serving import run_in_thread
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -164,25 +164,12 @@ def serving(words, monkeypatch):
         return
     pytest.importorskip("fastapi")
     uvicorn = pytest.importorskip("uvicorn")
-    servers = []
-
-    def start(app, **settings):
-        server = uvicorn.Server(uvicorn.Config(app, **settings))
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        servers.append((server, thread))
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-
-    monkeypatch.setattr(uvicorn, "run", start)
+    servers, run_server = [], uvicorn.Server.run
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server: servers.append(server))
     run(words)
-    ((server, thread),) = servers
-    try:
+    (server,) = servers
+    with run_in_thread(server, run_server):
         yield
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 def test_readme_shows_both_commands():

@@ -2,7 +2,7 @@
 
 vLLM calls register_with_vllm in each of its processes, through the entry point group `vllm.general_plugins`. Its
 Transformers backend finds the model by the Auto classes, which importing this package registers. vLLM itself is
-imported only there, and without this plugin it serves the same folders by their remote code (docs/serving.md).
+imported only there, and without this plugin it serves the same folders by their remote code (docs/vllm.md).
 """
 
 from transformers.utils import logging

@@ -32,13 +32,20 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, where: object = "
     try:
         ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     except Exception as error:  # `tokenizers` raises nothing narrower, and does not say which character it was
-        unknown = sorted(set(text) - tokenizer.get_vocab().keys())
+        unknown = sorted(find_unknown(tokenizer, text))
         raise TokenizerError(
             f"{where}: expected characters of the model's {len(tokenizer)}, got {list_some(unknown)}; leave them out"
         ) from error
     if not ids:
         raise TokenizerError(f"{where}: expected at least one token, got none; give some text")
     return ids
+
+
+def find_unknown(tokenizer: PreTrainedTokenizerBase, text: str) -> set[str]:
+    """Returns the characters of a text that are no token of a character tokenizer, and no part of an added one."""
+    for token in tokenizer.get_added_vocab():
+        text = text.replace(token, "")
+    return set(text) - tokenizer.get_vocab().keys()
 
 
 def count_units(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[str, int]:

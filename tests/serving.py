@@ -1,0 +1,79 @@
+"""A server of an app in a thread of this process, and what generate alone draws, to compare its answers with."""
+
+import contextlib
+import threading
+import time
+
+import torch
+
+from hugging_nano_gpt import build_character_tokenizer, read_meta
+from hugging_nano_gpt.demo import META_PATH
+
+
+def make_tokenizer(**attributes):
+    """Makes the demo model's tokenizer, with what a folder could add to it."""
+    tokenizer = build_character_tokenizer(read_meta(META_PATH), block_size=128)
+    for name, value in attributes.items():
+        setattr(tokenizer, name, value)
+    return tokenizer
+
+
+class Address(str):
+    """Where an app is served, and the app."""
+
+    __slots__ = ("app",)
+
+    def __new__(cls, address, app):
+        self = super().__new__(cls, address)
+        self.app = app
+        return self
+
+    def wait_for_jobs(self, n_jobs):
+        """Waits until so many requests are answered or wait."""
+        for _ in range(1000):
+            if len(self.app.state.desk.drawer._jobs) == n_jobs:
+                return
+            time.sleep(0.01)
+        raise AssertionError(f"expected {n_jobs} jobs, got {len(self.app.state.desk.drawer._jobs)}")
+
+
+@contextlib.contextmanager
+def serve_app(model, tokenizer, name="demo", **settings):
+    """Serves while the block lasts; yields the address."""
+    from hugging_nano_gpt.serve.app import Server, build_app
+
+    app = build_app(model, tokenizer, name, **{"quiet": True, **settings})
+    server = Server(app, "127.0.0.1", 0)
+    with run_in_thread(server):
+        yield Address("http://127.0.0.1:{1}".format(*server.servers[0].sockets[0].getsockname()), app)
+
+
+@contextlib.contextmanager
+def run_in_thread(server, run=None):
+    """Runs a server of uvicorn while the block lasts; run is its method where a test has replaced that."""
+    thread = threading.Thread(target=run or type(server).run, args=(server,))
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def connect(address, **settings):
+    """Connects a real client of OpenAI's."""
+    import openai
+
+    return openai.OpenAI(base_url=f"{address}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 60, **settings})
+
+
+def draw(model, tokenizer, prompt, seed=None, **settings):
+    """Draws with generate alone; returns the text and the ids."""
+    idx = tokenizer(prompt, return_tensors="pt").input_ids if isinstance(prompt, str) else torch.tensor([prompt])
+    if seed is not None:
+        torch.manual_seed(seed)
+    ids = model.generate(idx, **settings)[0, idx.shape[1] :]
+    return tokenizer.decode(ids), ids.tolist()
