@@ -19,7 +19,7 @@ def find_private_names():
     read, own = set(), set()
     for node in (node for tree in relied_on.parse_package() for node in ast.walk(tree)):
         match node:
-            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
                 own.add(name)
             case ast.Attribute(attr=name, ctx=ast.Store()) | ast.Name(id=name, ctx=ast.Store()):
                 own.add(name)
