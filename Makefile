@@ -30,7 +30,7 @@ NEXT_VENV := .venv-next
 TORCH := torch
 
 # What the package relies on in other libraries: numbers, tokens in every way of drawing, remote code, Trainer, TRL.
-CONTRACT := tests/test_exactness.py tests/test_cache.py tests/test_modeling.py tests/test_generation.py tests/test_window.py tests/test_streaming.py tests/test_hub.py tests/test_training.py tests/test_plain_trainer.py tests/test_trl.py
+CONTRACT := tests/model/test_exactness.py tests/model/test_cache.py tests/model/test_modeling.py tests/model/test_generation.py tests/model/test_window.py tests/sample/test_streaming.py tests/model/test_hub.py tests/training/test_training.py tests/training/test_plain_trainer.py tests/clients/test_trl.py
 
 .PHONY: demo test newest oldest next clients readme exports vllm check fix examples bench gpu clean
 
@@ -65,15 +65,15 @@ next:
 	$(NEXT_VENV)/bin/python -m tests.run_next $(CONTRACT)
 
 clients: $(CLIENTS_READY)
-	$(CLIENTS_VENV)/bin/python -m pytest tests/test_quantization.py tests/test_lm_eval.py tests/test_peft.py tests/test_serve.py tests/test_serve_load.py tests/test_chat.py tests/test_readme.py
+	$(CLIENTS_VENV)/bin/python -m pytest tests/clients/test_quantization.py tests/clients/test_lm_eval.py tests/clients/test_peft.py tests/serve tests/clients/test_chat.py tests/docs/test_readme.py
 
 # The wheel, in a venv that knows nothing of this clone: the test itself installs it, as the README says.
 readme: $(READY)
 	$(PYTHON) -m venv --clear $(README_VENV)
-	README_PROGRAM=$(README_VENV)/bin/hugging-nano-gpt $(VENV)/bin/python -m pytest tests/test_readme.py
+	README_PROGRAM=$(README_VENV)/bin/hugging-nano-gpt $(VENV)/bin/python -m pytest tests/docs/test_readme.py
 
 exports: $(EXPORTS_READY)
-	$(EXPORTS_VENV)/bin/python -m pytest -m "slow or not slow" tests/test_gguf.py tests/test_gguf_vocabulary.py tests/test_llama_cpp.py tests/test_onnx.py tests/test_onnx_runtime.py tests/test_playground.py
+	$(EXPORTS_VENV)/bin/python -m pytest -m "slow or not slow" tests/export tests/sample/test_playground.py
 
 vllm: $(READY) $(VLLM_READY) $(VLLM_PLUGIN)
 	$(VENV)/bin/python benchmarks/serve_vllm.py --venv $(VLLM_VENV)

@@ -48,7 +48,7 @@ class Target:
 def import_reference() -> type[torch.nn.Module]:
     """Imports nanoGPT's architecture in plain torch, which the tests keep and which uses nothing of this package."""
     sys.path.insert(0, str(ROOT))
-    from tests.reference import ReferenceGPT
+    from tests.helpers.reference import ReferenceGPT
 
     return ReferenceGPT
 

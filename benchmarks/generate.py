@@ -1,7 +1,8 @@
 """Measures greedy generation at the sizes of the demo, of train_shakespeare_char.py and of 124M, batch 1 and 8.
 
 Five ways with the same weights, one after the other in every round, another one first each time:
-"nanogpt" reads the last block_size tokens again for every token, as nanoGPT's generate does (tests/reference.py);
+"nanogpt" reads the last block_size tokens again for every token, as nanoGPT's generate does, in
+tests/helpers/reference.py;
 "gpt2" is transformers' GPT2LMHeadModel.generate, with zeros for the biases that it cannot leave out;
 "ours" is NanoGPTLMHeadModel.generate as it is; "fastest" is the fastest setting that docs/generation.md names for the
 batch: on a CPU float16 for one row and bfloat16 for more, on a GPU the static cache, which Transformers compiles;

@@ -13,7 +13,7 @@ import torch
 
 from hugging_nano_gpt import Checkpoint, ConversionError, NanoGPTLMHeadModel, read_checkpoint, write_checkpoint
 
-from .tiny import MODEL_ARGS
+from .helpers.tiny import MODEL_ARGS
 
 
 @pytest.fixture(scope="module", autouse=True)

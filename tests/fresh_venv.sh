@@ -11,4 +11,4 @@ if (cd / && "$fresh/bin/python" -I -c "import hugging_nano_gpt") 2>/dev/null; th
     echo "tests/fresh_venv.sh: $fresh: expected a venv without hugging_nano_gpt; name another folder" >&2
     exit 1
 fi
-FRESH_PYTHON="$fresh/bin/python" "${PYTHON:-.venv/bin/python}" -m pytest tests/test_hub.py -k remote
+FRESH_PYTHON="$fresh/bin/python" "${PYTHON:-.venv/bin/python}" -m pytest tests/model/test_hub.py -k remote

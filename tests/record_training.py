@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from .scripts import link_scripts, run_script
-from .tiny import FIXTURES_DIR
-from .toy_run import SETTINGS, flatten_checkpoint, make_workplace
+from .helpers.scripts import link_scripts, run_script
+from .helpers.tiny import FIXTURES_DIR
+from .helpers.toy_run import SETTINGS, flatten_checkpoint, make_workplace
 
 FIXTURE_PATH = FIXTURES_DIR / "run.json"
 

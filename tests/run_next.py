@@ -1,7 +1,7 @@
 """Runs what the package relies on with whatever torch and Transformers are installed, and prints one table: make next.
 
 Run: python -m tests.run_next requirements          prints what to install next to them
-     python -m tests.run_next tests/test_cache.py   runs these tests; the exit status is 1 if anything broke
+     python -m tests.run_next tests/model/test_cache.py   runs these tests; the exit status is 1 if anything broke
 """
 
 import platform

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from hugging_nano_gpt import NanoGPTLMHeadModel, demo
 
-from .programs import run_command, run_program
-from .tiny import TORCH_VERSION
+from .helpers.programs import run_command, run_program
+from .helpers.tiny import TORCH_VERSION
 
 # Runs the command line with the arguments given to python -c, and then prints what it imported.
 SCRIPT = """

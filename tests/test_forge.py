@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from .programs import run_command
+from .helpers.programs import run_command
 
 ROOT = Path(__file__).parents[1]
 FORGE_DIR = ROOT / ".github"

@@ -11,9 +11,9 @@ from hugging_nano_gpt.convert.pretrained import read_model_type
 from hugging_nano_gpt.convert.source import names_file
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
-from .programs import run_command
-from .tiny import FIXTURES_DIR
-from .trace import TRACE_DIR
+from .helpers.programs import run_command
+from .helpers.tiny import FIXTURES_DIR
+from .helpers.trace import TRACE_DIR
 
 
 @pytest.fixture(scope="module")

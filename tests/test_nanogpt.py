@@ -21,10 +21,10 @@ from hugging_nano_gpt import (
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
 from .conftest import assert_same
-from .programs import run_command
-from .scripts import NANOGPT_DIR, link_scripts, resume_trace, run_script, skip_without_nanogpt
-from .tiny import MODEL_ARGS, make_batch, make_pair
-from .trace import END, START_PATH, STEPS, TOLERANCE, find_largest_difference, load_start, make_trainer
+from .helpers.programs import run_command
+from .helpers.scripts import NANOGPT_DIR, link_scripts, resume_trace, run_script, skip_without_nanogpt
+from .helpers.tiny import MODEL_ARGS, make_batch, make_pair
+from .helpers.trace import END, START_PATH, STEPS, TOLERANCE, find_largest_difference, load_start, make_trainer
 
 pytestmark = [pytest.mark.nanogpt, skip_without_nanogpt]
 

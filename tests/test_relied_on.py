@@ -87,18 +87,19 @@ def remove_import(monkeypatch):
 )
 def test_what_a_release_changed_is_named_and_the_exit_status_is_1(monkeypatch, capsys, change, expected):
     change(monkeypatch)
-    text = f"tests/test_cache.py:9: in test_it\n    call()\nE   TypeError: {expected[0]}() got another\nE   more"
+    text = f"tests/model/test_cache.py:9: in test_it\n    call()\nE   TypeError: {expected[0]}() got another\nE   more"
     monkeypatch.setattr(run_next, "run_tests", lambda files: [(f"{file}::test_it", text) for file in files])
-    assert run_next.main(["tests/test_cache.py", "tests/test_hub.py"]) == 1
+    assert run_next.main(["tests/model/test_cache.py", "tests/model/test_hub.py"]) == 1
     changed, failed = capsys.readouterr().out.splitlines()[-2:]
     name = expected[0].rpartition(".")[2]
     assert changed == f"| {expected[0]} | {expected[1]} | {name} |"
-    assert failed == f"| tests/test_cache.py::test_it and 1 more | TypeError: {expected[0]}() got another | {name} |"
+    error = f"TypeError: {expected[0]}() got another"
+    assert failed == f"| tests/model/test_cache.py::test_it and 1 more | {error} | {name} |"
 
 
 def test_nothing_broken_is_said_and_the_exit_status_is_0(monkeypatch, capsys):
     monkeypatch.setattr(run_next, "run_tests", lambda files: [])
-    assert run_next.main(["tests/test_cache.py"]) == 0
+    assert run_next.main(["tests/model/test_cache.py"]) == 0
     assert f"transformers {transformers.__version__}: nothing broken" in capsys.readouterr().out
 
 

@@ -27,7 +27,7 @@ from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 from hugging_nano_gpt.export.exporting import export_model
 from hugging_nano_gpt.files import open_atomically, open_folder
 
-from .tiny import make_batch, make_model
+from .helpers.tiny import make_batch, make_model
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [

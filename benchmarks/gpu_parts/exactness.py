@@ -1,4 +1,4 @@
-"""Ours against nanoGPT's architecture in plain torch (tests/reference.py), side by side on the device.
+"""Ours against nanoGPT's architecture in plain torch (tests/helpers/reference.py), side by side on the device.
 
 On a GPU some sums come in another order each time. So the yardstick is the reference against itself, run after run:
 ours may differ from it by no more. With torch's deterministic algorithms neither differs at all.
@@ -192,7 +192,7 @@ def make_plain_optimizer(model: nn.Module, is_fused: bool) -> torch.optim.AdamW:
 
 def probe_trace(setting: Setting) -> Outcome:
     """Makes the recorded updates of nanoGPT's train.py on the device, from its checkpoint to its checkpoint."""
-    from tests.trace import CONFIG, END, START, STEPS, find_largest_difference, load_start, train_by_hand
+    from tests.helpers.trace import CONFIG, END, START, STEPS, find_largest_difference, load_start, train_by_hand
 
     steps = STEPS[: setting.choose(len(STEPS), 10)]
     figures: dict[str, Any] = {}
@@ -218,7 +218,7 @@ def probe_trace(setting: Setting) -> Outcome:
 
 def probe_checkpoint(setting: Setting) -> Outcome:
     """Writes what was trained on the device, reads it back there, and goes on both ways."""
-    from tests.trace import CONFIG, START, STEPS, load_start, train_by_hand
+    from tests.helpers.trace import CONFIG, START, STEPS, load_start, train_by_hand
 
     with deterministic(), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ckpt.pt"

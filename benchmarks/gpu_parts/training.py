@@ -24,7 +24,8 @@ N_UPDATES = 12
 SAVED_AT = 5
 KILLED_AT = 8
 
-# Two processes and one, or the sums of a sharded gradient, come in another order: tests/trace.py has 1e-6 on CPUs.
+# Two processes and one, or the sums of a sharded gradient, come in another order; on CPUs the difference is 1e-6
+# (tests/helpers/trace.py).
 TOLERANCE = 1e-4
 
 Parameters = dict[str, torch.Tensor]

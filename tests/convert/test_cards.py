@@ -1,0 +1,155 @@
+"""Model cards: true, never in place of the user's own, and what a push uploads."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import EntryNotFoundError
+
+from hugging_nano_gpt import CheckpointError, NanoGPTConfig, NanoGPTLMHeadModel
+from hugging_nano_gpt.convert import card as module
+from hugging_nano_gpt.convert.facts import count_model_parameters
+from hugging_nano_gpt.demo import CKPT_PATH
+
+from ..conftest import limit_file_size
+from ..helpers.tiny import MODEL_ARGS, make_model
+from ..model.test_hub import CLASSES, FILES, MODEL_DIR, list_files, make_classifier, make_untied
+
+
+@pytest.mark.parametrize(
+    "make", [make_model, make_untied, make_classifier, lambda: make_model(bias=False).transformer]
+)
+def test_parameters_are_counted_as_they_are(make):
+    model = make()
+    without_positions, total = count_model_parameters(model.config, type(model).__name__)
+    assert total == model.num_parameters()
+    positions = getattr(model, "transformer", model).wpe.weight
+    assert without_positions == total - positions.numel()  # model.py @ 3adf61e, get_num_params
+
+
+def test_card_tells_shape_training_and_limits(tmp_path):
+    model = NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH)
+    card = module.make_card(model)
+    for row in ("layers | 3", "heads | 3", "block size | 128 tokens", "vocabulary | 65 tokens", "biases | no"):
+        assert f"| {row} |" in card
+    for text in (
+        "338,688",
+        "350,976",
+        "| iteration | 5,000 |",
+        "| validation loss | 1.6176 |",
+        "| `learning_rate` | 0.001 |",
+        "to_nanogpt_ckpt",
+    ):
+        assert text in card
+    assert "trust_remote_code=True" in card
+    data = ModelCard(card).data
+    assert (data.library_name, data.pipeline_tag, data.tags) == ("transformers", "text-generation", ["nanogpt"])
+    assert data.license is None
+
+
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_python_in_the_card_runs(model_class, tmp_path, monkeypatch):
+    model_class.from_nanogpt_ckpt(CKPT_PATH).save_pretrained(tmp_path / "path" / "or" / "name")
+    monkeypatch.chdir(tmp_path)
+    card = (tmp_path / "path" / "or" / "name" / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        names: dict = {}
+        exec(block, names)
+        assert type(names["model"]) is model_class
+    assert Path("ckpt.pt").exists() == (model_class is NanoGPTLMHeadModel)
+
+
+def test_card_of_an_untied_model_does_not_promise_the_way_back():
+    card = module.make_card(make_untied())
+    assert "model.to_nanogpt_ckpt" not in card
+    assert "cannot go back to nanoGPT" in card
+    assert "has its own weights" in card
+
+
+def test_card_of_gpt2_vocabulary_and_tanh_gelu_says_so():
+    config = NanoGPTConfig(**{**MODEL_ARGS, "vocab_size": 50304}, activation_function="gelu_new")
+    with torch.device("meta"):
+        card = module.make_card(NanoGPTLMHeadModel(config))
+    assert "50,304 rows are taken for GPT-2's 50,257 tokens" in card
+    assert "tanh GELU" in card
+    assert "differ slightly" in card
+
+
+def test_settings_cannot_break_the_card(model):
+    model.config.nanogpt_training_state["config"]["dataset"] = "a|b\n---\n# c `d` [e](f) <g>" + "x" * 1000
+    row = next(line for line in module.make_card(model).splitlines() if line.startswith("| `dataset`"))
+    assert row.startswith("| `dataset` | a b --- # c d e (f) g xxx")
+    assert len(row) < 130
+
+
+def test_existing_card_is_never_overwritten(model, tmp_path):
+    (tmp_path / "README.md").write_bytes(b"mine\r\n\xff")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == b"mine\r\n\xff"
+    assert list_files(tmp_path) == FILES
+
+
+def test_failed_card_leaves_no_half_file(model, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with limit_file_size(100), pytest.raises(CheckpointError, match=r"README.md: cannot be written"):
+        module.write_card(model, tmp_path)
+    assert list_files(tmp_path) == ["config.json"]
+
+
+# Pushing
+
+
+@pytest.fixture
+def repository(monkeypatch):
+    """Stands in for the Hub: takes uploads as a dict of contents, and serves a card if there is one."""
+    repository = SimpleNamespace(card=None, files={})
+
+    def load_card(*_, **__):
+        if repository.card is None:
+            raise EntryNotFoundError("no README.md")
+        return ModelCard(repository.card)
+
+    def create_commit(self, repo_id, operations, **_):
+        repository.files = {o.path_in_repo: Path(o.path_or_fileobj).read_bytes() for o in operations}
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    monkeypatch.setattr(ModelCard, "load", load_card)
+    return repository
+
+
+def test_push_to_hub_uploads_the_whole_folder_and_our_card(model, repository):
+    model.push_to_hub("me/model", tags=["shakespeare"])
+    assert sorted(repository.files) == FILES
+    card = ModelCard(repository.files["README.md"].decode())
+    assert card.data.tags == ["nanogpt", "shakespeare"]
+    assert "# nanoGPT language model" in card.text
+    assert repository.files["modeling_nano_gpt.py"] == (MODEL_DIR / "modeling_nano_gpt.py").read_bytes()
+
+
+def test_save_and_push_uploads_what_is_new_also_into_a_used_folder(model, repository, tmp_path):
+    for _ in range(2):
+        model.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/model")
+        assert sorted(repository.files) == list_files(tmp_path) == FILES
+        assert "# nanoGPT language model" in repository.files["README.md"].decode()
+
+
+def test_push_keeps_the_card_on_the_hub(model, repository, tmp_path):
+    repository.card = "---\nlicense: mit\n---\n\nWritten on the Hub.\n"
+    model.push_to_hub("me/model")
+    assert "Written on the Hub." in repository.files["README.md"].decode()
+    (tmp_path / "README.md").write_text("mine")
+    model.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/model")
+    assert "Written on the Hub." in repository.files["README.md"].decode()
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_push_uploads_the_card_in_the_folder_to_a_new_repository(model, repository, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    model.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/model")
+    assert repository.files["README.md"] == (tmp_path / "README.md").read_bytes() == b"mine"

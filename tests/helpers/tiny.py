@@ -1,0 +1,54 @@
+"""Toy models and batches for the tests: small enough for seconds, with weights large enough that a fault shows."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hugging_nano_gpt import NanoGPTConfig, NanoGPTLMHeadModel
+
+from .reference import ReferenceGPT
+
+# Checkpoints that nanoGPT itself wrote, with the logits that it computed from them. The demo's is in the package.
+FIXTURES_DIR = Path(__file__).parents[1] / "fixtures"
+
+# (major, minor), for what the oldest supported release cannot do.
+TORCH_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+MODEL_ARGS: dict[str, Any] = {
+    "n_layer": 2,
+    "n_head": 4,
+    "n_embd": 32,
+    "block_size": 32,
+    "bias": True,
+    "vocab_size": 65,
+    "dropout": 0.0,
+}
+
+
+def make_pair(seed: int = 0, **model_args: Any) -> tuple[NanoGPTLMHeadModel, ReferenceGPT]:
+    """Makes our model and the reference with the same random weights, both in training mode."""
+    args = {**MODEL_ARGS, **model_args}
+    torch.manual_seed(seed)
+    reference = ReferenceGPT(**args)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(std=0.3)
+            else:  # norms and biases, around their usual values
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    model = NanoGPTLMHeadModel(NanoGPTConfig(**args))
+    model.load_state_dict(reference.state_dict())
+    return model.train(), reference.train()
+
+
+def make_model(seed: int = 0, **model_args: Any) -> NanoGPTLMHeadModel:
+    """Makes our model with random weights, in eval mode."""
+    return make_pair(seed, **model_args)[0].eval()
+
+
+def make_batch(batch: int, length: int, vocab_size: int = 65, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Makes random idx and targets, (batch, length) int64 each."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(vocab_size, (batch, length + 1), generator=generator)
+    return tokens[:, :-1], tokens[:, 1:].contiguous()

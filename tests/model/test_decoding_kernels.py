@@ -1,0 +1,317 @@
+"""What makes generate() fast on a CPU: faster products in the thread that decodes, and caches with room."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from hugging_nano_gpt.model import kernels_nano_gpt as kernels
+from hugging_nano_gpt.model.cache_nano_gpt import CACHE_NAME, RoomyLayer
+
+from ..helpers.tiny import make_batch, make_model
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+linear = nn.functional.linear
+
+
+@pytest.fixture(params=["onednn", "shared"])
+def calls(monkeypatch, request):
+    """Makes toy models as slow to read as large ones, and records the thread of each product by the faster kernel."""
+    threads = []
+
+    def spy(apply):
+        def counted(*args):
+            threads.append(threading.get_ident())
+            return apply(*args)
+
+        return counted
+
+    share = kernels._share
+    monkeypatch.setattr(kernels, "_is_blas_shared", lambda: request.param == "shared")
+    monkeypatch.setattr(kernels, "_CACHED_BYTES", 0)
+    monkeypatch.setattr(kernels, "_SHARED_SIZE", 0)
+    monkeypatch.setattr(kernels, "_apply_onednn", spy(kernels._apply_onednn))
+    monkeypatch.setattr(kernels, "_share", lambda *args: spy(share(*args)))
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(3)  # which divides few widths
+    yield threads
+    torch.set_num_threads(n_threads)
+
+
+@pytest.mark.parametrize("is_hooked", [False, True], ids=["steps", "forward passes"])
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"do_sample": True}, {"cache_implementation": "static"}])
+def test_kernels_are_used_while_generating_and_only_then(calls, settings, is_hooked):
+    model = make_model()
+    if is_hooked:
+        model.register_forward_pre_hook(lambda *_: None)
+    tokens = model.generate(make_batch(1, 4)[0], max_new_tokens=4, **settings)
+    assert len(calls) == 4 * 9  # passes, Linears
+    plain = model.generate(make_batch(1, 4)[0], max_new_tokens=4, use_cache=False)
+    assert settings or torch.equal(tokens, plain)
+    model(make_batch(1, 4)[0])
+    with pytest.raises(IndexError):
+        model.generate(torch.tensor([[65]]), max_new_tokens=4)
+    model(make_batch(1, 4)[0])
+    assert len(calls) == 4 * 9
+
+
+def test_what_a_processor_keeps_in_its_cache_stays_with_one_thread_of_blas(calls, monkeypatch):
+    monkeypatch.setattr(kernels, "_CACHED_BYTES", 2**20)
+    monkeypatch.setattr(kernels, "_SHARED_SIZE", 2**20)
+    monkeypatch.setattr(torch, "bmm", None)  # what shares
+    monkeypatch.setattr(torch, "baddbmm", None)
+    make_model().generate(make_batch(1, 4)[0], max_new_tokens=4)
+    assert kernels._is_blas_shared() or calls == []
+
+
+def test_generating_changes_nothing_for_other_threads_and_copies(calls):
+    """Two generates at once, a copy and a bare forward pass while both run: each has the kernels it has alone."""
+    model = make_model()
+    idx, _ = make_batch(1, 4)
+    alone = model.generate(idx, max_new_tokens=8, do_sample=False)
+    logits, n_alone = model(idx).logits, len(calls)
+    calls.clear()
+    barrier = threading.Barrier(3, timeout=30)
+    found = {}
+
+    def wait(input_ids, scores):
+        if input_ids.shape[1] == 8:
+            barrier.wait()  # both are in the middle
+            barrier.wait()
+        return scores
+
+    def run(name):
+        found[name] = model.generate(idx, max_new_tokens=8, do_sample=False, logits_processor=[wait])
+        found[name, "thread"] = threading.get_ident()
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    barrier.wait()
+    twin = copy.deepcopy(model)
+    assert torch.equal(model(idx).logits, logits)
+    assert all("forward" not in vars(module) for each in (model, twin) for module in each.modules())
+    barrier.wait()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert torch.equal(found["a"], alone)
+    assert torch.equal(found["b"], alone)
+    assert {name: calls.count(found[name, "thread"]) for name in "ab"} == {"a": n_alone, "b": n_alone}
+    assert len(calls) == 2 * n_alone
+    assert torch.equal(twin.generate(idx, max_new_tokens=8, do_sample=False), alone)
+
+
+def test_wrapped_modules_and_unusual_weights_are_left_alone(calls):
+    class Weight(torch.Tensor):
+        pass
+
+    class Wrapped(nn.Linear):
+        def forward(self, inputs):
+            return linear(inputs.as_subclass(Weight), self.weight, self.bias).as_subclass(torch.Tensor)
+
+    model = make_model()
+    plain = model.generate(make_batch(1, 4)[0], max_new_tokens=4, do_sample=False)
+    calls.clear()
+    wrapped = Wrapped(32, 128)
+    wrapped.load_state_dict(model.transformer.h[0].mlp.c_fc.state_dict())
+    model.transformer.h[0].mlp.c_fc = wrapped
+    assert torch.equal(model.generate(make_batch(1, 4)[0], max_new_tokens=4, do_sample=False), plain)
+    assert len(calls) == 4 * 8
+
+
+@pytest.mark.parametrize(
+    "compile_part",
+    [
+        lambda model: setattr(model, "forward", torch.compile(model.forward)),
+        lambda model: model.compile(),
+        lambda model: model.transformer.h[0].compile(),
+        lambda model: setattr(model, "transformer", torch.compile(model.transformer)),
+    ],
+    ids=["forward", "model", "block", "base model"],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when its compiler is imported
+def test_compiled_models_are_left_alone(compile_part):
+    model = make_model()
+    assert not kernels.has_compiled_parts(model)
+    compile_part(model)
+    assert kernels.has_compiled_parts(model)
+    assert not model.can_step()
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # the switch reads and sets a flag of Intel GPUs too
+def test_kernels_can_be_switched_off_with_torchs_own_switch(calls):
+    with torch.backends.mkldnn.flags(enabled=False):
+        make_model().generate(make_batch(1, 4)[0], max_new_tokens=4)
+    assert calls == []
+
+
+def make_linear(bias, rows, dtype):
+    torch.manual_seed(0)
+    layer = nn.Linear(256, 3001, bias=bias).to(dtype)
+    nn.init.normal_(layer.weight)
+    return layer, torch.randn(2, rows, 256, dtype=dtype)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "rows", "n_calls", "tolerance"),
+    # Sums of 256 products of size 1: float32 in another order; float16 rounds the result, of size up to 60.
+    [
+        *[(torch.float32, rows, 1, 1e-4) for rows in (1, 2, 8, 16)],
+        *[(torch.float16, rows, 2, 0.04) for rows in (4, 8, 40)],  # the 3001 outputs in pieces of 2048
+    ],
+)
+def test_kernel_equals_linear(calls, bias, dtype, rows, n_calls, tolerance):
+    layer, inputs = make_linear(bias, rows, dtype)
+    with torch.no_grad():
+        expected = linear(inputs.double(), layer.weight.double(), layer.bias.double() if bias else None)
+        with kernels._Kernels(1):
+            found = layer(inputs)
+        assert len(calls) == n_calls
+        chosen = kernels.choose_linear(model=layer_as_model(layer), n_rows=2 * rows)
+        assert torch.equal(chosen(inputs, layer.weight, layer.bias), found)
+        assert torch.equal(kernels.bind_linear(chosen, layer)(inputs.flatten(0, 1)), found.flatten(0, 1))
+    assert found.dtype == dtype
+    assert (found.double() - expected).abs().max() < tolerance
+
+
+def layer_as_model(layer):
+    """Gives a Linear what the choice asks of a model."""
+    layer.device, layer.dtype = layer.weight.device, layer.weight.dtype
+    return layer
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "rows"),
+    [
+        (torch.float32, 17),  # 34 rows in all
+        (torch.float16, 3),
+        *[(dtype, rows) for dtype in (torch.bfloat16, torch.float64) for rows in (1, 4, 40)],
+    ],
+)
+def test_where_the_kernel_gains_nothing_linear_is_torchs_own(calls, bias, dtype, rows):
+    layer, inputs = make_linear(bias, rows, dtype)
+    with torch.no_grad(), kernels._Kernels(1):
+        assert torch.equal(layer(inputs), linear(inputs, layer.weight, layer.bias))
+    assert calls == []
+    assert kernels.choose_linear(layer_as_model(layer), n_rows=2 * rows) is linear
+
+
+def test_gradients_flow_where_someone_asks_for_them(calls):
+    model = make_model()
+    with kernels.use_kernels(model)(), torch.enable_grad():
+        model(make_batch(1, 4)[0]).logits.sum().backward()
+    assert model.lm_head.weight.grad is not None
+    assert calls == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_attends_in_float32(dtype):
+    model = make_model().to(dtype)
+    idx, _ = make_batch(2, 6)
+    output = model.generate(idx, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    assert output.logits[0].dtype == torch.float32
+    assert all(layer.keys.dtype == torch.float32 for layer in output[CACHE_NAME].layers)
+    uncached = model.generate(idx, max_new_tokens=1, do_sample=False, use_cache=False)
+    assert torch.equal(output.sequences[:, :7], uncached)
+
+
+def make_states(batch, length, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(batch, 2, length, 4, generator=generator) for _ in range(2))
+
+
+def test_roomy_layer_equals_a_dynamic_one():
+    """Through everything that generation modes do to a cache, at the capacity and beyond it."""
+    roomy, plain = DynamicCache(), DynamicCache()
+    roomy.layers = [RoomyLayer(max_length=9)]
+    actions = [
+        ("append", 5),
+        ("append", 1),
+        ("crop", -2),
+        ("append", 1),
+        ("reorder", torch.tensor([1, 0, 0])),
+        ("append", 1),
+        ("copy", None),
+        ("append", 2),
+        ("crop", -3),
+        ("append", 4),
+        ("repeat", 2),
+        ("append", 3),
+        ("select", torch.tensor([0, 5, 3])),
+        ("append", 1),
+        ("crop", -12),
+        ("append", 2),
+    ]
+    for step, (action, value) in enumerate(actions):
+        results = []
+        for cache in (roomy, plain):
+            if action == "append":
+                batch = len(cache.layers[0].keys) if cache.get_seq_length() else 3
+                results.append(cache.update(*make_states(batch, value, step), 0))
+            elif action == "crop":
+                cache.crop(value)
+            elif action == "reorder":
+                cache.reorder_cache(value)
+            elif action == "repeat":
+                cache.batch_repeat_interleave(value)
+            elif action == "select":
+                cache.batch_select_indices(value)
+        if action == "copy":
+            kept, roomy = roomy, copy.deepcopy(roomy)
+        assert roomy.get_seq_length() == plain.get_seq_length(), (step, action)
+        for ours, theirs in zip(*results, strict=True) if results else ():
+            assert torch.equal(ours, theirs), (step, action)
+    assert kept.get_seq_length() == 6  # the copy went its own way
+
+
+def test_roomy_layer_copies_old_tokens_rarely():
+    layer = RoomyLayer(max_length=1000)
+    addresses = set()
+    for step in range(1000):
+        states = torch.stack(list(make_states(1, 1, step)), dim=1)
+        keys, values = layer.update(*states.unbind(1)) if step % 2 == 0 else layer.append(states)
+        assert torch.equal(torch.stack([keys, values], dim=1)[:, :, :, -1:], states)
+        addresses.add(keys.data_ptr())
+    assert keys.shape == (1, 2, 1000, 4)
+    assert layer._room[0].shape[3] == 1000
+    assert len(addresses) <= 11
+
+
+def test_what_a_layer_handed_out_never_changes():
+    layer = RoomyLayer(max_length=30)
+    handed_out = []
+
+    def keep(*states):
+        handed_out.extend((state, state.clone()) for state in states)
+
+    keep(*layer.update(*make_states(1, 5, 0)))
+    twins = [copy.copy(layer), copy.deepcopy(layer)]
+    for seed, each in enumerate([layer, *twins, layer], start=1):
+        keep(*each.update(*make_states(1, 1, seed)))
+        each.crop(-2)
+        keep(each.keys, each.values)
+        keep(*each.append(torch.stack(list(make_states(1, 1, 10 + seed)), dim=1)))
+    for state, original in handed_out:
+        assert torch.equal(state, original)
+    assert layer.get_seq_length() == 5
+
+
+def test_keys_of_a_returned_cache_stay_as_they_are():
+    model = make_model()
+    idx, _ = make_batch(1, 6)
+    settings = {"do_sample": False, "return_dict_in_generate": True}
+    output = model.generate(idx, max_new_tokens=6, **settings)
+    cache = output[CACHE_NAME]
+    handed_out = [(layer.keys, layer.keys.clone(), layer.values, layer.values.clone()) for layer in cache.layers]
+    cache.crop(-3)  # the caller goes back three tokens, and on another way
+    text = torch.cat([output.sequences[:, : cache.get_seq_length()], torch.tensor([[3]])], dim=1)
+    tokens = model.generate(text, max_new_tokens=30, past_key_values=cache, **settings).sequences
+    for keys, old_keys, values, old_values in handed_out:
+        assert torch.equal(keys, old_keys)
+        assert torch.equal(values, old_values)
+    assert torch.equal(tokens, model.generate(text, max_new_tokens=30, do_sample=False))
