@@ -3,7 +3,7 @@
 pickle's own unpickler in Python does the work; the one in C can be made to fill the memory by a few bytes. A name in a
 pickle stands for what a subclass gives, and otherwise for nothing: it becomes a Foreign, which takes all that the
 pickle does with it. What takes memory or time is counted: the largest hostile pickle, of 32 MB, takes at most 0.6 GB
-and half a minute (of 30 kinds that were tried), and usually is refused sooner.
+and under a minute (of 30 kinds that were tried), and usually is refused sooner.
 """
 
 import io

@@ -269,8 +269,10 @@ def test_command_ends_at_a_signal():
                     list(stream)
                 assert time.monotonic() - begin < 2
             assert process.wait(SOON_S) == codes[sign]  # Python and torch need a second of their own to end
-            (line,) = process.stderr.read().splitlines()
-            assert " POST /v1/completions 200, 2 tokens in, " in line
+            lines = process.stderr.read().splitlines()  # torchao, where it is installed, writes some of its own
+            (line,) = [line for line in lines if " POST " in line]
+            assert " /v1/completions 200, 2 tokens in, " in line
+            assert not any("Traceback" in line for line in lines)
 
 
 GOOD = {"prompt": "RO", "max_tokens": 3}
