@@ -78,7 +78,6 @@ def main(folder: Path, n_threads: int) -> None:
     (folder / "interrupted" / ".writing-0" / "new").mkdir(parents=True)
     (folder / "interrupted" / "model.safetensors").unlink()
     facts["interrupted"] = catch(load, AutoModelForCausalLM, "interrupted")
-    facts["files"] = {name: list_files(folder / name) for name in ("lm", "again", "again-base", "third")}
 
     row = {"input_ids": idx[0], "labels": idx[0]}
     options = {"report_to": [], "use_cpu": True, "max_steps": 1, "save_strategy": "no", "disable_tqdm": True}
@@ -100,7 +99,6 @@ def main(folder: Path, n_threads: int) -> None:
     facts["late_module"] = type(late).__module__
     late.to_nanogpt_ckpt(folder / "late" / "ckpt.pt")
     late.save_pretrained(folder / "late")
-    facts["files"]["late"] = list_files(folder / "late")
     facts["local_module"] = type(load(AutoModelForCausalLM, "lm")).__module__
 
     save_file(outputs, folder / "outputs.safetensors")
@@ -137,10 +135,6 @@ def catch(function, *args, **kwargs) -> str:
         return f"no error: {function(*args, **kwargs)}"
     except (OSError, TypeError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
-
-
-def list_files(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 if __name__ == "__main__":

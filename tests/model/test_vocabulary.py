@@ -45,7 +45,7 @@ def load(folder, n_rows):
     return NanoGPTLMHeadModel.from_nanogpt_ckpt(folder / "ckpt.pt")
 
 
-def make_tokenizer(n_tokens, **special):
+def make_word_tokenizer(n_tokens, **special):
     backend = Tokenizer(models.WordLevel({f"t{index}": index for index in range(n_tokens)}, unk_token="t0"))
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
@@ -162,7 +162,7 @@ def test_spare_row_that_a_call_suppresses_is_not_drawn():
 
 
 def test_token_added_in_a_spare_row_is_drawn_after_fit_vocabulary(tmp_path):
-    model, tokenizer = prefer(load(tmp_path, 64), 40), make_tokenizer(40, eos_token="t7", pad_token="t8")
+    model, tokenizer = prefer(load(tmp_path, 64), 40), make_word_tokenizer(40, eos_token="t7", pad_token="t8")
     fit_vocabulary(model, tokenizer)
     assert 40 not in draw(model)
     tokenizer.add_tokens("<new>")
@@ -173,7 +173,7 @@ def test_token_added_in_a_spare_row_is_drawn_after_fit_vocabulary(tmp_path):
 
 
 def test_trainer_with_a_tokenizer_lets_generate_draw_its_new_tokens(tmp_path):
-    model, tokenizer = prefer(load(tmp_path, 64), 40), make_tokenizer(40)
+    model, tokenizer = prefer(load(tmp_path, 64), 40), make_word_tokenizer(40)
     fit_vocabulary(model, tokenizer)
     tokenizer.add_tokens("<new>")
     config = {"device": "cpu", "compile": False, "out_dir": str(tmp_path)}
@@ -184,7 +184,7 @@ def test_trainer_with_a_tokenizer_lets_generate_draw_its_new_tokens(tmp_path):
 
 def test_fit_vocabulary_keeps_what_the_user_set():
     model = make(64, suppress_tokens=[3], eos_token_id=[5, 6], temperature=0.5)
-    fit_vocabulary(model, make_tokenizer(60, eos_token="t5"))
+    fit_vocabulary(model, make_word_tokenizer(60, eos_token="t5"))
     settings = model.generation_config
     assert (settings.suppress_tokens, settings.eos_token_id) == ([3, 60, 61, 62, 63], [5, 6])
     assert settings.temperature == 0.5
@@ -195,7 +195,7 @@ def test_fit_vocabulary_keeps_what_the_user_set():
 
 def test_convert_takes_ids_and_specials_of_the_tokenizer(tmp_path):
     make(50304).to_nanogpt_ckpt(tmp_path / "ckpt.pt")
-    make_tokenizer(50277, eos_token="t0").save_pretrained(tmp_path / "tokenizer")
+    make_word_tokenizer(50277, eos_token="t0").save_pretrained(tmp_path / "tokenizer")
     convert_to_folder(tmp_path / "ckpt.pt", tmp_path / "out", tokenizer=str(tmp_path / "tokenizer"))
     settings = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert (settings["bos_token_id"], settings["eos_token_id"]) == (0, 0)
@@ -207,7 +207,7 @@ def test_convert_takes_ids_and_specials_of_the_tokenizer(tmp_path):
 
 def test_convert_without_specials_keeps_none_of_gpt2(tmp_path):
     make(50304).to_nanogpt_ckpt(tmp_path / "ckpt.pt")
-    make_tokenizer(50300).save_pretrained(tmp_path / "tokenizer")
+    make_word_tokenizer(50300).save_pretrained(tmp_path / "tokenizer")
     written = convert_to_folder(tmp_path / "ckpt.pt", tmp_path / "out", tokenizer=str(tmp_path / "tokenizer"))
     settings = written.model.generation_config
     assert (settings.bos_token_id, settings.eos_token_id) == (0, None)
@@ -246,7 +246,7 @@ def test_exported_folders_follow_the_tokenizer(padded, monkeypatch, export):
 def test_exported_gguf_follows_the_tokenizer(padded, tmp_path):
     gguf = pytest.importorskip("gguf")
     model = NanoGPTLMHeadModel.from_nanogpt_ckpt(padded / "ckpt.pt")
-    fit_vocabulary(model, make_tokenizer(40))
+    fit_vocabulary(model, make_word_tokenizer(40))
     export_gguf(
         model,
         tmp_path / "out.gguf",
@@ -279,7 +279,7 @@ def test_meta_of_some_characters_less_is_said(tmp_path, n_characters, n_rows):
 
 
 def test_tokenizer_with_an_id_beyond_the_rows_is_refused():
-    tokenizer = make_tokenizer(60)
+    tokenizer = make_word_tokenizer(60)
     tokenizer.add_tokens([f"<{index}>" for index in range(6)])
     with pytest.raises(
         TokenizerError, match="expected at most 65 tokens, as the model has rows, got 66 with ids up to 65"
