@@ -175,7 +175,7 @@ def _refuse_other_config(folder: Path, source: object, config: Any) -> None:
         raise OSError(describe_change(folder))
 
 
-class NanoGPTWayBackMixin:
+class NanoGPTCheckpointMixin:
     """Writing a checkpoint: what a model with a language-model head adds."""
 
     def to_nanogpt_ckpt(self, ckpt_path: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -221,4 +221,4 @@ def _require_package():
     return package
 
 
-__all__ = ["AUTO_MAP", "NanoGPTPersistence", "NanoGPTWayBackMixin"]
+__all__ = ["AUTO_MAP", "NanoGPTCheckpointMixin", "NanoGPTPersistence"]

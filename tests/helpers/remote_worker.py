@@ -119,14 +119,14 @@ def generate_with_other_caches(model, idx) -> tuple[str, str]:
     finally:
         GenerationMixin.prepare_inputs_for_generation = prepare
 
-    cache_code = sys.modules[type(model).__module__.replace("modeling", "cache")]
-    newest, update = cache_code.NEWEST_TESTED, cache_code.RoomyLayer.update
-    cache_code.NEWEST_TESTED = (5, 0)
-    cache_code.RoomyLayer.update = lambda self, keys, values, *args, **kwargs: (keys, values)
+    inputs, fast = (sys.modules[type(model).__module__.replace("modeling", name)] for name in ("inputs", "fast"))
+    newest, update = inputs.NEWEST_TESTED, fast.PreallocatedLayer.update
+    inputs.NEWEST_TESTED = (5, 0)
+    fast.PreallocatedLayer.update = lambda self, keys, values, *args, **kwargs: (keys, values)
     try:
         broken = catch(model.generate, idx, max_new_tokens=5)
     finally:
-        cache_code.NEWEST_TESTED, cache_code.RoomyLayer.update = newest, update
+        inputs.NEWEST_TESTED, fast.PreallocatedLayer.update = newest, update
     return renamed, broken
 
 

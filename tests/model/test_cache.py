@@ -17,12 +17,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import hugging_nano_gpt
 from hugging_nano_gpt import NanoGPTForSequenceClassification, demo
-from hugging_nano_gpt.model import cache_nano_gpt, generation_nano_gpt
+from hugging_nano_gpt.model import fast_nano_gpt, generation_nano_gpt, inputs_nano_gpt
 
 from ..helpers.tiny import TORCH_VERSION, make_batch, make_model, make_pair
 from .test_modeling import pad_left
 
-CACHE_NAME = cache_nano_gpt.CACHE_NAME
+CACHE_NAME = inputs_nano_gpt.CACHE_NAME
 NAMES = ["past_key_values", "cache"]
 
 
@@ -100,7 +100,7 @@ def test_keys_and_values_under_an_unknown_name_are_refused(kind):
     ids, _ = make_batch(1, 4)
     filled = model(ids)[CACHE_NAME]
     value = filled if kind == "cache" else tuple((layer.keys, layer.values) for layer in filled.layers)
-    message = rf"'kv_store' holds keys and values.* Transformers {transformers.__version__} .* use_cache=False"
+    message = rf"'kv_store' contains keys and values.* Transformers {transformers.__version__} .* use_cache=False"
     for reader in (model, model.transformer):
         with pytest.raises(TypeError, match=message):
             reader(ids[:, :1], kv_store=value)
@@ -158,7 +158,7 @@ def forget_cached_tokens(monkeypatch):
 
 
 def pretend_newer(monkeypatch):
-    monkeypatch.setattr(cache_nano_gpt, "NEWEST_TESTED", (5, 0))
+    monkeypatch.setattr(inputs_nano_gpt, "NEWEST_TESTED", (5, 0))
     monkeypatch.setattr(generation_nano_gpt.NanoGPTGenerationMixin, "_is_cache_checked", False)
 
 
@@ -167,7 +167,7 @@ def test_generate_raises_where_transformers_renames_the_cache(monkeypatch):
     model, reference = make_pair()
     model.eval(), reference.eval()
     idx, _ = make_batch(1, 4)
-    with pytest.raises(TypeError, match="'kv_store' holds keys and values"):
+    with pytest.raises(TypeError, match="'kv_store' contains keys and values"):
         model.generate(idx, max_new_tokens=5, do_sample=False)
     tokens = model.generate(idx, max_new_tokens=5, do_sample=False, use_cache=False)
     assert torch.equal(tokens, reference.generate_greedily(idx, 5))
@@ -206,7 +206,7 @@ def test_untested_transformers_with_a_broken_cache_is_refused(monkeypatch, dtype
     pretend_newer(monkeypatch)
     forget_cached_tokens(monkeypatch)
     monkeypatch.setattr(
-        cache_nano_gpt.RoomyLayer, "update", lambda self, keys, values, *args, **kwargs: (keys, values)
+        fast_nano_gpt.PreallocatedLayer, "update", lambda self, keys, values, *args, **kwargs: (keys, values)
     )
     model = make_model().to(dtype)
     idx, _ = make_batch(1, 4)
@@ -230,7 +230,7 @@ def test_tested_transformers_costs_no_pass_more(monkeypatch):
 @pytest.mark.parametrize(
     ("break_cache", "fault"),
     [
-        (rename_in_generation, "generate failed: .*'kv_store' holds keys and values"),
+        (rename_in_generation, "generate failed: .*'kv_store' contains keys and values"),
         (forget_cached_tokens, r"token \d+ is \d+, where nanoGPT drew \d+"),
     ],
 )
@@ -247,22 +247,22 @@ def test_demo_with_a_broken_cache_says_which_tokens(monkeypatch, break_cache, fa
 def test_range_admits_what_was_tested_and_no_more():
     project = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text())["project"]
     requirement = next(r for r in map(Requirement, project["dependencies"]) if r.name == "transformers")
-    major, minor = cache_nano_gpt.NEWEST_TESTED
+    major, minor = inputs_nano_gpt.NEWEST_TESTED
     assert f"{major}.{minor}.99" in requirement.specifier
     assert f"{major}.{minor + 1}.0" not in requirement.specifier
 
 
 def test_installed_transformers_is_one_that_the_range_admits():
     installed = Version(transformers.__version__)
-    newest = cache_nano_gpt.NEWEST_TESTED
+    newest = inputs_nano_gpt.NEWEST_TESTED
     assert (installed.major, installed.minor) <= newest, (
         f"Transformers {installed} is newer than {newest[0]}.{newest[1]}, the newest tested: see CONTRIBUTING.md"
     )
 
 
-@pytest.mark.parametrize("name", ["block", "cache", "decoding", "inputs", "kernels", "loss", "modeling"])
+@pytest.mark.parametrize("name", ["decoding", "fast", "inputs", "loss", "modeling"])
 def test_no_union_is_asked_for_in_what_torch_export_records(name):
     """torch 2.6 cannot trace isinstance(x, A | B): "Unexpected type in sourceless builder types.UnionType"."""
-    tree = ast.parse((Path(cache_nano_gpt.__file__).parent / f"{name}_nano_gpt.py").read_text())
+    tree = ast.parse((Path(inputs_nano_gpt.__file__).parent / f"{name}_nano_gpt.py").read_text())
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance"]
     assert [ast.unparse(call) for call in calls if isinstance(call.args[1], ast.BinOp)] == []

@@ -8,8 +8,9 @@ from transformers import DynamicCache, GenerationMixin, MaxTimeCriteria, Stoppin
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from hugging_nano_gpt import build_character_tokenizer
-from hugging_nano_gpt.model import generation_nano_gpt
-from hugging_nano_gpt.model.cache_nano_gpt import CACHE_NAME, RoomyLayer
+from hugging_nano_gpt.model import fast_nano_gpt, generation_nano_gpt
+from hugging_nano_gpt.model.fast_nano_gpt import PreallocatedLayer
+from hugging_nano_gpt.model.inputs_nano_gpt import CACHE_NAME
 from hugging_nano_gpt.tokenization.characters import CharacterTable
 
 from ..helpers.tiny import make_batch, make_model, make_pair
@@ -25,7 +26,7 @@ from .test_modeling import pad_left
     [(torch.float32, 2e-5), (torch.float64, 1e-12), (torch.bfloat16, 0.5), (torch.float16, 0.06)],
 )
 @pytest.mark.parametrize("is_tied", [True, False])
-def test_step_equals_forward(bias, activation, is_padded, dtype, tolerance, is_tied):
+def test_step_equals_forward(bias, activation, is_padded, dtype, tolerance, is_tied, monkeypatch):
     model = make_model(bias=bias)
     model.config.activation_function = activation
     model = type(model)(model.config)
@@ -33,24 +34,24 @@ def test_step_equals_forward(bias, activation, is_padded, dtype, tolerance, is_t
     if not is_tied:
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().flip(0))
     model = model.to(dtype).eval()
-    assert model.can_step()
+    monkeypatch.setattr(fast_nano_gpt, "choose_linear", lambda model, n_rows: nn.functional.linear)
+    step = model.bind_step(2)
     ids, mask = pad_left((12, 12 if not is_padded else 5))
     plain = DynamicCache(config=model.config)
-    roomy = DynamicCache()
-    roomy.layers = [RoomyLayer(12) for _ in range(2)]
-    step = model.bind_step(nn.functional.linear)
+    fast = DynamicCache()
+    fast.layers = [PreallocatedLayer(12) for _ in range(2)]
     with torch.no_grad():
-        for cache in (plain, roomy):
+        for cache in (plain, fast):
             model(ids[:, :8], attention_mask=mask[:, :8], cache=cache)
         for end in range(9, 13):
             positions = mask[:, :end].sum(-1) - 1 if is_padded else end - 1
             key_mask = mask[:, None, None, :end] != 0 if is_padded else None
             expected = model(ids[:, end - 1 : end], attention_mask=mask[:, :end], cache=plain).logits[:, 0]
-            found = step(ids[:, end - 1], positions, roomy.layers, key_mask)
+            found = step(ids[:, end - 1], positions, fast.layers, key_mask)
             assert found.dtype == dtype
             assert (found - expected).abs().max() <= tolerance
             assert found.abs().max() > 100 * tolerance or dtype in (torch.bfloat16, torch.float16)
-    for ours, theirs in zip(roomy.layers, plain.layers, strict=True):
+    for ours, theirs in zip(fast.layers, plain.layers, strict=True):
         assert ours.keys.shape == theirs.keys.shape
 
 
@@ -70,19 +71,19 @@ def test_step_equals_forward(bias, activation, is_padded, dtype, tolerance, is_t
 )
 def test_models_that_are_not_as_they_were_built_are_read_by_their_forward_pass(change):
     model = make_model()
-    assert model.can_step()
+    assert model.bind_step(1) is not None
     change(model)
-    assert not model.can_step()
+    assert model.bind_step(1) is None
 
 
 def test_hooks_of_every_module_and_autocast_are_seen():
     model = make_model()
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
-    assert not model.can_step()
+    assert model.bind_step(1) is None
     handle.remove()
-    assert model.can_step()
+    assert model.bind_step(1) is not None
     with torch.autocast("cpu"):
-        assert not model.can_step()
+        assert model.bind_step(1) is None
 
 
 SETTINGS = [
@@ -183,7 +184,7 @@ def test_tokens_after_those_in_a_cache_are_enough():
             with pytest.raises(ValueError, match=r"at most block_size=32 tokens .* known to a cache alone, got 34"):
                 model.generate(idx[:, 8:], max_new_tokens=22, past_key_values=cache, **settings)
     cache = model(idx)[CACHE_NAME]
-    with pytest.raises(ValueError, match="the cache holds 12 tokens: expected fewer than the text's 12"):
+    with pytest.raises(ValueError, match="the cache contains 12 tokens: expected fewer than the text's 12"):
         model.generate(idx, max_new_tokens=5, past_key_values=cache, do_sample=False)
 
 

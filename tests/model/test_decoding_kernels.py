@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from hugging_nano_gpt.model import kernels_nano_gpt as kernels
-from hugging_nano_gpt.model.cache_nano_gpt import CACHE_NAME, RoomyLayer
+from hugging_nano_gpt.model import fast_nano_gpt as fast
+from hugging_nano_gpt.model.fast_nano_gpt import PreallocatedLayer
+from hugging_nano_gpt.model.inputs_nano_gpt import CACHE_NAME
 
 from ..helpers.tiny import make_batch, make_model
 
@@ -29,12 +30,12 @@ def calls(monkeypatch, request):
 
         return counted
 
-    share = kernels._share
-    monkeypatch.setattr(kernels, "_is_blas_shared", lambda: request.param == "shared")
-    monkeypatch.setattr(kernels, "_CACHED_BYTES", 0)
-    monkeypatch.setattr(kernels, "_SHARED_SIZE", 0)
-    monkeypatch.setattr(kernels, "_apply_onednn", spy(kernels._apply_onednn))
-    monkeypatch.setattr(kernels, "_share", lambda *args: spy(share(*args)))
+    share = fast._share
+    monkeypatch.setattr(fast, "_is_blas_shared", lambda: request.param == "shared")
+    monkeypatch.setattr(fast, "_CACHED_BYTES", 0)
+    monkeypatch.setattr(fast, "_SHARED_SIZE", 0)
+    monkeypatch.setattr(fast, "_apply_onednn", spy(fast._apply_onednn))
+    monkeypatch.setattr(fast, "_share", lambda *args: spy(share(*args)))
     n_threads = torch.get_num_threads()
     torch.set_num_threads(3)  # which divides few widths
     yield threads
@@ -59,12 +60,12 @@ def test_kernels_are_used_while_generating_and_only_then(calls, settings, is_hoo
 
 
 def test_what_a_processor_keeps_in_its_cache_stays_with_one_thread_of_blas(calls, monkeypatch):
-    monkeypatch.setattr(kernels, "_CACHED_BYTES", 2**20)
-    monkeypatch.setattr(kernels, "_SHARED_SIZE", 2**20)
+    monkeypatch.setattr(fast, "_CACHED_BYTES", 2**20)
+    monkeypatch.setattr(fast, "_SHARED_SIZE", 2**20)
     monkeypatch.setattr(torch, "bmm", None)  # what shares
     monkeypatch.setattr(torch, "baddbmm", None)
     make_model().generate(make_batch(1, 4)[0], max_new_tokens=4)
-    assert kernels._is_blas_shared() or calls == []
+    assert fast._is_blas_shared() or calls == []
 
 
 def test_generating_changes_nothing_for_other_threads_and_copies(calls):
@@ -135,10 +136,10 @@ def test_wrapped_modules_and_unusual_weights_are_left_alone(calls):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when its compiler is imported
 def test_compiled_models_are_left_alone(compile_part):
     model = make_model()
-    assert not kernels.has_compiled_parts(model)
+    assert not fast.has_compiled_parts(model)
     compile_part(model)
-    assert kernels.has_compiled_parts(model)
-    assert not model.can_step()
+    assert fast.has_compiled_parts(model)
+    assert model.bind_step(1) is None
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")  # the switch reads and sets a flag of Intel GPUs too
@@ -168,12 +169,12 @@ def test_kernel_equals_linear(calls, bias, dtype, rows, n_calls, tolerance):
     layer, inputs = make_linear(bias, rows, dtype)
     with torch.no_grad():
         expected = linear(inputs.double(), layer.weight.double(), layer.bias.double() if bias else None)
-        with kernels._Kernels(1):
+        with fast._Kernels(1):
             found = layer(inputs)
         assert len(calls) == n_calls
-        chosen = kernels.choose_linear(model=layer_as_model(layer), n_rows=2 * rows)
+        chosen = fast.choose_linear(model=layer_as_model(layer), n_rows=2 * rows)
         assert torch.equal(chosen(inputs, layer.weight, layer.bias), found)
-        assert torch.equal(kernels.bind_linear(chosen, layer)(inputs.flatten(0, 1)), found.flatten(0, 1))
+        assert torch.equal(fast.bind_linear(chosen, layer)(inputs.flatten(0, 1)), found.flatten(0, 1))
     assert found.dtype == dtype
     assert (found.double() - expected).abs().max() < tolerance
 
@@ -195,15 +196,15 @@ def layer_as_model(layer):
 )
 def test_where_the_kernel_gains_nothing_linear_is_torchs_own(calls, bias, dtype, rows):
     layer, inputs = make_linear(bias, rows, dtype)
-    with torch.no_grad(), kernels._Kernels(1):
+    with torch.no_grad(), fast._Kernels(1):
         assert torch.equal(layer(inputs), linear(inputs, layer.weight, layer.bias))
     assert calls == []
-    assert kernels.choose_linear(layer_as_model(layer), n_rows=2 * rows) is linear
+    assert fast.choose_linear(layer_as_model(layer), n_rows=2 * rows) is linear
 
 
 def test_gradients_flow_where_someone_asks_for_them(calls):
     model = make_model()
-    with kernels.use_kernels(model)(), torch.enable_grad():
+    with fast.use_kernels(model)(), torch.enable_grad():
         model(make_batch(1, 4)[0]).logits.sum().backward()
     assert model.lm_head.weight.grad is not None
     assert calls == []
@@ -225,10 +226,10 @@ def make_states(batch, length, seed):
     return (torch.randn(batch, 2, length, 4, generator=generator) for _ in range(2))
 
 
-def test_roomy_layer_equals_a_dynamic_one():
+def test_preallocated_layer_equals_a_dynamic_one():
     """Through everything that generation modes do to a cache, at the capacity and beyond it."""
-    roomy, plain = DynamicCache(), DynamicCache()
-    roomy.layers = [RoomyLayer(max_length=9)]
+    filled, plain = DynamicCache(), DynamicCache()
+    filled.layers = [PreallocatedLayer(max_length=9)]
     actions = [
         ("append", 5),
         ("append", 1),
@@ -249,7 +250,7 @@ def test_roomy_layer_equals_a_dynamic_one():
     ]
     for step, (action, value) in enumerate(actions):
         results = []
-        for cache in (roomy, plain):
+        for cache in (filled, plain):
             if action == "append":
                 batch = len(cache.layers[0].keys) if cache.get_seq_length() else 3
                 results.append(cache.update(*make_states(batch, value, step), 0))
@@ -262,15 +263,15 @@ def test_roomy_layer_equals_a_dynamic_one():
             elif action == "select":
                 cache.batch_select_indices(value)
         if action == "copy":
-            kept, roomy = roomy, copy.deepcopy(roomy)
-        assert roomy.get_seq_length() == plain.get_seq_length(), (step, action)
-        for ours, theirs in zip(*results, strict=True) if results else ():
-            assert torch.equal(ours, theirs), (step, action)
+            kept, filled = filled, copy.deepcopy(filled)
+        assert filled.get_seq_length() == plain.get_seq_length(), (step, action)
+        for found, expected in zip(*results, strict=True) if results else ():
+            assert torch.equal(found, expected), (step, action)
     assert kept.get_seq_length() == 6  # the copy went its own way
 
 
-def test_roomy_layer_copies_old_tokens_rarely():
-    layer = RoomyLayer(max_length=1000)
+def test_preallocated_layer_copies_old_tokens_rarely():
+    layer = PreallocatedLayer(max_length=1000)
     addresses = set()
     for step in range(1000):
         states = torch.stack(list(make_states(1, 1, step)), dim=1)
@@ -278,12 +279,12 @@ def test_roomy_layer_copies_old_tokens_rarely():
         assert torch.equal(torch.stack([keys, values], dim=1)[:, :, :, -1:], states)
         addresses.add(keys.data_ptr())
     assert keys.shape == (1, 2, 1000, 4)
-    assert layer._room[0].shape[3] == 1000
+    assert layer._memory[0].shape[3] == 1000
     assert len(addresses) <= 11
 
 
 def test_what_a_layer_handed_out_never_changes():
-    layer = RoomyLayer(max_length=30)
+    layer = PreallocatedLayer(max_length=30)
     handed_out = []
 
     def keep(*states):

@@ -32,7 +32,7 @@ def test_greedy_tokens_equal_reference(settings):
 def test_cache_given_with_use_cache_false_is_refused(num_beams):
     """Beams read the text anew into the growing cache, and drew other tokens without a word."""
     idx, _ = make_batch(1, 8)
-    with pytest.raises(ValueError, match=r"use_cache=False with past_key_values: .*got a DynamicCache too; leave one"):
+    with pytest.raises(ValueError, match=r"use_cache=False with a cache: .*got a DynamicCache too; leave one"):
         make_model().generate(
             idx, max_new_tokens=4, num_beams=num_beams, use_cache=False, past_key_values=DynamicCache()
         )

@@ -10,7 +10,7 @@ from transformers.integrations.executorch import (
     register_dynamic_cache_export_support,
 )
 
-from hugging_nano_gpt.model.cache_nano_gpt import CACHE_NAME
+from hugging_nano_gpt.model.inputs_nano_gpt import CACHE_NAME
 
 from ..helpers.tiny import TORCH_VERSION, make_batch, make_model
 

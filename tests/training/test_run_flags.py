@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 from hugging_nano_gpt import ConversionError, MissingDependencyError, read_checkpoint
-from hugging_nano_gpt.model.block_nano_gpt import NanoGPTMLP
+from hugging_nano_gpt.model.modeling_nano_gpt import NanoGPTMLP
 from hugging_nano_gpt.training import arguments, compute_lr, run, run_training
 
 from ..helpers.programs import run_command
