@@ -56,6 +56,9 @@ def main(folder: Path, n_threads: int) -> None:
         outputs["from_lm"] = load(AutoModelForSequenceClassification, "lm").transformer(idx).last_hidden_state
         outputs["untied"] = load(AutoModelForCausalLM, "untied")(idx).logits
         outputs["sharded"] = load(AutoModelForCausalLM, "sharded")(idx).logits
+        earlier, earlier_idx = load(AutoModelForCausalLM, "earlier"), load_file(folder / "golden.safetensors")["idx"]
+        outputs["earlier"] = earlier(earlier_idx).logits
+        outputs["earlier_tokens"] = earlier.generate(earlier_idx[:, :4], max_new_tokens=28, do_sample=False)
     n_new = model.config.block_size + 8  # past block_size
     outputs["generated"] = model.generate(idx[:1, :4], max_new_tokens=n_new, do_sample=False)
     pipe = pipeline("text-generation", model=str(folder / "lm"), trust_remote_code=True, device="cpu")

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -31,6 +32,7 @@ from hugging_nano_gpt import (
     NanoGPTModel,
     TrainingState,
     convert,
+    convert_to_folder,
     read_checkpoint,
     write_checkpoint,
 )
@@ -40,7 +42,7 @@ from hugging_nano_gpt.model import modeling_nano_gpt, persistence_nano_gpt
 
 from ..conftest import assert_same
 from ..helpers.folders import list_files
-from ..helpers.tiny import MODEL_ARGS, make_batch, make_model, make_tokenizer
+from ..helpers.tiny import FIXTURES_DIR, MODEL_ARGS, make_batch, make_model, make_tokenizer
 
 MODEL_DIR = Path(modeling_nano_gpt.__file__).parent
 CODE_FILES = [path.name for path in MODEL_DIR.glob("*_nano_gpt.py")]
@@ -48,6 +50,8 @@ FILES = sorted([*CODE_FILES, "README.md", "config.json", "generation_config.json
 PROMPT = "ROMEO:"  # of tests/helpers/remote_worker.py too
 # Runs what happens without the package: tests/fresh_venv.sh names a Python that has torch and transformers only.
 FRESH_PYTHON = os.environ.get("FRESH_PYTHON")
+# A folder that save_pretrained of commit 5e83a34 wrote, and in golden.safetensors what that model computed.
+EARLIER_DIR = FIXTURES_DIR / "folder-5e83a34"
 SAVING_MD = Path(__file__).parents[2] / "docs" / "saving.md"
 
 CLASSES = [NanoGPTModel, NanoGPTLMHeadModel, NanoGPTForSequenceClassification]
@@ -81,6 +85,8 @@ def remote(tmp_path_factory):
     assert len(list((folder / "sharded").glob("*.safetensors"))) > 1
     make_tokenizer().save_pretrained(folder / "lm")
     save_file({"idx": idx.contiguous()}, folder / "idx.safetensors")
+    shutil.copytree(EARLIER_DIR / "model", folder / "earlier")
+    shutil.copy(EARLIER_DIR / "golden.safetensors", folder)
 
     worker = [Path(__file__).parents[1] / "helpers" / "remote_worker.py", folder, str(torch.get_num_threads())]
     with start_python(folder, *worker) as process:
@@ -121,8 +127,48 @@ def test_remote_code_gives_the_same_bits(remote):
     assert not torch.equal(outputs["untied"], outputs["lm"])  # the comparison can fail
 
 
+@torch.no_grad()
+def test_folder_of_an_earlier_version_gives_the_same_bits(remote, tmp_path):
+    """By its own code as remote code, by the package, as a checkpoint, and saved again."""
+    golden = load_file(EARLIER_DIR / "golden.safetensors")
+    # computed by another CPU, perhaps
+    torch.testing.assert_close(remote.outputs["earlier"], golden["logits"], rtol=0, atol=1e-5)
+    assert torch.equal(remote.outputs["earlier_tokens"], golden["tokens"])
+    model = NanoGPTLMHeadModel.from_pretrained(EARLIER_DIR / "model")
+    model.to_nanogpt_ckpt(tmp_path / "ckpt.pt")
+    model.save_pretrained(tmp_path / "again")
+    again = [
+        NanoGPTLMHeadModel.from_nanogpt_ckpt(tmp_path / "ckpt.pt"),
+        NanoGPTLMHeadModel.from_pretrained(tmp_path / "again"),
+    ]
+    for each in (model, *again):
+        assert type(each) is NanoGPTLMHeadModel
+        assert_same(each.state_dict(), model.state_dict())
+        assert each.nanogpt_training_state == TrainingState(7, 2.5, {"learning_rate": 1e-3})
+        assert torch.equal(each(golden["idx"]).logits, remote.outputs["earlier"])
+        tokens = each.generate(golden["idx"][:, :4], max_new_tokens=28, do_sample=False)
+        assert torch.equal(tokens, golden["tokens"])
+    weights = load_file(EARLIER_DIR / "model" / "model.safetensors")
+    assert_same({name: model.state_dict()[name] for name in weights}, weights)
+
+
+@pytest.mark.parametrize("way", ["save_pretrained", "convert"])
+def test_code_of_an_earlier_version_is_replaced(way, tmp_path):
+    folder = shutil.copytree(EARLIER_DIR / "model", tmp_path / "folder")
+    (folder / "train_nano_gpt.py").write_text("mine")
+    assert (folder / "block_nano_gpt.py").exists()
+    if way == "convert":
+        convert_to_folder(CKPT_PATH, folder, overwrite=True)
+    else:
+        NanoGPTLMHeadModel.from_pretrained(folder).save_pretrained(folder)
+    assert list_files(folder) == sorted([*FILES, "train_nano_gpt.py"])
+    assert all((folder / name).read_bytes() == (MODEL_DIR / name).read_bytes() for name in CODE_FILES)
+
+
 def test_remote_code_refuses_to_generate_with_caches_it_does_not_know(remote):
-    assert re.match(r"TypeError: NanoGPTLMHeadModel.forward: the argument 'kv_store' holds", remote.facts["renamed"])
+    assert re.match(
+        r"TypeError: NanoGPTLMHeadModel.forward: the argument 'kv_store' contains", remote.facts["renamed"]
+    )
     assert re.match(r"RuntimeError: .*a cache changes the logits: expected", remote.facts["broken"])
 
 
