@@ -154,6 +154,3 @@ def is_exact_in_json(value: Any) -> bool:
     if type(value) is list:
         return all(is_exact_in_json(item) for item in value)
     return value is None or type(value) in (bool, int, float, str)
-
-
-__all__ = ["NanoGPTConfig"]

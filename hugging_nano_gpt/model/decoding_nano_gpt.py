@@ -280,6 +280,3 @@ def _find_pad_id(generation_config: GenerationConfig) -> int | None:
         if value is not None:
             return int(torch.as_tensor(value).flatten()[0])
     return None
-
-
-__all__ = ["Call", "Window", "WindowReader", "count_padding", "decode"]

@@ -278,15 +278,3 @@ def _apply_in_float32(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Te
     linear = _apply_shared if _is_blas_shared() else _apply_onednn
     outputs = torch.cat([linear(rows, piece.float(), None) for piece in weight.split(2048)], dim=-1)
     return (outputs if bias is None else outputs + bias).to(inputs.dtype)
-
-
-__all__ = [
-    "PreallocatedLayer",
-    "Step",
-    "bind_linear",
-    "bind_step",
-    "can_step",
-    "choose_linear",
-    "has_compiled_parts",
-    "use_kernels",
-]

@@ -270,6 +270,3 @@ def follow_resize(generation_config: GenerationConfig, n_before: int, n_rows: in
         value = getattr(generation_config, name)
         if isinstance(value, int) and value >= n_rows:  # this row is gone
             setattr(generation_config, name, None)
-
-
-__all__ = ["NanoGPTGenerationMixin", "document_as", "follow_resize", "suppress_rows"]

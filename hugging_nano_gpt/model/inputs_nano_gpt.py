@@ -220,19 +220,3 @@ def refuse_narrow_flex_heads(model: nn.Module, head_dim: int, device: torch.devi
             f"{type(model).__name__}: torch's flex_attention computes wrong numbers on this CPU: expected n_embd / "
             f"n_head of at least 32, got {head_dim}; use attn_implementation='sdpa'"
         )
-
-
-__all__ = [
-    "CACHE_NAME",
-    "NEWEST_TESTED",
-    "check_positions",
-    "deprecate_old_name",
-    "describe_untested",
-    "find_last_tokens",
-    "find_positions",
-    "is_untested",
-    "refuse_filled_cache",
-    "refuse_narrow_flex_heads",
-    "select_columns",
-    "take_cache",
-]

@@ -89,6 +89,3 @@ def ignore_minus_one(labels: Any) -> Any:
 
 def _divide(loss: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
     return loss / (count.to(loss.device) if isinstance(count, torch.Tensor) else count)
-
-
-__all__ = ["compute_chunked_loss", "compute_loss", "find_targets", "ignore_minus_one"]

@@ -493,11 +493,3 @@ class NanoGPTForSequenceClassification(NanoGPTPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-
-__all__ = [
-    "NanoGPTForSequenceClassification",
-    "NanoGPTLMHeadModel",
-    "NanoGPTModel",
-    "NanoGPTPreTrainedModel",
-]

@@ -218,6 +218,3 @@ def _require_package():
             "install it from a clone of its repository with `pip install .`, not by its name, which is on no index"
         )
     return package
-
-
-__all__ = ["AUTO_MAP", "NanoGPTCheckpointMixin", "NanoGPTPersistence"]

@@ -1,4 +1,4 @@
-"""Keys and values under every name that Transformers has given them, and what happens under one that nobody knows."""
+"""The cache under both names that Transformers has used, and under unknown names."""
 
 import ast
 import io
@@ -66,7 +66,7 @@ def test_old_name_of_the_cache_warns_as_gpt2_does(kind):
 
 
 def find_warnings(model):
-    """Returns the warnings of two forward passes that name the cache in the old way, without the model's name."""
+    """Returns the warnings of two forward passes with the old name of the cache, without the model's name."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for cache in (DynamicCache(config=model.config), None):
@@ -106,7 +106,7 @@ def test_keys_and_values_under_an_unknown_name_are_refused(kind):
             reader(ids[:, :1], kv_store=value)
 
 
-def test_other_unknown_arguments_go_on_to_the_back_end(monkeypatch):
+def test_other_unknown_arguments_are_passed_to_the_back_end(monkeypatch):
     seen = {}
 
     def attend(module, query, key, value, attention_mask, **kwargs):
@@ -121,7 +121,7 @@ def test_other_unknown_arguments_go_on_to_the_back_end(monkeypatch):
     assert seen["labels_of_mine"] == (1, "x")
 
 
-def test_tuples_in_place_of_a_cache_are_refused():
+def test_tuples_instead_of_a_cache_are_refused():
     with pytest.raises(TypeError, match=rf"{CACHE_NAME}: expected a Cache, got a tuple; use DynamicCache\(\)"):
         make_model()(make_batch(1, 4)[0], **{CACHE_NAME: ((torch.zeros(1), torch.zeros(1)),)})
 
@@ -132,7 +132,7 @@ def test_filled_cache_with_gradient_checkpointing_is_refused():
     enable()
     cache = DynamicCache(config=model.config)
     ids, targets = make_batch(1, 4)
-    assert model(ids, labels=targets, cache=cache).loss.requires_grad  # an empty one is of no use, nor harm
+    assert model(ids, labels=targets, cache=cache).loss.requires_grad  # an empty one is ignored
     assert cache.get_seq_length() == 0
     cache = model.eval()(ids)[CACHE_NAME]
     with pytest.raises(ValueError, match="expected no cached tokens while training, got 4"):
@@ -140,7 +140,7 @@ def test_filled_cache_with_gradient_checkpointing_is_refused():
 
 
 def rename_in_generation(monkeypatch):
-    """Does to GenerationMixin what a Transformers that renames the argument once more does."""
+    """Changes GenerationMixin as a Transformers would that renames the argument again."""
     prepare = GenerationMixin.prepare_inputs_for_generation
 
     def prepare_renamed(self, *args, **kwargs):
@@ -153,7 +153,7 @@ def rename_in_generation(monkeypatch):
 
 
 def forget_cached_tokens(monkeypatch):
-    """Breaks caches without an error: each pass sees its own tokens only."""
+    """Breaks caches without an error: each forward pass sees only its own tokens."""
     monkeypatch.setattr(DynamicCache, "update", lambda self, keys, values, *args, **kwargs: (keys, values))
 
 
@@ -218,7 +218,7 @@ def test_untested_transformers_with_a_broken_cache_is_refused(monkeypatch, dtype
     assert model.generate(idx, max_new_tokens=5, do_sample=False, use_cache=False).shape == (1, 9)
 
 
-def test_tested_transformers_costs_no_pass_more(monkeypatch):
+def test_tested_transformers_needs_no_additional_pass(monkeypatch):
     monkeypatch.setattr(generation_nano_gpt.NanoGPTGenerationMixin, "_is_cache_checked", False)
     model = make_model()
     lengths = []
@@ -240,7 +240,7 @@ def test_demo_with_a_broken_cache_says_which_tokens(monkeypatch, break_cache, fa
     assert not demo.run_demo(stream)
     text = stream.getvalue()
     assert re.search(f"   greedy: {fault}", text)
-    n_ways = 2 if TORCH_VERSION >= (2, 7) else 1  # torch 2.6 draws other numbers from a seed: greedy alone is compared
+    n_ways = 2 if TORCH_VERSION >= (2, 7) else 1  # torch 2.6 has other random numbers: only greedy is compared
     assert text.count("[WRONG: expected the tokens nanoGPT drew]") == n_ways
 
 

@@ -1,4 +1,4 @@
-"""Saved folders: complete, truthful, and equal bit for bit where nobody has heard of this package."""
+"""Saved folders: complete, and equal bit for bit where this package is not installed."""
 
 import ast
 import builtins
@@ -48,7 +48,7 @@ MODEL_DIR = Path(modeling_nano_gpt.__file__).parent
 CODE_FILES = [path.name for path in MODEL_DIR.glob("*_nano_gpt.py")]
 FILES = sorted([*CODE_FILES, "README.md", "config.json", "generation_config.json", "model.safetensors"])
 PROMPT = "ROMEO:"  # of tests/helpers/remote_worker.py too
-# Runs what happens without the package: tests/fresh_venv.sh names a Python that has torch and transformers only.
+# A Python with only torch and transformers, from tests/fresh_venv.sh, for what happens without the package.
 FRESH_PYTHON = os.environ.get("FRESH_PYTHON")
 # A folder that save_pretrained of commit 5e83a34 wrote, and in golden.safetensors what that model computed.
 EARLIER_DIR = FIXTURES_DIR / "folder-5e83a34"
@@ -70,7 +70,7 @@ def make_classifier():
 
 @pytest.fixture(scope="module")
 def remote(tmp_path_factory):
-    """Runs tests/helpers/remote_worker.py once on folders saved here; returns what it found and what is right."""
+    """Runs tests/helpers/remote_worker.py once on folders saved here; returns what it found and what to expect."""
     folder = tmp_path_factory.mktemp("remote")
     idx, _ = make_batch(2, MODEL_ARGS["block_size"])
     saved = {
@@ -102,7 +102,7 @@ def remote(tmp_path_factory):
 
 
 def start_python(folder, *arguments):
-    """Starts an isolated Python with caches of its own."""
+    """Starts an isolated Python with its own caches."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {
         "HF_HOME": str(folder / "home"),
@@ -131,7 +131,7 @@ def test_remote_code_gives_the_same_bits(remote):
 def test_folder_of_an_earlier_version_gives_the_same_bits(remote, tmp_path):
     """By its own code as remote code, by the package, as a checkpoint, and saved again."""
     golden = load_file(EARLIER_DIR / "golden.safetensors")
-    # computed by another CPU, perhaps
+    # not bit for bit, because another CPU may have computed the golden logits
     torch.testing.assert_close(remote.outputs["earlier"], golden["logits"], rtol=0, atol=1e-5)
     assert torch.equal(remote.outputs["earlier_tokens"], golden["tokens"])
     model = NanoGPTLMHeadModel.from_pretrained(EARLIER_DIR / "model")
@@ -188,7 +188,7 @@ def test_remote_code_without_the_package_says_so(remote):
 
 
 def test_no_text_advises_to_fetch_the_package_by_its_name(model, tmp_path):
-    """No index has it, so anybody could claim the name there and be installed by our advice."""
+    """It is on no index, so anybody could publish another package there under its name."""
     model.save_pretrained(tmp_path)
     root = Path(__file__).parents[2]
     texts = [*root.glob("*.md"), *root.glob("*.py"), *tmp_path.iterdir()]
@@ -215,7 +215,7 @@ def test_remote_code_refuses_a_folder_whose_write_was_interrupted(remote):
 
 @torch.no_grad()
 def test_remote_code_saved_again_works_again(remote):
-    without_card = [name for name in FILES if name != "README.md"]  # cards are written by the package alone
+    without_card = [name for name in FILES if name != "README.md"]  # only the package writes cards
     assert list_files(remote.folder / "again") == list_files(remote.folder / "third") == without_card
     without_card.remove("generation_config.json")
     assert list_files(remote.folder / "again-base") == without_card
@@ -240,7 +240,7 @@ def test_remote_code_trained_and_saved_by_trainer_works_again(remote, tmp_path):
     assert read_checkpoint(tmp_path / "ckpt.pt").training_state.iter_num == 5000
 
 
-def test_package_imported_after_remote_code_serves_it(remote):
+def test_package_imported_after_remote_code_is_used_by_it(remote):
     assert remote.facts["late_module"].startswith("transformers_modules.")
     assert list_files(remote.folder / "late") == sorted([*FILES, "ckpt.pt"])
     assert_equal_checkpoints(read_checkpoint(remote.folder / "late" / "ckpt.pt"), read_checkpoint(CKPT_PATH))
@@ -297,7 +297,7 @@ def test_package_has_what_the_code_in_saved_folders_asks_it_for():
     assert all(callable(getattr(convert, name)) for name in asked)
 
 
-def test_package_with_a_missing_dependency_is_not_taken_for_absent(monkeypatch):
+def test_package_with_a_missing_dependency_raises(monkeypatch):
     def fail(name):
         raise ModuleNotFoundError("No module named 'safetensors'", name="safetensors")
 
@@ -315,13 +315,13 @@ def test_padding_ids_stay_suppressed(tmp_path):
 
 
 def test_adapter_folder_gets_no_code(model, tmp_path):
-    """As when PEFT is loaded, save_pretrained then writes no config.json."""
+    """With an adapter of PEFT, save_pretrained writes no config.json."""
     model._add_code_and_card(tmp_path)
     assert list_files(tmp_path) == []
 
 
 def test_second_process_writes_nothing(model, tmp_path):
-    model.config.save_pretrained(tmp_path)  # as the first process does meanwhile
+    model.config.save_pretrained(tmp_path)  # as the first process does
     model.save_pretrained(tmp_path, is_main_process=False)
     assert list_files(tmp_path) == ["config.json"]
 
@@ -357,7 +357,7 @@ def test_state_that_json_would_change_is_left_out_with_a_warning(checkpoint, tmp
     assert re.search(
         r"ckpt.pt: config: save_pretrained will leave out 'tuple', 'tensor', 'keys': expected", warnings[0]
     )
-    assert_same(model.nanogpt_training_state.config, config)  # in this process everything is kept
+    assert_same(model.nanogpt_training_state.config, config)  # in this process nothing is lost
     model.save_pretrained(tmp_path / "folder")
     again = NanoGPTLMHeadModel.from_pretrained(tmp_path / "folder")
     assert again.nanogpt_training_state.config == {"kept": 1}
@@ -417,9 +417,9 @@ def assert_equal_checkpoints(left, right):
     for name in ("iter_num", "best_val_loss", "config"):
         ours, theirs = getattr(left.training_state, name), getattr(right.training_state, name)
         assert type(ours) is type(theirs)
-        assert repr(sort(ours)) == repr(sort(theirs))  # repr tells nan, -0.0 and True from 1
+        assert repr(sort(ours)) == repr(sort(theirs))  # by repr, because nan != nan, -0.0 == 0.0 and True == 1
 
 
 def sort(value):
-    """Sorts the keys: JSON keeps them, config.json sorts them."""
+    """Sorts the keys, as config.json does."""
     return {key: sort(value[key]) for key in sorted(value)} if isinstance(value, dict) else value
