@@ -55,7 +55,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The manual implementation of attention: the only one that can return the attention weights."""
+    """The manual implementation of attention, which also returns the attention weights."""
     scores = (query @ key.transpose(-2, -1)) * scaling  # (B, H, T, D) x (B, H, D, S) -> (B, H, T, S)
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -76,10 +76,10 @@ class NanoGPTAttention(nn.Module):
         self.is_causal = True
         # query, key and value projections for all heads, in one matrix
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        # output projection; it is added to the residual stream, so _init_weights makes it narrower
+        # output projection, back into the residual stream; _init_weights gives it a smaller deviation
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.c_proj.is_residual_projection = True  # type: ignore[assignment]
-        # never called, because the back ends drop weights themselves: they get p, which TRL sets to 0
+        # not called: the back ends get its p and do the dropout themselves; TRL sets p to turn dropout off
         self.attn_dropout = nn.Dropout(config.dropout)
         self.resid_dropout = nn.Dropout(config.dropout)
 
@@ -87,7 +87,7 @@ class NanoGPTAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,  # (B, T, C)
         attention_mask: torch.Tensor | None = None,
-        # not `cache`: before Transformers 5.24, back ends take one out of kwargs
+        # not named `cache`: before Transformers 5.24, back ends look for another one of that name in kwargs
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -175,8 +175,8 @@ class NanoGPTPreTrainedModel(NanoGPTPersistence):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # N(0, 0.02) and zero biases are also Transformers' defaults. The narrower residual projections are initialized
-        # at the Linear itself, because remote code is not called for modules without parameters of their own.
+        # N(0, 0.02) and zero biases are also Transformers' defaults. The residual projections are initialized here, at
+        # the Linear itself, because Transformers skips modules of remote code that have no parameters themselves.
         if getattr(module, "is_residual_projection", False):
             self._init_residual_projection(module)
             if module.bias is not None:
@@ -280,7 +280,7 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         if inputs is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError(f"{type(self).__name__}: give exactly one of input_ids and inputs_embeds")
-        if use_cache is None:  # not in training, where a cache costs a copy of all keys and values for nothing
+        if use_cache is None:  # in training nothing reads a cache, and it would copy all keys and values
             use_cache = self.config.use_cache and not self.training
         if self.gradient_checkpointing and self.training:
             refuse_filled_cache(self, cache)
