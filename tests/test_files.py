@@ -25,6 +25,7 @@ from hugging_nano_gpt.checkpoint import nanogpt
 from hugging_nano_gpt.files import check_folder, open_atomically, open_folder
 
 from .conftest import assert_same, limit_file_size, limit_time
+from .helpers.folders import read_files
 
 OLD, NEW = b"old", b"new" * 1000
 KILL_SEED = int(os.environ.get("KILL_SEED", "1337"))
@@ -361,10 +362,6 @@ def write_folder(folder, files, overwrite=False):
             (temporary / name).write_text(text)
 
 
-def list_files(folder):
-    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
-
-
 MODEL = {"config.json": "{}", "model.safetensors": "new", "templates/tool.jinja": "x"}
 
 
@@ -380,7 +377,7 @@ def test_folder_is_written_wherever_save_pretrained_writes(tmp_path, monkeypatch
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty" if name == "." else tmp_path)
     write_folder(name, MODEL)
-    assert list_files(Path(name)) == MODEL
+    assert read_files(Path(name)) == MODEL
     assert Path.cwd().exists()  # it is the same folder as before
 
 
@@ -391,7 +388,7 @@ def test_folder_behind_a_link_to_another_file_system_is_written_there(tmp_path, 
     (tmp_path / "link").symlink_to(elsewhere)
     write_folder(tmp_path / "link", MODEL, overwrite=True)
     assert (tmp_path / "link").is_symlink()
-    assert list_files(elsewhere) == MODEL | ({} if is_empty else {"notes.txt": "mine"})
+    assert read_files(elsewhere) == MODEL | ({} if is_empty else {"notes.txt": "mine"})
 
 
 def test_folder_that_is_there_needs_nothing_of_its_parent(tmp_path, monkeypatch):
@@ -403,7 +400,7 @@ def test_folder_that_is_there_needs_nothing_of_its_parent(tmp_path, monkeypatch)
     write_folder(folder, MODEL)
     assert all(path.is_relative_to(folder) for path in made)
     assert folder.stat().st_ino == number
-    assert list_files(folder) == MODEL
+    assert read_files(folder) == MODEL
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -427,7 +424,7 @@ def test_of_two_writers_of_one_place_one_wins_and_the_other_says_so(tmp_path, is
 
     with pytest.raises(ConversionError, match=r"another process has written .*in the meantime; nothing was changed"):
         write_late()
-    assert list_files(folder) == MODEL
+    assert read_files(folder) == MODEL
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -438,7 +435,7 @@ def test_writers_that_overwrite_do_not_mix(tmp_path):
     whole = [{name: str(number) for name in ("config.json", "model.safetensors", "b", "c")} for number in range(20)]
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(lambda files: write_folder(folder, files, overwrite=True), whole))
-    assert list_files(folder) in whole
+    assert read_files(folder) in whole
 
 
 @pytest.mark.parametrize("failing", range(1, 8))
@@ -461,11 +458,11 @@ def test_folder_is_as_before_when_a_move_fails(tmp_path, monkeypatch, failing):
     monkeypatch.setattr(Path, "rename", refuse)
     if failing > 6:
         write_folder(tmp_path / "out", MODEL, overwrite=True)
-        assert list_files(tmp_path / "out") == MODEL | {"mine": ""}
+        assert read_files(tmp_path / "out") == MODEL | {"mine": ""}
         return
     with pytest.raises(ConversionError, match="cannot be written: No space left on device; nothing was changed"):
         write_folder(tmp_path / "out", MODEL, overwrite=True)
-    assert list_files(tmp_path / "out") == before
+    assert read_files(tmp_path / "out") == before
 
 
 def test_folder_that_cannot_be_put_back_keeps_the_old_files_and_says_where(tmp_path, monkeypatch):
@@ -483,7 +480,7 @@ def test_folder_that_cannot_be_put_back_keeps_the_old_files_and_says_where(tmp_p
         ConversionError, match=r"is written in part: Input/output error; move the files in .*\.writing-"
     ):
         write_folder(tmp_path / "out", MODEL, overwrite=True)
-    assert sorted(list_files(tmp_path / "out").values()).count("old") == 2
+    assert sorted(read_files(tmp_path / "out").values()).count("old") == 2
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])

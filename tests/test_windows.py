@@ -27,6 +27,7 @@ from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 from hugging_nano_gpt.export.exporting import export_model
 from hugging_nano_gpt.files import open_atomically, open_folder
 
+from .helpers.folders import list_files
 from .helpers.tiny import make_batch, make_model
 
 ROOT = Path(__file__).parents[1]
@@ -119,10 +120,6 @@ def test_simulation_refuses_what_windows_refuses(windows, tmp_path, call):
         call(tmp_path / "file", file)
 
 
-def list_files(folder):
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
-
-
 def test_conversions_over_what_is_there_pass(windows, tmp_path):
     folder, ckpt_path = tmp_path / "folder", tmp_path / "ckpt.pt"
     for _ in range(2):
@@ -178,7 +175,7 @@ def test_bytes_are_written_as_they_are_and_folders_keep_their_writers_apart(wind
     (abandoned / "lock").write_bytes(b"")
     with open_folder(folder, overwrite=True) as temporary:
         (temporary / "config.json").write_text("very last")
-    assert list_files(folder) == {"config.json"}
+    assert list_files(folder) == ["config.json"]
     assert (folder / "config.json").read_text() == "very last"
 
 

@@ -1,1 +1,1 @@
-"""The files that ship with saved folders, and nothing else: they import torch, transformers and each other."""
+"""The files that travel with saved models as remote code: they import only torch, transformers and each other."""

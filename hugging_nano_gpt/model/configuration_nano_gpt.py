@@ -1,8 +1,8 @@
 """NanoGPTConfig: nanoGPT's seven `model_args` under their own names, as a Transformers configuration.
 
-`NanoGPTConfig(**checkpoint["model_args"])` is the whole conversion. Beside the seven stand only the activation, which
-nanoGPT changed in June 2023 without recording it, and the fields that Transformers 5 asks every model to declare.
-This file travels with saved models as remote code, so it imports nothing else of this package.
+`NanoGPTConfig(**checkpoint["model_args"])` is the whole conversion. In addition there are the activation, which
+nanoGPT changed in June 2023 without recording it, the chunk size of the loss, and fields that Transformers 5 expects
+every model to declare. This file travels with saved models as remote code.
 """
 
 import json
@@ -11,39 +11,35 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-# nanoGPT computes exact GELU since 2023-06-14 (karpathy/nanoGPT f08abb45) and the tanh approximation before it, as do
-# minGPT and llm.c; build-nanogpt uses torch's own tanh GELU, which rounds differently from the formula written out.
+# nanoGPT has computed the exact GELU since 2023-06-14 (karpathy/nanoGPT f08abb45), and before that the tanh formula,
+# as minGPT and llm.c do; build-nanogpt uses torch's own tanh GELU, which rounds differently.
 ACTIVATION_FUNCTIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh")
 
-# GPT-2's vocabulary: its tokens, and its rows in a model, also where nanoGPT pads them (train.py @ 3adf61e).
+# GPT-2's vocabulary: the number of tokens, and of rows in a model, which nanoGPT may pad (train.py @ 3adf61e).
 GPT2_TOKENS = 50257
 GPT2_VOCAB_SIZES = range(GPT2_TOKENS, 51201)
 
 
 class NanoGPTConfig(PreTrainedConfig):
-    """Holds the shape of a nanoGPT model.
-
-    Defaults are those of nanoGPT's GPTConfig (model.py @ 3adf61e).
+    """The configuration of a nanoGPT model. The defaults are those of nanoGPT's GPTConfig (model.py @ 3adf61e).
 
     Args:
-        block_size: Longest sequence the model can read, in tokens: the number of learned positions.
-        vocab_size: Rows of the token embedding. 50304 is GPT-2's 50257 rounded up to a multiple of 64.
+        block_size: The longest sequence that the model can read, in tokens: the number of learned positions.
+        vocab_size: Rows of the token embedding. 50304 is GPT-2's 50257, padded to a multiple of 64.
         n_layer: Number of transformer blocks.
-        n_head: Attention heads of a block; divides n_embd.
+        n_head: Number of attention heads; divides n_embd.
         n_embd: Width of the residual stream.
-        dropout: Probability of every dropout of the model (embeddings, attention, residual), in [0, 1).
+        dropout: Dropout probability for embeddings, attention and residuals, in [0, 1).
         bias: Whether the Linear and LayerNorm modules have biases. lm_head never has one.
         activation_function: "gelu" (exact, nanoGPT since 2023-06-14), "gelu_new" (tanh, older nanoGPT, minGPT,
             llm.c) or "gelu_pytorch_tanh" (tanh, build-nanogpt).
         tie_word_embeddings: Whether lm_head is the token embedding, as in nanoGPT since 2023-01-14.
-        loss_chunk_size: Tokens whose logits are in memory at once where a loss is computed; None for all, which is
-            nanoGPT's way and bit for bit its loss. With a vocabulary of 50304 the logits are most of a step's memory.
+        loss_chunk_size: The number of tokens whose logits are in memory at once, to save memory in training. None
+            for all of them, as in nanoGPT; only this gives nanoGPT's loss bit for bit.
         use_cache: Whether a forward pass in eval mode returns its keys and values.
-        bos_token_id: First token of a document, if the vocabulary has one.
-        eos_token_id: Token that ends a document, if the vocabulary has one.
-        pad_token_id: Token that fills up batches, if the vocabulary has one.
-        nanogpt_training_state: The checkpoint's iter_num, best_val_loss and config, for to_nanogpt_ckpt. Of config, a
-            saved folder keeps what JSON holds exactly. None forgets them.
+        bos_token_id, eos_token_id, pad_token_id: The special tokens, if the vocabulary has them.
+        nanogpt_training_state: The checkpoint's iter_num, best_val_loss and config, for to_nanogpt_ckpt. A saved
+            folder keeps those values of config that JSON stores exactly.
 
     Raises:
         ValueError: If a value is impossible; the message lists every such value and why.
@@ -57,9 +53,9 @@ class NanoGPTConfig(PreTrainedConfig):
         "num_attention_heads": "n_head",
         "num_hidden_layers": "n_layer",
     }
-    # c_attn packs query, key and value, so its output is gathered whole before it is split (as Phi-3's qkv_proj is).
-    # lm_head is split by rows of the vocabulary, and so has to be what it is tied to: with a whole wte, its own plan
-    # would take the whole matrix for one process's share. Transformers adds this only where wte is "embed_tokens".
+    # c_attn computes query, key and value together, so its output is gathered before it is split, as Phi-3's qkv_proj.
+    # lm_head is sharded by rows of the vocabulary, so wte, which is tied to it, has to be too; Transformers adds this
+    # on its own only to an embedding that is called "embed_tokens".
     base_model_tp_plan = {
         "wte": "embedding_rowwise",
         "h.*.attn.c_attn": "colwise_rep",
@@ -99,7 +95,7 @@ class NanoGPTConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
-        """Makes a configuration; of a folder that AutoConfig reads, it keeps what was read until its weights are."""
+        """Makes a configuration; one that AutoConfig reads keeps the file's fields until the weights are loaded."""
         as_read = write_fields(config_dict)
         made = super().from_dict(config_dict, **kwargs)
         if "name_or_path" in kwargs:
@@ -146,18 +142,15 @@ class NanoGPTConfig(PreTrainedConfig):
 
 
 def write_fields(config_dict: dict[str, Any]) -> str:
-    """Writes what get_config_dict reads, less what it adds, so that two readings can be compared."""
+    """Returns the fields that get_config_dict has read from a file as text, to compare two readings."""
     fields = {name: value for name, value in config_dict.items() if name != "_commit_hash"}
     return json.dumps(fields, sort_keys=True, default=str)
 
 
 def is_exact_in_json(value: Any) -> bool:
-    """Tells whether JSON gives a value back as it is."""
+    """Returns whether JSON stores a value exactly."""
     if type(value) is dict:
         return all(type(key) is str and is_exact_in_json(item) for key, item in value.items())
     if type(value) is list:
         return all(is_exact_in_json(item) for item in value)
     return value is None or type(value) in (bool, int, float, str)
-
-
-__all__ = ["NanoGPTConfig"]

@@ -1,13 +1,11 @@
-"""Replacing the model in a folder: at every moment there is the old model in it, the new one, or none that loads.
+"""Replaces the model in a folder: at every moment, the folder has the old model, the new one, or none that loads.
 
-The new files are written into a temporary folder in it, `.writing-*`, and flushed to the disk. Then files are renamed:
-the old weights go first (model.safetensors, the index of a model in several files, or model.onnx), config.json next;
-the others are replaced; the new config.json comes, and the new weights come last. The weights are first and last, not
-config.json, because GPT2LMHeadModel.from_pretrained loads weights without a config.json, under its default
-configuration. Nothing outside the folder is needed, so it may be a mount point.
-
-A reader can be late too: old config.json, new weights. `refuse_change` finds that, for our own loaders. This file
-travels with saved models as remote code.
+The new files are written into a temporary subfolder, `.writing-*`, and flushed to disk. Then files are renamed in this
+order: the old weights move out (model.safetensors, the index of sharded weights, or model.onnx), then config.json; the
+other files are replaced; the new config.json moves in, and the new weights last. Weights come first and last because
+GPT2LMHeadModel.from_pretrained loads them without a config.json, with its default configuration. Nothing outside the
+folder is changed, so it may be a mount point. A reader that gets the old config.json and the new weights is found by
+`refuse_change`. This file travels with saved models as remote code.
 """
 
 import contextlib
@@ -20,10 +18,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-# How the names of what is not complete yet begin.
+# The prefix of files and folders that are not complete yet.
 TEMPORARY = ".writing-"
 
-# What a temporary folder has in it: the new files, those that they replace, and a file locked while the writer lives.
+# In a temporary folder: the new files, those that they replace, and a file that is locked while its writer runs.
 _NEW, _OLD, _LOCK = "new", "old", "lock"
 
 _CONFIGS = ("config.json", "adapter_config.json")
@@ -31,10 +29,10 @@ _WEIGHTS = re.compile(
     r"(?P<stem>adapter_model|pytorch_model|model)(?P<variant>\.[^.]+?)?(?P<shard>-\d{5}-of-\d{5})?"
     r"\.(?P<kind>safetensors|bin|onnx|onnx_data)(?P<index>\.index(?P<index_variant>\.[^.]+)?\.json)?"
 )
-# By kind, and whether it is an index: Transformers takes the first of these that it finds.
+# Kind of file, and whether it is an index: Transformers loads the first of these that it finds.
 _FIRST_CHOICE = [("onnx", False), ("safetensors", False), ("safetensors", True), ("bin", False), ("bin", True)]
 
-# Files of a tokenizer that are read if they are there, so those of an earlier one would be mixed with the new one's.
+# Optional files of a tokenizer: if those of an earlier one stayed, they would be read with the new one's.
 _TOKENIZER_FILES = (
     "added_tokens.json",
     "additional_chat_templates/*",
@@ -46,13 +44,16 @@ _TOKENIZER_FILES = (
     "vocab.json",
 )
 
+# Code that earlier versions saved with a model, and that the modeling file does not import any more.
+_FORMER_CODE = ("block_nano_gpt.py", "cache_nano_gpt.py", "kernels_nano_gpt.py", "vocabulary_nano_gpt.py")
+
 
 class WrittenInPartError(OSError):
-    """Files could neither be replaced nor put back; the message says where the old ones are."""
+    """Some files were replaced, and could not be moved back; the message says where the old ones are."""
 
 
-def holds_model(folder: Path) -> bool:
-    """Returns whether there is a model in a folder, or what an interrupted write has left of one."""
+def contains_model(folder: Path) -> bool:
+    """Returns whether a folder contains a model, or the rest of an interrupted write."""
     return folder.is_dir() and (
         any(_rank(Path(path.name)) for path in folder.iterdir()) or bool(_list_temporary(folder))
     )
@@ -62,20 +63,20 @@ def holds_model(folder: Path) -> bool:
 def replace_model(
     folder: Path, *, all_variants: bool = False, check: Callable[[], None] | None = None
 ) -> Iterator[Path]:
-    """Makes an empty folder in a folder, and when the block ends the files in it replace those of the model there.
+    """Yields an empty temporary folder, whose files replace those of the model in the folder when the block ends.
 
-    Weights of the old model that are not replaced are removed, as are the files of its tokenizer if the new model has
-    one, and the temporary folders of writers that were killed. A README.md and files that are not a model's stay. If
-    a file cannot be moved, those before it are moved back.
+    The old weights are removed, and the old tokenizer's files if the new model has one, the old remote code if it has
+    that, and the temporary folders of writers that were killed. The README.md and other files stay. If a file cannot
+    be moved, those that were moved before it are moved back.
 
     Args:
-        folder: The folder, which exists.
-        all_variants: Whether old weights of any variant (model.fp16.safetensors) are removed, or only the new one's.
-        check: Called before anything is changed, while no other writer can change anything, to raise.
+        folder: An existing folder.
+        all_variants: Whether to remove old weights of all variants (model.fp16.safetensors) or only of the new one.
+        check: Called just before files are moved, while no other writer can move any; it may raise.
 
     Raises:
-        WrittenInPartError: If a file cannot be moved, and those before it cannot be moved back.
-        OSError: If it cannot be written; nothing is changed then.
+        WrittenInPartError: If a file cannot be moved, and another one cannot be moved back.
+        OSError: If the folder cannot be written; nothing was changed.
     """
     with _make_temporary(folder) as temporary:
         yield temporary / _NEW
@@ -88,7 +89,7 @@ def replace_model(
 
 
 def describe_interruption(folder: Path) -> str | None:
-    """Says that a write into a folder has left no model in it, and what to do; returns None if none has."""
+    """Returns the error message for a folder that has no model because of an interrupted write, else None."""
     found = _list_temporary(folder)
     if not found or any(_rank(Path(path.name)) > 1 for path in folder.iterdir()):
         return None
@@ -107,7 +108,7 @@ def _list_temporary(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def refuse_change(folder: Path) -> Iterator[None]:
-    """Raises OSError if another model was written into a folder during the block: what was read may be of both."""
+    """Raises OSError if another model was written into a folder during the block, which may have read both."""
     before = _identify_config(folder)
     yield
     if _identify_config(folder) != before:
@@ -115,34 +116,34 @@ def refuse_change(folder: Path) -> Iterator[None]:
 
 
 def describe_change(folder: Path) -> str:
-    """Says that what was read of a folder may be of two models."""
+    """Returns the error message for a folder that was read while another model was written into it."""
     return f"{folder}: another model was written into it while it was read; load it again"
 
 
 def _identify_config(folder: Path) -> tuple[int, ...] | None:
     try:
         facts = (folder / _CONFIGS[0]).stat()
-    except (OSError, ValueError):  # none there, or a name of the Hub
+    except (OSError, ValueError):  # no such file, or the name of a model on the Hub
         return None
     return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
 def name_temporary(folder: Path, suffix: str = "") -> Path:
-    """Returns a path in a folder that nobody else uses."""
+    """Returns a path in a folder that no other writer uses."""
     return folder / f"{TEMPORARY}{secrets.token_hex(8)}{suffix}"
 
 
 def flush_files(folder: Path) -> None:
-    """Flushes the files in a folder to the disk, and gives them the permissions of new files."""
-    mode = folder.stat().st_mode & 0o666  # what the umask leaves; safetensors makes files that only their owner reads
+    """Flushes the files in a folder to disk, and gives them the permissions of new files."""
+    mode = folder.stat().st_mode & 0o666  # by the umask; safetensors makes files that only their owner can read
     for path in _list_files(folder):
         (folder / path).chmod(mode)
-        with (folder / path).open("r+b") as file:  # Windows flushes no file that was opened for reading
+        with (folder / path).open("r+b") as file:  # Windows does not flush a file that was opened for reading
             os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder survive a power cut, where the system lets a folder be opened."""
+    """Flushes renames in a folder to disk, on systems that can open a folder."""
     with contextlib.suppress(OSError, AttributeError):  # Windows and some network drives cannot
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -153,18 +154,18 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _make_temporary(folder: Path) -> Iterator[Path]:
-    with _lock_folder(folder):  # so that nobody sees the folder before it is locked
+    with _lock_folder(folder):  # so that no other writer sees the new folder without its lock
         temporary = name_temporary(folder)
         temporary.mkdir()
         lock = (temporary / _LOCK).open("xb")
-        with contextlib.suppress(OSError):  # some network drives have no locks: there, what killed writers leave stays
+        with contextlib.suppress(OSError):  # some network drives have no locks; there nothing is ever abandoned
             _lock_file(lock, "LOCK_EX", "LOCK_NB")
     try:
         (temporary / _NEW).mkdir()
         yield temporary
     finally:
         lock.close()
-        if not _list_files(temporary / _OLD):  # else they could not be moved back
+        if not _list_files(temporary / _OLD):  # else these could not be moved back
             _remove_temporary(temporary)
 
 
@@ -175,18 +176,18 @@ def _remove_abandoned(folder: Path, own: Path) -> None:
 
 
 def _remove_temporary(temporary: Path) -> None:
-    """Removes the lock after all that it protects, so that a kill leaves it, or an empty folder."""
+    """Removes the lock last, so that a kill leaves the lock or an empty folder."""
     for path in (temporary / _NEW, temporary / _OLD, temporary):
-        shutil.rmtree(path, ignore_errors=True)  # Windows removes no file that a model has mapped
+        shutil.rmtree(path, ignore_errors=True)  # Windows does not remove a file that a model has mapped
 
 
 def _is_abandoned(lock: Path) -> bool:
-    """Returns whether the writer who has made a lock has gone; False where that cannot be known."""
+    """Returns whether the writer of a lock has ended; False if that is not known."""
     try:
         with lock.open("r+b") as file:
             _lock_file(file, "LOCK_EX", "LOCK_NB")
-        lock.rename(lock.with_name("abandoned"))  # which Windows refuses while the writer has it open
-    except FileNotFoundError:  # killed before it was made, or after it was removed
+        lock.rename(lock.with_name("abandoned"))  # Windows refuses this while the writer has it open
+    except FileNotFoundError:  # the writer was killed before it made the lock, or after it removed it
         return True
     except OSError:
         return False
@@ -195,31 +196,27 @@ def _is_abandoned(lock: Path) -> bool:
 
 @contextlib.contextmanager
 def _lock_folder(folder: Path) -> Iterator[None]:
-    """Keeps other processes and threads that move files in a folder waiting, where the system can."""
+    """Makes other processes and threads wait that want to move files in a folder, if the system can lock folders."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError, AttributeError):  # Windows and some network drives cannot
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             stack.callback(os.close, descriptor)
             _lock_file(descriptor, "LOCK_EX")
-            stack.callback(_lock_file, descriptor, "LOCK_UN")  # a process forked meanwhile has it open too
+            stack.callback(_lock_file, descriptor, "LOCK_UN")  # a process that was forked meanwhile has it open too
         yield
 
 
 def _lock_file(file: BinaryIO | int, *operations: str) -> None:
-    """Locks an open file for as long as it is open in a process that lives, or does what else flock knows.
-
-    Raises:
-        OSError: If another process or thread has locked it, with LOCK_NB; or if files cannot be locked here.
-    """
+    """Calls flock; raises OSError if files cannot be locked here, or with LOCK_NB if another process has the lock."""
     try:
         import fcntl
-    except ImportError:  # Windows, where a file that is open cannot be removed
+    except ImportError:  # Windows, where an open file cannot be removed anyway
         return
     fcntl.flock(file, sum(getattr(fcntl, operation) for operation in operations))
 
 
 def _list_files(folder: Path) -> list[Path]:
-    """Lists the files in a folder and its subfolders, from there."""
+    """Lists the files in a folder and its subfolders, relative to the folder."""
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
 
 
@@ -228,7 +225,7 @@ def _move_files(temporary: Path, folder: Path, all_variants: bool) -> None:
     old = {path for path in new if os.path.lexists(folder / path)} | _find_stale(folder, new, all_variants)
     moves = [(path, folder, temporary / _OLD) for path in sorted(sorted(old), key=_rank, reverse=True)]
     moves += [(path, temporary / _NEW, folder) for path in sorted(new, key=_rank)]
-    done: list[tuple[Path, Path]] = []  # from where to where
+    done: list[tuple[Path, Path]] = []  # old path, new path
     try:
         for _, step in itertools.groupby(moves, key=lambda move: _rank(move[0]) > 1):
             changed = set()
@@ -237,7 +234,7 @@ def _move_files(temporary: Path, folder: Path, all_variants: bool) -> None:
                 (source / path).rename(goal / path)
                 done.append((source / path, goal / path))
                 changed.add((folder / path).parent)
-            for changed_folder in changed:  # so that a power cut finds no later step without this one
+            for changed_folder in changed:  # so that after a power cut no later step is on disk without this one
                 sync_folder(changed_folder)
     except BaseException:
         _move_back(done, folder, temporary)
@@ -256,17 +253,19 @@ def _move_back(done: list[tuple[Path, Path]], folder: Path, temporary: Path) -> 
 
 
 def _find_stale(folder: Path, new: list[Path], all_variants: bool) -> set[Path]:
-    """Finds the files of the old model that a reader of the new one would take for its own."""
+    """Finds the files of the old model that would be read as the new model's."""
     families = {_find_family(path, all_variants) for path in new} - {None}
     files = [Path(path.name) for path in folder.iterdir() if path.is_file()]
     stale = {path for path in files if _find_family(path, all_variants) in families}
     if Path("tokenizer_config.json") in new:
         stale |= {path.relative_to(folder) for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)}
+    if Path("modeling_nano_gpt.py") in new:
+        stale |= {path for path in files if path.name in _FORMER_CODE}
     return stale - set(new)
 
 
 def _find_family(path: Path, all_variants: bool) -> tuple[object, ...] | None:
-    """Returns what files of weights have in common that replace each other, or None for another file."""
+    """Returns the same key for files of weights that replace each other, and None for other files."""
     weights = _WEIGHTS.fullmatch(str(path))
     if weights is None:
         return None
@@ -276,7 +275,7 @@ def _find_family(path: Path, all_variants: bool) -> tuple[object, ...] | None:
 
 
 def _rank(path: Path) -> int:
-    """Returns how late a file comes into a folder: 0 for most, 1 for a config.json, more for what opens weights."""
+    """Returns how late a file moves in: 0 for most, 1 for config.json, more for the file that opens the weights."""
     weights = _WEIGHTS.fullmatch(str(path))
     if weights and not weights["shard"] and weights["kind"] != "onnx_data":
         return 2 + _FIRST_CHOICE.index((weights["kind"], weights["index"] is not None))

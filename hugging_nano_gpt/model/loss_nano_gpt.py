@@ -1,8 +1,8 @@
-"""nanoGPT's loss on what a Transformers model is given: labels to shift, labels already shifted, losses in chunks.
+"""nanoGPT's loss, for the labels of Transformers, for targets that are already shifted, and in chunks.
 
-Transformers' own ForCausalLMLoss first makes the logits float32. That copy is memory and time, and other numbers:
-under autocast on CUDA nanoGPT's log-probabilities are rounded to the logits' dtype. This file travels with saved
-models as remote code.
+Transformers' ForCausalLMLoss converts the logits to float32 first. That costs memory and time, and gives other
+numbers: under autocast on CUDA, nanoGPT's log-probabilities are rounded to the dtype of the logits. This file travels
+with saved models as remote code.
 """
 
 from collections.abc import Callable
@@ -16,16 +16,15 @@ from torch.utils.checkpoint import checkpoint
 def compute_loss(
     logits: torch.Tensor, targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None, **kwargs: Any
 ) -> torch.Tensor:
-    """Computes the cross-entropy by nanoGPT's own call, in nats.
+    """Computes nanoGPT's cross-entropy, in nats.
 
-    Half-precision logits without autocast are made float32 here too: nanoGPT, which has float32 weights, has no such
-    run to be equal to.
+    Half-precision logits without autocast are converted to float32 here too: nanoGPT always has float32 weights.
 
     Args:
         logits: (B, T, V) or (N, V).
         targets: (B * T) or (N) int64, from find_targets; -100 is ignored.
-        num_items_in_batch: What the sum of all losses is divided by; None for the number of targets.
-        **kwargs: What else was meant for a loss function; not read.
+        num_items_in_batch: What the sum of all losses is divided by. Defaults to the number of targets.
+        **kwargs: Other arguments of loss functions, which are ignored.
     """
     if logits.dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(logits.device.type):
         logits = logits.float()
@@ -43,14 +42,14 @@ def compute_chunked_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Computes the same loss some tokens at a time, so that no more than their logits is ever in memory.
+    """Computes the same loss in chunks, so that only the logits of one chunk are in memory.
 
     Args:
-        head: Computes logits (N, V) of hidden states (N, C). It is called as the module it is: an adapter, hooks and
-            sharding are part of it.
+        head: Computes logits (N, V) of hidden states (N, C). It is called as a module, with adapters, hooks and
+            sharding.
         hidden_states: (B, T, C).
         targets: (B * T) int64.
-        chunk_size: Tokens at a time.
+        chunk_size: The number of tokens in a chunk.
         num_items_in_batch, **kwargs: See compute_loss.
     """
 
@@ -58,7 +57,7 @@ def compute_chunked_loss(
         return compute_loss(head(rows), targets, num_items_in_batch=1)
 
     rows, targets = hidden_states.flatten(0, 1), targets.to(hidden_states.device)
-    # checkpoint lets go of a chunk's logits, and computes them again in the backward pass.
+    # checkpoint frees the logits of a chunk, and computes them again in the backward pass
     pieces = zip(rows.split(chunk_size), targets.split(chunk_size), strict=True)
     loss = torch.stack([checkpoint(sum_losses, *piece, use_reentrant=False) for piece in pieces]).sum()
     return _divide(loss, (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
@@ -67,27 +66,26 @@ def compute_chunked_loss(
 def find_targets(
     labels: torch.Tensor | None, shift_labels: torch.Tensor | None, ignore_index: int = -100, **kwargs: Any
 ) -> torch.Tensor:
-    """Returns the token that each position shall predict, (B * T) int64, or -100.
+    """Returns the next token of each position, (B * T) int64, or -100.
 
     Args:
-        labels, shift_labels: See NanoGPTLMHeadModel.forward; one of the two, shift_labels before labels.
-        ignore_index: Another number that the caller ignores.
-        **kwargs: What else was meant for a loss function; not read.
+        labels, shift_labels: See NanoGPTLMHeadModel.forward; labels are ignored if both are given.
+        ignore_index: Another number that is ignored.
+        **kwargs: Other arguments of loss functions, which are ignored.
     """
     if shift_labels is None:
         assert labels is not None  # forward calls this with one of the two
-        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[
+            ..., 1:
+        ]  # position t predicts token t + 1
     targets = ignore_minus_one(shift_labels).reshape(-1)
     return targets if ignore_index == -100 else targets.masked_fill(targets == ignore_index, -100)
 
 
 def ignore_minus_one(labels: Any) -> Any:
-    """Turns nanoGPT's ignore index -1 into Transformers' -100; None stays None."""
+    """Replaces nanoGPT's ignore index, -1, by Transformers', -100; None stays None."""
     return None if labels is None else labels.masked_fill(labels == -1, -100)
 
 
 def _divide(loss: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
     return loss / (count.to(loss.device) if isinstance(count, torch.Tensor) else count)
-
-
-__all__ = ["compute_chunked_loss", "compute_loss", "find_targets", "ignore_minus_one"]

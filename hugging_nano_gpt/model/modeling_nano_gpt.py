@@ -1,11 +1,10 @@
-"""The nanoGPT model (karpathy/nanoGPT model.py @ 3adf61e) as native Transformers classes, around its blocks.
+"""The nanoGPT model (karpathy/nanoGPT model.py @ 3adf61e) as native Transformers classes.
 
-Modules carry nanoGPT's names and layouts and the arithmetic follows its order, so in training and in inference every
-number equals nanoGPT's bit for bit. What Transformers adds (caches, attention back ends, padding, recorded outputs)
-stays out of the way when it is not asked for. This file travels with saved models as remote code, so it imports
-torch, transformers and the files that travel with it, and nothing else of this package.
+Modules have nanoGPT's names and layouts, and the arithmetic follows its order, so that every number equals nanoGPT's
+bit for bit, in training and in inference. Caches, attention back ends, padding and recorded outputs are Transformers'
+own. This file travels with saved models as remote code: it imports only torch, transformers and the files next to it.
 
-Shapes: B batch, T tokens, S keys (cached + T), C n_embd, V vocabulary.
+Shapes: B batch, T tokens, S keys (cached + T), C n_embd, H heads, D head size = C / H, V vocabulary.
 """
 
 import math
@@ -19,33 +18,148 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     SequenceClassifierOutputWithPast,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .block_nano_gpt import NanoGPTAttention, NanoGPTBlock, NanoGPTMLP, bind_norm
-from .cache_nano_gpt import CACHE_NAME, RoomyLayer, deprecate_old_name, take_cache
 from .configuration_nano_gpt import NanoGPTConfig
-from .generation_nano_gpt import NanoGPTGenerationMixin, document_as
+from .fast_nano_gpt import Step, bind_step, can_step
+from .generation_nano_gpt import NanoGPTGenerationMixin, document_as, follow_resize
 from .inputs_nano_gpt import (
+    CACHE_NAME,
+    deprecate_old_name,
     find_last_tokens,
     find_positions,
     refuse_filled_cache,
     refuse_narrow_flex_heads,
     select_columns,
+    take_cache,
 )
-from .kernels_nano_gpt import Linear, bind_linear
 from .loss_nano_gpt import compute_chunked_loss, compute_loss, find_targets, ignore_minus_one
-from .persistence_nano_gpt import NanoGPTPersistence, NanoGPTWayBackMixin
-from .vocabulary_nano_gpt import follow_resize
+from .persistence_nano_gpt import NanoGPTCheckpointMixin, NanoGPTPersistence
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,  # (B, H, T, D)
+    key: torch.Tensor,  # (B, H, S, D)
+    value: torch.Tensor,  # (B, H, S, D)
+    attention_mask: torch.Tensor | None,  # (B or 1, 1, T, S), added to the scores
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The manual implementation of attention, which also returns the attention weights."""
+    scores = (query @ key.transpose(-2, -1)) * scaling  # (B, H, T, D) x (B, H, D, S) -> (B, H, T, S)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights  # (B, H, T, S) x (B, H, S, D) -> (B, T, H, D)
+
+
+class NanoGPTAttention(nn.Module):
+    """Causal self-attention: each token attends to itself and to the tokens before it."""
+
+    def __init__(self, config: NanoGPTConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.n_embd // config.n_head
+        self.scaling = 1.0 / math.sqrt(self.head_dim)
+        self.is_causal = True
+        # query, key and value projections for all heads, in one matrix
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        # output projection, back into the residual stream; _init_weights gives it a smaller deviation
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj.is_residual_projection = True  # type: ignore[assignment]
+        # not called: the back ends get its p and do the dropout themselves; TRL sets p to turn dropout off
+        self.attn_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # (B, T, C)
+        attention_mask: torch.Tensor | None = None,
+        # not named `cache`: before Transformers 5.24, back ends look for another one of that name in kwargs
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # vLLM's Transformers backend reads and rewrites this source. It expects the split by a literal 3-tuple, the -1
+        # heads, the interface that is fetched once into a local and called once, and `scaling=self.scaling`.
+        input_shape = hidden_states.shape[:-1]  # (B, T)
+        head_shape = (*input_shape, -1, self.head_dim)
+        C = self.config.n_embd
+        # one product for all heads, (B, T, C) -> (B, T, 3C); then move the heads next to the batch
+        query, key, value = self.c_attn(hidden_states).split((C, C, C), dim=-1)
+        query = query.view(head_shape).transpose(1, 2)  # (B, T, C) -> (B, T, H, D) -> (B, H, T, D)
+        key = key.view(head_shape).transpose(1, 2)  # (B, H, T, D)
+        value = value.view(head_shape).transpose(1, 2)  # (B, H, T, D)
+        dtype = query.dtype
+
+        # append to the keys and values of earlier tokens; continuous batching also adds to the back end's arguments
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)  # (B, H, S, D)
+            query = query.to(key.dtype)  # a cache may have a more precise dtype than the model
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attn_dropout.p if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        # put the outputs of all heads side by side: (B, T, H, D) -> (B, T, C)
+        attn_output = attn_output.reshape(*input_shape, -1).contiguous().to(dtype)
+        return self.resid_dropout(self.c_proj(attn_output)), attn_weights
+
+
+class NanoGPTMLP(nn.Module):
+    """The feed-forward network of a block, which computes each token on its own."""
+
+    def __init__(self, config: NanoGPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.act = ACT2FN[config.activation_function]
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj.is_residual_projection = True  # type: ignore[assignment]
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (B, T, C) -> (B, T, 4C) -> (B, T, C)
+        return self.dropout(self.c_proj(self.act(self.c_fc(hidden_states))))
+
+
+class NanoGPTBlock(GradientCheckpointingLayer):
+    """A transformer block: attention and MLP read the normalized residual stream and add to it."""
+
+    def __init__(self, config: NanoGPTConfig, layer_idx: int):
+        super().__init__()
+        # nn.LayerNorm itself and not a subclass, because Trainer exempts this type from weight decay
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        self.attn = NanoGPTAttention(config, layer_idx)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        self.mlp = NanoGPTMLP(config)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:  # (B, T, C) -> (B, T, C)
+        attn_output, _ = self.attn(self.ln_1(hidden_states), **kwargs)
+        hidden_states = hidden_states + attn_output
+        return hidden_states + self.mlp(self.ln_2(hidden_states))
 
 
 class NanoGPTPreTrainedModel(NanoGPTPersistence):
-    """What all nanoGPT models share: initialisation, and what they support."""
+    """What all nanoGPT models share: how weights are initialized, and which features of Transformers they support."""
 
     config_class = NanoGPTConfig
     base_model_prefix = "transformer"
@@ -61,10 +175,10 @@ class NanoGPTPreTrainedModel(NanoGPTPersistence):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # N(0, 0.02) and zero biases, which are also the defaults of Transformers; but nanoGPT's narrower residual
-        # projections, at the Linear itself: modules without parameters of their own are not visited in remote code.
+        # N(0, 0.02) and zero biases are also Transformers' defaults. The residual projections are initialized here, at
+        # the Linear itself, because Transformers skips modules of remote code that have no parameters themselves.
         if getattr(module, "is_residual_projection", False):
-            self._draw_residual_projection(module)
+            self._init_residual_projection(module)
             if module.bias is not None:
                 init.zeros_(module.bias)
         else:
@@ -72,37 +186,37 @@ class NanoGPTPreTrainedModel(NanoGPTPersistence):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Draws fresh weights in nanoGPT's order: every module's, children first, then the residual projections anew.
+        """Initializes weights in nanoGPT's order: all modules, children first, then the residual projections again.
 
-        After the same torch.manual_seed a new model has nanoGPT's bits, and torch's generator is where nanoGPT leaves
-        it. What from_pretrained has loaded is not drawn.
+        After the same torch.manual_seed, a new model and torch's generator therefore have the same bits as nanoGPT's.
+        Weights that from_pretrained has loaded are not changed.
         """
         super().initialize_weights()
         for module in self.modules():
             if getattr(module, "is_residual_projection", False):
-                self._draw_residual_projection(module)
+                self._init_residual_projection(module)
 
-    def _draw_residual_projection(self, module: nn.Module) -> None:
+    def _init_residual_projection(self, module: nn.Module) -> None:
         init.normal_(module.weight, mean=0.0, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
 
 class NanoGPTModel(NanoGPTPreTrainedModel):
-    """The transformer without a head: token ids in, hidden states after the last LayerNorm out."""
+    """The transformer without a head: from token ids to the hidden states after the last LayerNorm."""
 
     def __init__(self, config: NanoGPTConfig, *, is_part: bool = False):
         super().__init__(config)
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # token embeddings
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)  # position embeddings
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(NanoGPTBlock(config, layer_idx) for layer_idx in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
         self.gradient_checkpointing = False
-        self._is_drawn_later = is_part  # by the model that it is part of, whose own modules come in between
+        self._is_part = is_part  # the model that it is part of initializes it, to keep nanoGPT's order
         self.post_init()
-        self._is_drawn_later = False
+        self._is_part = False
 
     def init_weights(self) -> None:
-        if not self._is_drawn_later:
+        if not self._is_part:
             super().init_weights()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -112,13 +226,10 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         self.wte = value
 
     def crop_block_size(self, block_size: int) -> None:
-        """Keeps only the first positions, so that the model reads at most block_size tokens, as nanoGPT's does.
-
-        Args:
-            block_size: New length in tokens, from 1 to the present one.
+        """Keeps only the first block_size positions, as nanoGPT's method of this name does.
 
         Raises:
-            ValueError: If it is longer than the present one: those positions have not been learned.
+            ValueError: If block_size is not from 1 to the present one: positions cannot be added.
         """
         if not 1 <= block_size <= self.config.block_size:
             raise ValueError(
@@ -146,32 +257,30 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
 
         Args:
             input_ids: (B, T) int64, token ids in [0, V).
-            attention_mask: (B, S), 1 for tokens and 0 for padding, columns after S are left out; or a prepared 4-D
-                mask of the attention back end.
-            position_ids: (B or 1, T) int64 in [0, block_size). Without them a token's position is the number of
-                unmasked tokens before it, so that padded rows give what the same rows give alone. On a GPU they are
-                not read beforehand: those past the table end in torch's device-side assert.
-            past_key_values, cache: Keys and values of the tokens before these, under the old or the new name; the old
-                one is deprecated since Transformers 5.24.
-            inputs_embeds: (B, T, C), token embeddings in place of input_ids.
-            use_cache: Whether to return keys and values; config.use_cache in eval mode and False in training.
+            attention_mask: (B, S), 1 for tokens and 0 for padding; columns after S are ignored. Or a 4-D mask as the
+                attention back end expects it.
+            position_ids: (B or 1, T) int64 in [0, block_size). By default the position of a token is the number of
+                unmasked tokens before it, so that padding does not change the outputs of a row.
+            past_key_values, cache: The keys and values of earlier tokens. Transformers 5.24 renamed the argument to
+                `cache`; both names are accepted.
+            inputs_embeds: (B, T, C), token embeddings instead of input_ids.
+            use_cache: Whether to return keys and values. Defaults to config.use_cache in eval mode, False in training.
             **kwargs: output_hidden_states, output_attentions, return_dict, and arguments of the attention back end.
 
         Returns:
-            last_hidden_state (B, T, C) in the model's dtype, and the keys and values if use_cache: past_key_values,
-            called cache since Transformers 5.24.
+            last_hidden_state (B, T, C) in the model's dtype, and if use_cache the keys and values (`cache`, or
+            `past_key_values` before Transformers 5.24).
 
         Raises:
-            TypeError: If an argument of another name holds keys and values.
-            ValueError: If a token lies beyond the last learned position, if not exactly one of input_ids and
-                inputs_embeds is given, if a 2-D attention_mask leaves columns out, or if a cache with tokens in it
-                meets gradient checkpointing.
+            TypeError: If an argument of another name contains keys and values.
+            ValueError: If a position is not below block_size, if not exactly one of input_ids and inputs_embeds is
+                given, if a 2-D attention_mask is too short, or if gradient checkpointing gets a cache with tokens.
         """
         cache = take_cache(self, past_key_values, cache, kwargs)
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         if inputs is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError(f"{type(self).__name__}: give exactly one of input_ids and inputs_embeds")
-        if use_cache is None:  # a cache that training never reads would cost a copy of all keys and values
+        if use_cache is None:  # in training nothing reads a cache, and it would copy all keys and values
             use_cache = self.config.use_cache and not self.training
         if self.gradient_checkpointing and self.training:
             refuse_filled_cache(self, cache)
@@ -183,11 +292,11 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         attention_mask = select_columns(self, attention_mask, past_length, inputs.shape[1])
         positions = find_positions(self, position_ids, attention_mask, past_length, inputs)
         if inputs_embeds is None:
-            inputs_embeds = self.wte(input_ids)  # (B, T, C)
-        hidden_states = self.drop(inputs_embeds + self.wpe(positions))  # (B, T, C)
+            inputs_embeds = self.wte(input_ids)  # token embeddings (B, T, C)
+        hidden_states = self.drop(inputs_embeds + self.wpe(positions))  # position embeddings (B or 1, T, C)
 
-        # Plain causal attention needs no mask: SDPA's is_causal is nanoGPT's own call and the way to flash kernels.
-        # create_causal_mask would find that out too, but not under torch.compile, where it always makes a mask.
+        # Plain causal attention needs no mask: nanoGPT passes is_causal to SDPA, which can then use flash kernels.
+        # create_causal_mask leaves the mask out too, except under torch.compile.
         if self.config._attn_implementation == "flex_attention":
             refuse_narrow_flex_heads(self, self.config.n_embd // self.config.n_head, inputs_embeds.device)
         is_plain = attention_mask is None and position_ids is None and cache is None
@@ -198,7 +307,7 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
                 inputs_embeds=hidden_states,
                 attention_mask=attention_mask,
                 **{CACHE_NAME: cache},
-                position_ids=position_ids,  # only the caller's: they can mark packed sequences, ours never do
+                position_ids=position_ids,  # only the caller's, which can mark where packed sequences begin
             )
 
         for block in self.h:
@@ -213,8 +322,8 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache if use_cache else None})
 
 
-class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, NanoGPTWayBackMixin, NanoGPTGenerationMixin):
-    """nanoGPT's GPT: the transformer and the language-model head, tied to the token embedding."""
+class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, NanoGPTCheckpointMixin, NanoGPTGenerationMixin):
+    """nanoGPT's GPT: the transformer and a language-model head, whose weight is the token embedding's."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
     _tp_plan = {"lm_head": "colwise_rep"}
@@ -224,15 +333,15 @@ class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, NanoGPTWayBackMixin, NanoGPTGen
         super().__init__(config)
         self.transformer = NanoGPTModel(config, is_part=True)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # Before the weights are drawn: nanoGPT draws this one twice, under both names. from_pretrained makes the model
-        # on the meta device, ties by itself, and takes what it ties for loaded.
+        # Tie before the weights are initialized, because nanoGPT initializes this one twice, under both names. Not on
+        # the meta device, where from_pretrained makes the model: it ties later, and regards tied weights as loaded.
         if config.tie_word_embeddings and not self.lm_head.weight.is_meta:
             self.lm_head.weight = self.transformer.wte.weight
-        self.loss_type = "ForCausalLM"  # not in the class name, where Transformers looks for it
+        self.loss_type = "ForCausalLM"  # Transformers looks for it in the class name
         self.post_init()
 
     def crop_block_size(self, block_size: int) -> None:
-        """Keeps only the first positions; see NanoGPTModel.crop_block_size."""
+        """Keeps only the first block_size positions; see NanoGPTModel.crop_block_size."""
         self.transformer.crop_block_size(block_size)
 
     @document_as(NanoGPTPersistence.resize_token_embeddings)
@@ -262,19 +371,20 @@ class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, NanoGPTWayBackMixin, NanoGPTGen
         Args:
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cache: See
                 NanoGPTModel.
-            labels: (B, T) int64, the input ids again; the model shifts them, as Transformers does. -100, and nanoGPT's
-                -1, are ignored.
-            logits_to_keep: Number of last positions, or index tensor of positions, to compute logits for; 0 for all.
-            **kwargs: shift_labels, (B, T) int64: targets already shifted, as nanoGPT's get_batch makes them, which are
-                used instead of labels; num_items_in_batch (the loss becomes a sum divided by it); and what
-                NanoGPTModel takes.
+            labels: (B, T) int64, the same ids as input_ids: the model shifts them, as Transformers' models do. -100
+                and nanoGPT's -1 are ignored.
+            logits_to_keep: The number of last positions, or an index tensor of positions, to compute logits for; 0
+                for all.
+            **kwargs: shift_labels, (B, T) int64: targets that are already shifted, as nanoGPT's get_batch returns
+                them, instead of labels; num_items_in_batch: the loss is then the sum divided by it; and what
+                NanoGPTModel accepts.
 
         Returns:
-            loss (mean cross-entropy in nats, float32), logits (B, T or kept, V), past_key_values, and the recorded
-            hidden_states and attentions. With config.loss_chunk_size and labels there are no logits, in evaluation
-            neither. A loss_function set on the model gets all logits.
+            loss (mean cross-entropy in nats, float32), logits (B, T or kept, V), the keys and values, and the recorded
+            hidden_states and attentions. With config.loss_chunk_size and labels, no logits are returned. A
+            loss_function that was set on the model gets all logits.
         """
-        # Not a parameter: Trainer would evaluate only batches with everything that is named like a label here.
+        # not a parameter, because Trainer evaluates only batches that have every parameter with "label" in its name
         shift_labels = kwargs.pop("shift_labels", None)
         cache = take_cache(self, past_key_values, cache, kwargs)
         outputs: BaseModelOutputWithPast = self.transformer(
@@ -288,18 +398,17 @@ class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, NanoGPTWayBackMixin, NanoGPTGen
         )
         logits, loss = None, None
         has_labels = labels is not None or shift_labels is not None
-        is_nanogpt_loss = has_labels and self.loss_function is ForCausalLMLoss  # no other one or loss_type was set
-        if is_nanogpt_loss and self.config.loss_chunk_size is not None:
+        is_own_loss = has_labels and self.loss_function is ForCausalLMLoss  # the user has set no other
+        if is_own_loss and self.config.loss_chunk_size is not None:
             targets = find_targets(labels, shift_labels, **kwargs)
             chunk_size = self.config.loss_chunk_size
             loss = compute_chunked_loss(self.lm_head, outputs.last_hidden_state, targets, chunk_size, **kwargs)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(outputs.last_hidden_state[:, kept, :])  # (B, T or kept, V)
-        if has_labels and logits is not None:
-            if is_nanogpt_loss:
+            if is_own_loss:
                 loss = compute_loss(logits, find_targets(labels, shift_labels, **kwargs), **kwargs)
-            else:
+            elif has_labels:
                 loss = self.loss_function(
                     logits=logits,
                     labels=ignore_minus_one(labels),
@@ -315,56 +424,14 @@ class NanoGPTLMHeadModel(NanoGPTPreTrainedModel, NanoGPTWayBackMixin, NanoGPTGen
             attentions=outputs.attentions,
         )
 
-    def can_step(self) -> bool:
-        """Tells whether step computes what forward does: all modules are as they were built, and nothing hooks in."""
-        own = {NanoGPTLMHeadModel, NanoGPTModel, NanoGPTBlock, NanoGPTAttention, NanoGPTMLP, nn.ModuleList}
-        kinds = own | {
-            nn.Linear,
-            nn.LayerNorm,
-            nn.Embedding,
-            nn.Dropout,
-            type(ACT2FN[self.config.activation_function]),
-        }
-        parameters = list(self.parameters())
-        return (
-            not self.training
-            and self.config._attn_implementation == "sdpa"
-            and not torch.is_autocast_enabled(self.device.type)
-            and all(type(m) in kinds and not m.training and _is_as_written(m) for m in self.modules())
-            and all(type(p) is nn.Parameter and type(p.data) is torch.Tensor for p in parameters)
-            and len({(p.device, p.dtype) for p in parameters}) == 1
-            and not any(vars(nn.modules.module)[name] for name in _GLOBAL_HOOKS)
-        )
-
-    def bind_step(self, linear: Linear) -> Callable[..., torch.Tensor]:
-        """Returns a function that computes what forward does for one new token a row; see NanoGPTBlock.bind_step.
-
-        Returns:
-            Takes input_ids (B,) int64; the tokens' position, or one for each row, (B,) int64; the cache's layers, one
-            for each block; and attention_mask as there. Returns logits (B, V).
-        """
-        base = self.transformer
-        wte, wpe = base.wte.weight, base.wpe.weight
-        blocks: Any = base.h
-        steps = [block.bind_step(linear) for block in blocks]
-        ln_f, lm_head = bind_norm(base.ln_f), bind_linear(linear, self.lm_head)
-
-        def step(
-            input_ids: torch.Tensor,
-            positions: int | torch.Tensor,
-            layers: list[RoomyLayer],
-            attention_mask: torch.Tensor | None,
-        ) -> torch.Tensor:
-            hidden_states = torch.embedding(wte, input_ids) + wpe[positions]  # (B, C)
-            for block_step, layer in zip(steps, layers, strict=True):
-                hidden_states = block_step(hidden_states, layer, attention_mask)
-            return lm_head(ln_f(hidden_states))
-
-        return step
+    def bind_step(self, n_rows: int) -> Step | None:
+        """Returns a faster forward for one new token of each row, or None if it would not equal this model's own."""
+        classes = (NanoGPTLMHeadModel, NanoGPTModel, NanoGPTBlock, NanoGPTAttention, NanoGPTMLP)
+        return bind_step(self, n_rows) if can_step(self, classes) else None
 
 
 class NanoGPTForSequenceClassification(NanoGPTPreTrainedModel):
-    """The transformer with a linear score of each row's last token: classifiers, reward models, critics."""
+    """The transformer with a linear score of the last token: for classifiers, reward models and critics."""
 
     def __init__(self, config: NanoGPTConfig):
         super().__init__(config)
@@ -387,17 +454,18 @@ class NanoGPTForSequenceClassification(NanoGPTPreTrainedModel):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
-        """Scores each row at its last token, and computes the loss if labels are given.
+        """Scores the last token of each sequence, and computes the loss if labels are given.
+
+        The last token is the last one that a 2-D attention_mask does not mask; without a mask, the last one that is
+        not config.pad_token_id; without either, the last column.
 
         Args:
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cache: See
                 NanoGPTModel.
-                A row's last token is the last that the 2-D attention_mask leaves in; without a mask, the last that is
-                not config.pad_token_id; without either, the last one.
-            labels: (B,) class ids int64 or values float32, or (B, num_labels); config.problem_type decides.
+            labels: (B,) class ids int64 or values float32, or (B, num_labels), depending on config.problem_type.
 
         Returns:
-            loss, logits (B, num_labels), past_key_values, and the recorded hidden_states and attentions.
+            loss, logits (B, num_labels), the keys and values, and the recorded hidden_states and attentions.
         """
         cache = take_cache(self, past_key_values, cache, kwargs)
         outputs: BaseModelOutputWithPast = self.transformer(
@@ -411,7 +479,7 @@ class NanoGPTForSequenceClassification(NanoGPTPreTrainedModel):
         )
         logits = self.score(outputs.last_hidden_state)  # (B, T, num_labels)
         rows = torch.arange(logits.shape[0], device=logits.device)
-        start = 0 if cache is None else int(cache.get_seq_length()) - logits.shape[1]  # the new tokens' first column
+        start = 0 if cache is None else int(cache.get_seq_length()) - logits.shape[1]  # column of the first new token
         last_tokens = find_last_tokens(self.config.pad_token_id, input_ids, attention_mask, start, logits)
         pooled_logits = logits[rows, last_tokens]  # (B, num_labels)
 
@@ -425,19 +493,3 @@ class NanoGPTForSequenceClassification(NanoGPTPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-
-_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
-
-
-def _is_as_written(module: nn.Module) -> bool:
-    is_hooked = bool(module._forward_hooks) or bool(module._forward_pre_hooks)
-    return not is_hooked and "forward" not in vars(module) and module._compiled_call_impl is None
-
-
-__all__ = [
-    "NanoGPTForSequenceClassification",
-    "NanoGPTLMHeadModel",
-    "NanoGPTModel",
-    "NanoGPTPreTrainedModel",
-]

@@ -2,7 +2,7 @@
 
 The tokenizer decides, where there is one. A checkpoint says nothing of it, so that without one it is guessed from the
 number of rows. What is known is in the model's generation settings, which go into every folder and export; a resize
-revises them (vocabulary_nano_gpt.py).
+revises them (generation_nano_gpt.py).
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..errors import TokenizerError
 from ..model.configuration_nano_gpt import GPT2_TOKENS, GPT2_VOCAB_SIZES
-from ..model.vocabulary_nano_gpt import suppress_rows
+from ..model.generation_nano_gpt import suppress_rows
 
 # <|endoftext|>, which stands between the documents of nanoGPT's data (data/openwebtext/prepare.py @ 3adf61e).
 _GPT2_END_OF_TEXT = GPT2_TOKENS - 1

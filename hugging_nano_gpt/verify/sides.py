@@ -12,8 +12,7 @@ from transformers import GenerationConfig
 from transformers.activations import ACT2FN
 
 from ..convert.source import Source, load_source
-from ..model.block_nano_gpt import NanoGPTMLP
-from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
+from ..model.modeling_nano_gpt import NanoGPTLMHeadModel, NanoGPTMLP
 from .computing import N_GREEDY, Batches, compute_numbers
 
 # Rows of each batch, and its seed.

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from hugging_nano_gpt import NanoGPTLMHeadModel, build_character_tokenizer, evaluate_loss, read_meta
+from hugging_nano_gpt import NanoGPTLMHeadModel, evaluate_loss
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
 from ..helpers.serving import serve_app
+from ..helpers.tiny import make_tokenizer
 
 pytest.importorskip("lm_eval")
 
@@ -32,17 +33,10 @@ def model():
     return NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH)
 
 
-def make_tokenizer(model, **special_tokens):
-    tokenizer = build_character_tokenizer(read_meta(META_PATH), block_size=model.config.block_size)
-    for name, token in special_tokens.items():
-        setattr(tokenizer, name, token)
-    return tokenizer
-
-
 def make_harness(model, special_tokens, **settings):
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(pretrained=model, tokenizer=make_tokenizer(model, **special_tokens), batch_size=2, **settings)
+    return HFLM(pretrained=model, tokenizer=make_tokenizer(**special_tokens), batch_size=2, **settings)
 
 
 def request(kind, *cases):
@@ -53,7 +47,7 @@ def request(kind, *cases):
 
 def test_command_line_evaluates_a_saved_folder(model, tmp_path):
     model.save_pretrained(tmp_path / "demo")
-    make_tokenizer(model, eos_token="$", pad_token="$").save_pretrained(tmp_path / "demo")
+    make_tokenizer(eos_token="$", pad_token="$").save_pretrained(tmp_path / "demo")
     arguments = f"pretrained={tmp_path / 'demo'},prefix_token_id=0,trust_remote_code=True"
     command = f"-m lm_eval run --model hf --device cpu --model_args {arguments} --tasks demo_text"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
@@ -73,7 +67,7 @@ def test_numbers_over_http_are_those_in_process(model, tmp_path):
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
     ends = {"eos_token": "$", "pad_token": "$"}
-    tokenizer = make_tokenizer(model, **ends)
+    tokenizer = make_tokenizer(**ends)
     tokenizer.save_pretrained(tmp_path)
     long = "\n".join(TEXTS)  # of several windows
     pairs = [(text[:length], text[length : length + 9]) for text in TEXTS[:4] for length in (0, 5, 40)]

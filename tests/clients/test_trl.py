@@ -10,12 +10,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from hugging_nano_gpt import (
     NanoGPTForSequenceClassification,
     NanoGPTLMHeadModel,
-    build_character_tokenizer,
-    read_meta,
 )
-from hugging_nano_gpt.demo import CKPT_PATH, GOLDEN_PATH, META_PATH
+from hugging_nano_gpt.demo import CKPT_PATH, GOLDEN_PATH
 
-from ..helpers.tiny import make_model
+from ..helpers.tiny import make_model, make_tokenizer
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -33,9 +31,7 @@ PAIRS = {
 
 @pytest.fixture
 def tokenizer():
-    made = build_character_tokenizer(read_meta(META_PATH), block_size=128)
-    made.eos_token = made.pad_token = "\n"
-    return made
+    return make_tokenizer(eos_token="\n", pad_token="\n")
 
 
 @pytest.fixture
@@ -61,7 +57,7 @@ def make_online(name, model, tokenizer, common, reward=lambda completions, **kwa
     return getattr(trl, f"{name}Trainer")(model, reward, config, train_dataset=data, processing_class=tokenizer)
 
 
-def make_gpt2(model):
+def convert_to_gpt2(model):
     """Makes the GPT2LMHeadModel that the usual conversion gives: the same function, with zeros for the biases."""
     ours = model.config
     config = GPT2Config(
@@ -116,7 +112,7 @@ def score_alone(model, tokens, n_kept):
 def test_log_probs_of_left_padded_rows_are_those_of_the_rows_alone(name, tokenizer, common):
     """GPT2LMHeadModel counts positions from the padding on: https://github.com/huggingface/trl/issues/6800."""
     ours = NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH)
-    gpt2 = make_gpt2(ours)
+    gpt2 = convert_to_gpt2(ours)
     text = load_file(GOLDEN_PATH)["idx"].flatten()[:128]
     lengths, n_kept = [28 + 6 * row for row in range(16)], 24
     ids, mask = torch.zeros(16, max(lengths), dtype=torch.long), torch.zeros(16, max(lengths), dtype=torch.long)

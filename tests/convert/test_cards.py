@@ -15,8 +15,9 @@ from hugging_nano_gpt.convert.facts import count_model_parameters
 from hugging_nano_gpt.demo import CKPT_PATH
 
 from ..conftest import limit_file_size
+from ..helpers.folders import list_files
 from ..helpers.tiny import MODEL_ARGS, make_model
-from ..model.test_hub import CLASSES, FILES, MODEL_DIR, list_files, make_classifier, make_untied
+from ..model.test_hub import CLASSES, FILES, MODEL_DIR, make_classifier, make_untied
 
 
 @pytest.mark.parametrize(

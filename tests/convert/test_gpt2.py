@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 from transformers.utils.logging import disable_propagation, enable_propagation
 
 from hugging_nano_gpt import (
@@ -34,29 +34,12 @@ from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 from ..checkpoint.test_family import MEMBERS
 from ..conftest import assert_same, limit_file_size
 from ..export.test_exporting import quantise
-from ..helpers.tiny import FIXTURES_DIR, MODEL_ARGS, make_batch, make_model
+from ..helpers.tiny import FIXTURES_DIR, MODEL_ARGS, compute_logits, make_gpt2, make_model
 from ..tokenization.test_bpe import make_encoding
 
 # For the order of float32 sums, which the matrix library picks by the layout; docs/gpt2.md has what was measured.
 ATOL = 1e-5
-SMALL = {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 32, "vocab_size": 65}
 DOC = (Path(__file__).parents[2] / "docs" / "gpt2.md").read_text()
-
-
-def make_gpt2(**settings) -> GPT2LMHeadModel:
-    """Makes a stock GPT-2 with random weights and biases, large enough that a fault shows."""
-    torch.manual_seed(0)
-    gpt2 = GPT2LMHeadModel(GPT2Config(**{**SMALL, "bos_token_id": 1, "eos_token_id": 2, **settings})).eval()
-    with torch.no_grad():
-        for parameter in gpt2.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    return gpt2
-
-
-@torch.no_grad()
-def compute_logits(model) -> torch.Tensor:
-    idx, _ = make_batch(2, min(32, model.config.max_position_embeddings), model.config.vocab_size)
-    return model(idx).logits  # (B, T, V)
 
 
 def assert_close_logits(left, right):

@@ -25,7 +25,7 @@ from hugging_nano_gpt.export import gguf as module
 from ..checkpoint.test_family import MEMBERS
 from ..conftest import limit_file_size
 from ..helpers.programs import run_command
-from ..helpers.tiny import FIXTURES_DIR, MODEL_ARGS, make_batch, make_model
+from ..helpers.tiny import FIXTURES_DIR, MODEL_ARGS, compute_logits, make_batch, make_model
 
 gguf = pytest.importorskip("gguf")
 
@@ -195,11 +195,6 @@ def test_numbers_too_large_for_a_type_are_refused(tmp_path):
     with pytest.raises(ConversionError, match=r"transformer.ln_f.weight: expected at most \S+ for f32, got 1e\+39"):
         export_gguf(model, tmp_path / "x.gguf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "q.gguf"]
-
-
-@torch.no_grad()
-def compute_logits(model, idx) -> torch.Tensor:
-    return model(idx).logits
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -30,8 +30,8 @@ from hugging_nano_gpt import (
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH, SAMPLES_PATH
 
 from ..checkpoint.test_family import MEMBERS
-from ..helpers.tiny import FIXTURES_DIR, make_batch
-from ..tokenization.test_bpe import make_encoding, make_gpt2, make_texts
+from ..helpers.tiny import FIXTURES_DIR, compute_logits, make_batch
+from ..tokenization.test_bpe import make_encoding, make_gpt2_encoding, make_texts
 from .test_gguf import make_kind, read_gelu_note, spoil_tensors
 from .test_gguf_vocabulary import UNICODE
 
@@ -81,11 +81,6 @@ def export_and_evaluate(model, path, idx, **kwargs) -> torch.Tensor:
     export_gguf(model, path, **kwargs)
     with open_llama(path) as llama:
         return evaluate(llama, idx)
-
-
-@torch.no_grad()
-def compute_logits(model, idx) -> torch.Tensor:
-    return model(idx).logits
 
 
 class TableGELU(torch.nn.Module):
@@ -212,7 +207,7 @@ def test_characters_are_the_same_tokens_and_the_same_text(tmp_path):
 @pytest.mark.parametrize("size", ["small", "gpt2"])
 def test_bpe_gives_the_same_tokens_and_the_same_text(size, tmp_path):
     """On random Unicode; the larger one has GPT-2's 50257 tokens, in a model of 50304 rows."""
-    encoding = make_encoding(gap=3) if size == "small" else make_gpt2()
+    encoding = make_encoding(gap=3) if size == "small" else make_gpt2_encoding()
     tokenizer, vocab_size = build_tiktoken_tokenizer(encoding), 320 if size == "small" else 50304
     export_gguf(make_kind(vocab_size=vocab_size, n_layer=1), tmp_path / "m.gguf", tokenizer=tokenizer)
     with open_llama(tmp_path / "m.gguf") as llama:

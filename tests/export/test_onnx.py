@@ -29,7 +29,7 @@ from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 from hugging_nano_gpt.export import onnx as module
 
 from ..conftest import limit_file_size
-from ..helpers.tiny import make_batch, make_model
+from ..helpers.tiny import compute_logits, make_batch, make_model
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -94,11 +94,6 @@ def find_differences(graph, model) -> list[str]:
     return [name for name in weights if weights[name].tobytes() != expected[name].tobytes()]
 
 
-@torch.no_grad()
-def compute_logits(model, idx, attention_mask=None) -> np.ndarray:
-    return model(idx, attention_mask=attention_mask).logits.numpy()  # (B, T, V)
-
-
 def assert_close(found, expected):
     np.testing.assert_allclose(found, expected, rtol=0, atol=ATOL)
 
@@ -150,7 +145,7 @@ def test_swapped_weights_show(demo, demo_folder, tmp_path):
     onnx.save(proto, tmp_path / "swapped" / "model.onnx")
     assert find_differences(proto.graph, demo) == [second, first]
     idx = make_batch(2, 20)[0]
-    difference = Runtime(tmp_path / "swapped").compute(idx.numpy()) - compute_logits(demo, idx)
+    difference = Runtime(tmp_path / "swapped").compute(idx.numpy()) - compute_logits(demo, idx).numpy()
     assert np.abs(difference).max() > 0.1
 
 
@@ -173,7 +168,7 @@ def test_logits_after_a_cache_are_the_models(demo, demo_folder):
 
 def test_padded_rows_are_the_models_with_and_without_a_cache(demo, demo_folder):
     runtime, (idx, mask) = Runtime(demo_folder), make_padded_batch(3, 20)
-    expected, is_token = compute_logits(demo, idx, mask), mask.bool().numpy()
+    expected, is_token = compute_logits(demo, idx, mask).numpy(), mask.bool().numpy()
     logits = runtime.compute(idx.numpy(), mask.numpy())
     assert np.isfinite(logits).all()
     assert_close(logits[is_token], expected[is_token])

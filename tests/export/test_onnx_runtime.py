@@ -10,14 +10,14 @@ from hugging_nano_gpt import NanoGPTConfig, NanoGPTLMHeadModel, export_model, ex
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
 from ..checkpoint.test_family import MEMBERS
-from ..helpers.tiny import FIXTURES_DIR, MODEL_ARGS, make_batch, make_model
+from ..helpers.tiny import FIXTURES_DIR, MODEL_ARGS, compute_logits, make_batch, make_model
 
 pytestmark = pytest.mark.slow
 for name in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(name)
 
 from ..helpers.runtime import Runtime  # noqa: E402  # after the check that it can be imported
-from .test_onnx import assert_close, compute_logits, find_differences, make_padded_batch, read_graph  # noqa: E402
+from .test_onnx import assert_close, find_differences, make_padded_batch, read_graph  # noqa: E402
 
 PROMPTS = """
 First Citizen:|All:|ROMEO:|JULIET:|KING RICHARD III:|HENRY BOLINGBROKE:|What|O, the|The king|My lord,|I am|To be, or
@@ -68,7 +68,7 @@ def test_each_kind_of_model_computes_the_same(bias, is_tied, activation_function
     for block in model.transformer.h:
         block.mlp.act = torch.nn.SiLU()
     idx = make_batch(2, 9)[0]
-    assert np.abs(Runtime(tmp_path / "out").compute(idx.numpy()) - compute_logits(model, idx)).max() > 0.1
+    assert np.abs(Runtime(tmp_path / "out").compute(idx.numpy()) - compute_logits(model, idx).numpy()).max() > 0.1
 
 
 def test_greedy_tokens_of_the_demo_are_those_of_generate(tmp_path):
@@ -89,5 +89,5 @@ def test_float16_is_rounded_as_float16_is(tmp_path):
     idx = make_batch(2, 20)[0]
     logits = Runtime(tmp_path / "out").compute(idx.numpy())
     assert logits.dtype == np.float16
-    ours, exact = compute_logits(model, idx).astype(np.float32), compute_logits(model.float(), idx)
+    ours, exact = compute_logits(model, idx).float().numpy(), compute_logits(model.float(), idx).numpy()
     assert np.abs(logits - exact).max() < 3 * np.abs(ours - exact).max()

@@ -15,14 +15,14 @@ import torch
 
 from hugging_nano_gpt import NanoGPTLMHeadModel
 from hugging_nano_gpt.export import vllm as module
-from hugging_nano_gpt.model import block_nano_gpt, persistence_nano_gpt
+from hugging_nano_gpt.model import modeling_nano_gpt, persistence_nano_gpt
 
 from ..helpers.tiny import make_batch, make_model
 
 GROUP = "vllm.general_plugins"
 BACKEND = "vllm.model_executor.models.transformers:TransformersForCausalLM"
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-SOURCE = ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(block_nano_gpt.NanoGPTAttention.forward))))
+SOURCE = ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(modeling_nano_gpt.NanoGPTAttention.forward))))
 
 
 @pytest.fixture

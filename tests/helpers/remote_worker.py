@@ -56,6 +56,9 @@ def main(folder: Path, n_threads: int) -> None:
         outputs["from_lm"] = load(AutoModelForSequenceClassification, "lm").transformer(idx).last_hidden_state
         outputs["untied"] = load(AutoModelForCausalLM, "untied")(idx).logits
         outputs["sharded"] = load(AutoModelForCausalLM, "sharded")(idx).logits
+        earlier, earlier_idx = load(AutoModelForCausalLM, "earlier"), load_file(folder / "golden.safetensors")["idx"]
+        outputs["earlier"] = earlier(earlier_idx).logits
+        outputs["earlier_tokens"] = earlier.generate(earlier_idx[:, :4], max_new_tokens=28, do_sample=False)
     n_new = model.config.block_size + 8  # past block_size
     outputs["generated"] = model.generate(idx[:1, :4], max_new_tokens=n_new, do_sample=False)
     pipe = pipeline("text-generation", model=str(folder / "lm"), trust_remote_code=True, device="cpu")
@@ -78,7 +81,6 @@ def main(folder: Path, n_threads: int) -> None:
     (folder / "interrupted" / ".writing-0" / "new").mkdir(parents=True)
     (folder / "interrupted" / "model.safetensors").unlink()
     facts["interrupted"] = catch(load, AutoModelForCausalLM, "interrupted")
-    facts["files"] = {name: list_files(folder / name) for name in ("lm", "again", "again-base", "third")}
 
     row = {"input_ids": idx[0], "labels": idx[0]}
     options = {"report_to": [], "use_cpu": True, "max_steps": 1, "save_strategy": "no", "disable_tqdm": True}
@@ -100,7 +102,6 @@ def main(folder: Path, n_threads: int) -> None:
     facts["late_module"] = type(late).__module__
     late.to_nanogpt_ckpt(folder / "late" / "ckpt.pt")
     late.save_pretrained(folder / "late")
-    facts["files"]["late"] = list_files(folder / "late")
     facts["local_module"] = type(load(AutoModelForCausalLM, "lm")).__module__
 
     save_file(outputs, folder / "outputs.safetensors")
@@ -121,14 +122,14 @@ def generate_with_other_caches(model, idx) -> tuple[str, str]:
     finally:
         GenerationMixin.prepare_inputs_for_generation = prepare
 
-    cache_code = sys.modules[type(model).__module__.replace("modeling", "cache")]
-    newest, update = cache_code.NEWEST_TESTED, cache_code.RoomyLayer.update
-    cache_code.NEWEST_TESTED = (5, 0)
-    cache_code.RoomyLayer.update = lambda self, keys, values, *args, **kwargs: (keys, values)
+    inputs, fast = (sys.modules[type(model).__module__.replace("modeling", name)] for name in ("inputs", "fast"))
+    newest, update = inputs.NEWEST_TESTED, fast.PreallocatedLayer.update
+    inputs.NEWEST_TESTED = (5, 0)
+    fast.PreallocatedLayer.update = lambda self, keys, values, *args, **kwargs: (keys, values)
     try:
         broken = catch(model.generate, idx, max_new_tokens=5)
     finally:
-        cache_code.NEWEST_TESTED, cache_code.RoomyLayer.update = newest, update
+        inputs.NEWEST_TESTED, fast.PreallocatedLayer.update = newest, update
     return renamed, broken
 
 
@@ -137,10 +138,6 @@ def catch(function, *args, **kwargs) -> str:
         return f"no error: {function(*args, **kwargs)}"
     except (OSError, TypeError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
-
-
-def list_files(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 if __name__ == "__main__":

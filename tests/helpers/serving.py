@@ -6,17 +6,6 @@ import time
 
 import torch
 
-from hugging_nano_gpt import build_character_tokenizer, read_meta
-from hugging_nano_gpt.demo import META_PATH
-
-
-def make_tokenizer(**attributes):
-    """Makes the demo model's tokenizer, with what a folder could add to it."""
-    tokenizer = build_character_tokenizer(read_meta(META_PATH), block_size=128)
-    for name, value in attributes.items():
-        setattr(tokenizer, name, value)
-    return tokenizer
-
 
 class Address(str):
     """Where an app is served, and the app."""

@@ -1,11 +1,13 @@
-"""Toy models and batches for the tests: small enough for seconds, with weights large enough that a fault shows."""
+"""Toy models, batches and tokenizers: small enough for seconds, with weights large enough that a fault shows."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from hugging_nano_gpt import NanoGPTConfig, NanoGPTLMHeadModel
+from hugging_nano_gpt import NanoGPTConfig, NanoGPTLMHeadModel, build_character_tokenizer, read_meta
+from hugging_nano_gpt.demo import META_PATH
 
 from .reference import ReferenceGPT
 
@@ -52,3 +54,32 @@ def make_batch(batch: int, length: int, vocab_size: int = 65, seed: int = 1) -> 
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(vocab_size, (batch, length + 1), generator=generator)
     return tokens[:, :-1], tokens[:, 1:].contiguous()
+
+
+def make_gpt2(**config: Any) -> GPT2LMHeadModel:
+    """Makes a stock GPT-2 with random weights and biases, in eval mode."""
+    sizes = {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 32, "vocab_size": 65}
+    torch.manual_seed(0)
+    gpt2 = GPT2LMHeadModel(GPT2Config(**{**sizes, "bos_token_id": 1, "eos_token_id": 2, **config})).eval()
+    with torch.no_grad():
+        for parameter in gpt2.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return gpt2
+
+
+def make_tokenizer(**attributes: Any) -> PreTrainedTokenizerFast:
+    """Makes the tokenizer of the demo model, with attributes such as eos_token and chat_template."""
+    tokenizer = build_character_tokenizer(read_meta(META_PATH), block_size=128)
+    for name, value in attributes.items():
+        setattr(tokenizer, name, value)
+    return tokenizer
+
+
+@torch.no_grad()
+def compute_logits(
+    model: Any, idx: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Computes the logits (B, T, V) of idx (B, T), or of two random rows."""
+    if idx is None:
+        idx, _ = make_batch(2, min(32, model.config.max_position_embeddings), model.config.vocab_size)
+    return model(idx, attention_mask=attention_mask).logits

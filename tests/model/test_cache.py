@@ -1,4 +1,4 @@
-"""Keys and values under every name that Transformers has given them, and what happens under one that nobody knows."""
+"""The cache under both names that Transformers has used, and under unknown names."""
 
 import ast
 import io
@@ -17,12 +17,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import hugging_nano_gpt
 from hugging_nano_gpt import NanoGPTForSequenceClassification, demo
-from hugging_nano_gpt.model import cache_nano_gpt, generation_nano_gpt
+from hugging_nano_gpt.model import fast_nano_gpt, generation_nano_gpt, inputs_nano_gpt
 
 from ..helpers.tiny import TORCH_VERSION, make_batch, make_model, make_pair
 from .test_modeling import pad_left
 
-CACHE_NAME = cache_nano_gpt.CACHE_NAME
+CACHE_NAME = inputs_nano_gpt.CACHE_NAME
 NAMES = ["past_key_values", "cache"]
 
 
@@ -66,7 +66,7 @@ def test_old_name_of_the_cache_warns_as_gpt2_does(kind):
 
 
 def find_warnings(model):
-    """Returns the warnings of two forward passes that name the cache in the old way, without the model's name."""
+    """Returns the warnings of two forward passes with the old name of the cache, without the model's name."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for cache in (DynamicCache(config=model.config), None):
@@ -100,13 +100,13 @@ def test_keys_and_values_under_an_unknown_name_are_refused(kind):
     ids, _ = make_batch(1, 4)
     filled = model(ids)[CACHE_NAME]
     value = filled if kind == "cache" else tuple((layer.keys, layer.values) for layer in filled.layers)
-    message = rf"'kv_store' holds keys and values.* Transformers {transformers.__version__} .* use_cache=False"
+    message = rf"'kv_store' contains keys and values.* Transformers {transformers.__version__} .* use_cache=False"
     for reader in (model, model.transformer):
         with pytest.raises(TypeError, match=message):
             reader(ids[:, :1], kv_store=value)
 
 
-def test_other_unknown_arguments_go_on_to_the_back_end(monkeypatch):
+def test_other_unknown_arguments_are_passed_to_the_back_end(monkeypatch):
     seen = {}
 
     def attend(module, query, key, value, attention_mask, **kwargs):
@@ -121,7 +121,7 @@ def test_other_unknown_arguments_go_on_to_the_back_end(monkeypatch):
     assert seen["labels_of_mine"] == (1, "x")
 
 
-def test_tuples_in_place_of_a_cache_are_refused():
+def test_tuples_instead_of_a_cache_are_refused():
     with pytest.raises(TypeError, match=rf"{CACHE_NAME}: expected a Cache, got a tuple; use DynamicCache\(\)"):
         make_model()(make_batch(1, 4)[0], **{CACHE_NAME: ((torch.zeros(1), torch.zeros(1)),)})
 
@@ -132,7 +132,7 @@ def test_filled_cache_with_gradient_checkpointing_is_refused():
     enable()
     cache = DynamicCache(config=model.config)
     ids, targets = make_batch(1, 4)
-    assert model(ids, labels=targets, cache=cache).loss.requires_grad  # an empty one is of no use, nor harm
+    assert model(ids, labels=targets, cache=cache).loss.requires_grad  # an empty one is ignored
     assert cache.get_seq_length() == 0
     cache = model.eval()(ids)[CACHE_NAME]
     with pytest.raises(ValueError, match="expected no cached tokens while training, got 4"):
@@ -140,7 +140,7 @@ def test_filled_cache_with_gradient_checkpointing_is_refused():
 
 
 def rename_in_generation(monkeypatch):
-    """Does to GenerationMixin what a Transformers that renames the argument once more does."""
+    """Changes GenerationMixin as a Transformers would that renames the argument again."""
     prepare = GenerationMixin.prepare_inputs_for_generation
 
     def prepare_renamed(self, *args, **kwargs):
@@ -153,12 +153,12 @@ def rename_in_generation(monkeypatch):
 
 
 def forget_cached_tokens(monkeypatch):
-    """Breaks caches without an error: each pass sees its own tokens only."""
+    """Breaks caches without an error: each forward pass sees only its own tokens."""
     monkeypatch.setattr(DynamicCache, "update", lambda self, keys, values, *args, **kwargs: (keys, values))
 
 
 def pretend_newer(monkeypatch):
-    monkeypatch.setattr(cache_nano_gpt, "NEWEST_TESTED", (5, 0))
+    monkeypatch.setattr(inputs_nano_gpt, "NEWEST_TESTED", (5, 0))
     monkeypatch.setattr(generation_nano_gpt.NanoGPTGenerationMixin, "_is_cache_checked", False)
 
 
@@ -167,7 +167,7 @@ def test_generate_raises_where_transformers_renames_the_cache(monkeypatch):
     model, reference = make_pair()
     model.eval(), reference.eval()
     idx, _ = make_batch(1, 4)
-    with pytest.raises(TypeError, match="'kv_store' holds keys and values"):
+    with pytest.raises(TypeError, match="'kv_store' contains keys and values"):
         model.generate(idx, max_new_tokens=5, do_sample=False)
     tokens = model.generate(idx, max_new_tokens=5, do_sample=False, use_cache=False)
     assert torch.equal(tokens, reference.generate_greedily(idx, 5))
@@ -206,7 +206,7 @@ def test_untested_transformers_with_a_broken_cache_is_refused(monkeypatch, dtype
     pretend_newer(monkeypatch)
     forget_cached_tokens(monkeypatch)
     monkeypatch.setattr(
-        cache_nano_gpt.RoomyLayer, "update", lambda self, keys, values, *args, **kwargs: (keys, values)
+        fast_nano_gpt.PreallocatedLayer, "update", lambda self, keys, values, *args, **kwargs: (keys, values)
     )
     model = make_model().to(dtype)
     idx, _ = make_batch(1, 4)
@@ -218,7 +218,7 @@ def test_untested_transformers_with_a_broken_cache_is_refused(monkeypatch, dtype
     assert model.generate(idx, max_new_tokens=5, do_sample=False, use_cache=False).shape == (1, 9)
 
 
-def test_tested_transformers_costs_no_pass_more(monkeypatch):
+def test_tested_transformers_needs_no_additional_pass(monkeypatch):
     monkeypatch.setattr(generation_nano_gpt.NanoGPTGenerationMixin, "_is_cache_checked", False)
     model = make_model()
     lengths = []
@@ -230,7 +230,7 @@ def test_tested_transformers_costs_no_pass_more(monkeypatch):
 @pytest.mark.parametrize(
     ("break_cache", "fault"),
     [
-        (rename_in_generation, "generate failed: .*'kv_store' holds keys and values"),
+        (rename_in_generation, "generate failed: .*'kv_store' contains keys and values"),
         (forget_cached_tokens, r"token \d+ is \d+, where nanoGPT drew \d+"),
     ],
 )
@@ -240,29 +240,29 @@ def test_demo_with_a_broken_cache_says_which_tokens(monkeypatch, break_cache, fa
     assert not demo.run_demo(stream)
     text = stream.getvalue()
     assert re.search(f"   greedy: {fault}", text)
-    n_ways = 2 if TORCH_VERSION >= (2, 7) else 1  # torch 2.6 draws other numbers from a seed: greedy alone is compared
+    n_ways = 2 if TORCH_VERSION >= (2, 7) else 1  # torch 2.6 has other random numbers: only greedy is compared
     assert text.count("[WRONG: expected the tokens nanoGPT drew]") == n_ways
 
 
 def test_range_admits_what_was_tested_and_no_more():
     project = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text())["project"]
     requirement = next(r for r in map(Requirement, project["dependencies"]) if r.name == "transformers")
-    major, minor = cache_nano_gpt.NEWEST_TESTED
+    major, minor = inputs_nano_gpt.NEWEST_TESTED
     assert f"{major}.{minor}.99" in requirement.specifier
     assert f"{major}.{minor + 1}.0" not in requirement.specifier
 
 
 def test_installed_transformers_is_one_that_the_range_admits():
     installed = Version(transformers.__version__)
-    newest = cache_nano_gpt.NEWEST_TESTED
+    newest = inputs_nano_gpt.NEWEST_TESTED
     assert (installed.major, installed.minor) <= newest, (
         f"Transformers {installed} is newer than {newest[0]}.{newest[1]}, the newest tested: see CONTRIBUTING.md"
     )
 
 
-@pytest.mark.parametrize("name", ["block", "cache", "decoding", "inputs", "kernels", "loss", "modeling"])
+@pytest.mark.parametrize("name", ["decoding", "fast", "inputs", "loss", "modeling"])
 def test_no_union_is_asked_for_in_what_torch_export_records(name):
     """torch 2.6 cannot trace isinstance(x, A | B): "Unexpected type in sourceless builder types.UnionType"."""
-    tree = ast.parse((Path(cache_nano_gpt.__file__).parent / f"{name}_nano_gpt.py").read_text())
+    tree = ast.parse((Path(inputs_nano_gpt.__file__).parent / f"{name}_nano_gpt.py").read_text())
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance"]
     assert [ast.unparse(call) for call in calls if isinstance(call.args[1], ast.BinOp)] == []

@@ -1,4 +1,4 @@
-"""NanoGPTConfig: nanoGPT's names, Transformers' aliases, and refusal of impossible values."""
+"""NanoGPTConfig: nanoGPT's names, Transformers' aliases, and impossible values, which are refused."""
 
 import pytest
 from transformers import AutoConfig
@@ -8,7 +8,7 @@ from hugging_nano_gpt import NanoGPTConfig
 from ..helpers.tiny import MODEL_ARGS
 
 
-def test_config_from_model_args_holds_them_under_their_names():
+def test_config_from_model_args_has_them_under_their_names():
     config = NanoGPTConfig(**MODEL_ARGS)
     assert {name: getattr(config, name) for name in MODEL_ARGS} == MODEL_ARGS
     assert config.activation_function == "gelu"

@@ -1,4 +1,4 @@
-"""Bit for bit: our model against the independent reference of nanoGPT, side by side in one process."""
+"""Our model equals the independent reference of nanoGPT bit for bit, compared in one process."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_forward_in_eval_mode_equals_reference_bitwise():
 
 @pytest.mark.parametrize("activation_function", ["gelu_new", "gelu_pytorch_tanh"])
 def test_forward_with_another_activation_differs_from_reference(activation_function):
-    """Shows that the comparison can fail: with these weights the tanh GELU moves logits by more than 1e-4."""
+    """Shows that the comparison can fail: with these weights the tanh GELU changes logits by more than 1e-4."""
     model, reference = make_pair()
     other = NanoGPTLMHeadModel(NanoGPTConfig(**MODEL_ARGS, activation_function=activation_function))
     other.load_state_dict(model.state_dict())
@@ -62,7 +62,7 @@ def test_loss_with_ignored_targets_equals_reference_bitwise(ignored):
     targets[:, ::3] = -1
     ours = targets.masked_fill(targets == -1, ignored)
     assert torch.equal(model(idx, shift_labels=ours).loss, reference(idx, targets)[1])
-    assert torch.equal(targets.masked_fill(targets == -1, ignored), ours)  # the caller's labels stay as they were
+    assert torch.equal(targets.masked_fill(targets == -1, ignored), ours)  # the caller's labels do not change
 
 
 def test_loss_of_labels_shifts_inside_as_transformers_does():
@@ -116,7 +116,7 @@ def test_gradients_with_checkpointing_equal_those_without_bitwise():
 
 
 def test_logits_to_keep_equals_last_row_of_nanogpt_bitwise():
-    """Without targets nanoGPT's head reads the last position only, and so does generate."""
+    """Without targets, nanoGPT computes only the logits of the last position, as generate does."""
     model, reference = make_pair()
     idx, _ = make_batch(2, 16)
     hidden = model.eval().transformer(idx).last_hidden_state
@@ -125,7 +125,7 @@ def test_logits_to_keep_equals_last_row_of_nanogpt_bitwise():
     assert torch.equal(model(idx, logits_to_keep=torch.tensor([3, 5])).logits, reference.lm_head(hidden[:, [3, 5], :]))
 
 
-# The sums of a chunk, and of the chunks, are taken in another order than over all tokens at once.
+# chunks are summed in another order than all tokens at once
 CHUNKED = {"rtol": 1e-5, "atol": 0}
 
 

@@ -23,16 +23,13 @@ from hugging_nano_gpt import (
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
 from ..conftest import assert_same, limit_file_size
+from ..helpers.folders import read_files
 from ..helpers.tiny import FIXTURES_DIR, make_model
 
 FIXTURES = sorted(
     str(path.relative_to(FIXTURES_DIR)) for pattern in ("*/*.pt", "llmc/*.bin") for path in FIXTURES_DIR.glob(pattern)
 )
 N_HEAD = {"mingpt/model.pt": 4}  # it does not record it
-
-
-def list_files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("name", FIXTURES)
@@ -100,12 +97,12 @@ def test_folder_with_files_is_refused_and_with_overwrite_keeps_what_is_the_users
     folder.mkdir()
     (folder / "README.md").write_text("mine")
     (folder / "notes.txt").write_text("mine too")
-    before = list_files(folder)
+    before = read_files(folder)
     with pytest.raises(ConversionError, match=r"is not empty: expected a new .* got 'README.md', 'notes.txt' in it"):
         convert_to_folder(CKPT_PATH, folder)
-    assert list_files(folder) == before
+    assert read_files(folder) == before
     convert_to_folder(CKPT_PATH, folder, overwrite=True)
-    after = list_files(folder)
+    after = read_files(folder)
     assert before.items() <= after.items()
     assert "model.safetensors" in after
     with pytest.raises(ConversionError, match="expected a folder, got a file"):
@@ -118,10 +115,10 @@ def test_folder_is_written_anew_in_another_place_but_not_in_its_own(tmp_path):
     assert len(conversion.tokenizer) == 65
     tensors = [load_file(tmp_path / name / "model.safetensors") for name in ("folder", "other")]
     assert_same(*tensors)
-    before = list_files(tmp_path / "folder")
+    before = read_files(tmp_path / "folder")
     with pytest.raises(ConversionError, match="is the source: expected another place"):
         convert_to_folder(tmp_path / "folder", tmp_path / "folder", overwrite=True)
-    assert list_files(tmp_path / "folder") == before
+    assert read_files(tmp_path / "folder") == before
 
 
 def test_failed_conversion_leaves_nothing_behind(tmp_path):
@@ -137,10 +134,10 @@ def test_failed_conversion_leaves_nothing_behind(tmp_path):
 
 def test_failed_overwriting_leaves_what_was_there(tmp_path):
     convert_to_folder(CKPT_PATH, tmp_path / "folder")
-    before = list_files(tmp_path / "folder")
+    before = read_files(tmp_path / "folder")
     with limit_file_size(100_000), pytest.raises(ConversionError, match="cannot be written"):
         convert_to_folder(FIXTURES_DIR / "nanogpt-head-nobias" / "ckpt.pt", tmp_path / "folder", overwrite=True)
-    assert list_files(tmp_path / "folder") == before
+    assert read_files(tmp_path / "folder") == before
 
 
 def test_checkpoint_is_not_overwritten_unless_told(tmp_path):

@@ -1,4 +1,4 @@
-"""generate(): tokens equal the reference's in every way of decoding; test_window.py goes past block_size."""
+"""generate(): the tokens equal the reference's for every decoding strategy; past block_size, see test_window.py."""
 
 import pytest
 import torch
@@ -30,9 +30,9 @@ def test_greedy_tokens_equal_reference(settings):
 
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_cache_given_with_use_cache_false_is_refused(num_beams):
-    """Beams read the text anew into the growing cache, and drew other tokens without a word."""
+    """Beam search would read the text into the growing cache repeatedly, and return other tokens without a warning."""
     idx, _ = make_batch(1, 8)
-    with pytest.raises(ValueError, match=r"use_cache=False with past_key_values: .*got a DynamicCache too; leave one"):
+    with pytest.raises(ValueError, match=r"use_cache=False with a cache: .*got a DynamicCache too; leave one"):
         make_model().generate(
             idx, max_new_tokens=4, num_beams=num_beams, use_cache=False, past_key_values=DynamicCache()
         )
@@ -118,7 +118,7 @@ def padded(tmp_path_factory):
     path = tmp_path_factory.mktemp("padded") / "ckpt.pt"
     model.to_nanogpt_ckpt(path)
     model = NanoGPTLMHeadModel.from_nanogpt_ckpt(path)
-    with torch.no_grad():  # the last LayerNorm gives its bias, whose direction the spare rows have
+    with torch.no_grad():  # the last LayerNorm returns its bias, which points in the direction of the spare rows
         model.transformer.ln_f.weight.zero_()
         model.transformer.ln_f.bias.fill_(1.0)
         model.lm_head.weight[N_TOKENS:] = 5.0
@@ -140,7 +140,7 @@ def padded(tmp_path_factory):
 def test_spare_rows_of_a_padded_vocabulary_are_never_generated(padded, settings):
     idx, _ = make_batch(1, 6)
     logits = padded(idx).logits[0, -1]
-    assert logits.argmax() >= N_TOKENS  # the logits themselves are left as they are
+    assert logits.argmax() >= N_TOKENS  # the logits themselves do not change
     assert logits[N_TOKENS:].min() > logits[:N_TOKENS].max()
     torch.manual_seed(0)
     tokens = padded.generate(idx, max_new_tokens=26, min_new_tokens=26, **settings)
@@ -160,7 +160,7 @@ def test_compiled_static_cache_decodes_without_recompiling():
     idx, _ = make_batch(2, 8)
     ids, mask = pad_left((3, 8))
     settings = CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
-    settings._compile_all_devices = True  # Transformers compiles on accelerators only, unless told otherwise
+    settings._compile_all_devices = True  # Transformers compiles only on accelerators by default
     for inputs in ({"inputs": idx}, {"inputs": ids, "attention_mask": mask}):
         torch._dynamo.reset()
         counters.clear()
@@ -201,7 +201,7 @@ class CountingStreamer(BaseStreamer):
 
 @pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::UserWarning"
-)  # of the experimental batcher, about itself
+)  # the experimental batcher warns about itself
 def test_continuous_batching_equals_single_rows():
     model, reference = make_pair()
     prompts = [make_batch(1, length, seed=length)[0] for length in (3, 9, 5)]

@@ -1,4 +1,4 @@
-"""Saved folders: complete, truthful, and equal bit for bit where nobody has heard of this package."""
+"""Saved folders: complete, and equal bit for bit where this package is not installed."""
 
 import ast
 import builtins
@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -30,43 +31,29 @@ from hugging_nano_gpt import (
     NanoGPTLMHeadModel,
     NanoGPTModel,
     TrainingState,
-    build_character_tokenizer,
     convert,
+    convert_to_folder,
     read_checkpoint,
-    read_meta,
     write_checkpoint,
 )
 from hugging_nano_gpt.convert import nanogpt as conversion
-from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
+from hugging_nano_gpt.demo import CKPT_PATH
 from hugging_nano_gpt.model import modeling_nano_gpt, persistence_nano_gpt
 
 from ..conftest import assert_same
-from ..helpers.tiny import MODEL_ARGS, make_batch, make_model
-
-CODE_FILES = [
-    f"{name}_nano_gpt.py"
-    for name in (
-        "block",
-        "cache",
-        "configuration",
-        "decoding",
-        "folder",
-        "generation",
-        "inputs",
-        "kernels",
-        "loss",
-        "modeling",
-        "persistence",
-        "vocabulary",
-    )
-]
-FILES = sorted([*CODE_FILES, "README.md", "config.json", "generation_config.json", "model.safetensors"])
-PROMPT = "ROMEO:"  # of tests/helpers/remote_worker.py too
-# Runs what happens without the package: tests/fresh_venv.sh names a Python that has torch and transformers only.
-FRESH_PYTHON = os.environ.get("FRESH_PYTHON")
-SAVING_MD = Path(__file__).parents[2] / "docs" / "saving.md"
+from ..helpers.folders import list_files
+from ..helpers.tiny import FIXTURES_DIR, MODEL_ARGS, make_batch, make_model, make_tokenizer
 
 MODEL_DIR = Path(modeling_nano_gpt.__file__).parent
+CODE_FILES = [path.name for path in MODEL_DIR.glob("*_nano_gpt.py")]
+FILES = sorted([*CODE_FILES, "README.md", "config.json", "generation_config.json", "model.safetensors"])
+PROMPT = "ROMEO:"  # of tests/helpers/remote_worker.py too
+# A Python with only torch and transformers, from tests/fresh_venv.sh, for what happens without the package.
+FRESH_PYTHON = os.environ.get("FRESH_PYTHON")
+# A folder that save_pretrained of commit 5e83a34 wrote, and in golden.safetensors what that model computed.
+EARLIER_DIR = FIXTURES_DIR / "folder-5e83a34"
+SAVING_MD = Path(__file__).parents[2] / "docs" / "saving.md"
+
 CLASSES = [NanoGPTModel, NanoGPTLMHeadModel, NanoGPTForSequenceClassification]
 
 
@@ -81,13 +68,9 @@ def make_classifier():
     return NanoGPTForSequenceClassification(NanoGPTConfig(**MODEL_ARGS, num_labels=3)).eval()
 
 
-def make_tokenizer():
-    return build_character_tokenizer(read_meta(META_PATH), block_size=128)
-
-
 @pytest.fixture(scope="module")
 def remote(tmp_path_factory):
-    """Runs tests/helpers/remote_worker.py once on folders saved here; returns what it found and what is right."""
+    """Runs tests/helpers/remote_worker.py once on folders saved here; returns what it found and what to expect."""
     folder = tmp_path_factory.mktemp("remote")
     idx, _ = make_batch(2, MODEL_ARGS["block_size"])
     saved = {
@@ -102,6 +85,8 @@ def remote(tmp_path_factory):
     assert len(list((folder / "sharded").glob("*.safetensors"))) > 1
     make_tokenizer().save_pretrained(folder / "lm")
     save_file({"idx": idx.contiguous()}, folder / "idx.safetensors")
+    shutil.copytree(EARLIER_DIR / "model", folder / "earlier")
+    shutil.copy(EARLIER_DIR / "golden.safetensors", folder)
 
     worker = [Path(__file__).parents[1] / "helpers" / "remote_worker.py", folder, str(torch.get_num_threads())]
     with start_python(folder, *worker) as process:
@@ -117,7 +102,7 @@ def remote(tmp_path_factory):
 
 
 def start_python(folder, *arguments):
-    """Starts an isolated Python with caches of its own."""
+    """Starts an isolated Python with its own caches."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {
         "HF_HOME": str(folder / "home"),
@@ -142,9 +127,49 @@ def test_remote_code_gives_the_same_bits(remote):
     assert not torch.equal(outputs["untied"], outputs["lm"])  # the comparison can fail
 
 
+@torch.no_grad()
+def test_folder_of_an_earlier_version_gives_the_same_bits(remote, tmp_path):
+    """By its own code as remote code, by the package, as a checkpoint, and saved again."""
+    golden = load_file(EARLIER_DIR / "golden.safetensors")
+    # not bit for bit, because another CPU may have computed the golden logits
+    torch.testing.assert_close(remote.outputs["earlier"], golden["logits"], rtol=0, atol=1e-5)
+    assert torch.equal(remote.outputs["earlier_tokens"], golden["tokens"])
+    model = NanoGPTLMHeadModel.from_pretrained(EARLIER_DIR / "model")
+    model.to_nanogpt_ckpt(tmp_path / "ckpt.pt")
+    model.save_pretrained(tmp_path / "again")
+    again = [
+        NanoGPTLMHeadModel.from_nanogpt_ckpt(tmp_path / "ckpt.pt"),
+        NanoGPTLMHeadModel.from_pretrained(tmp_path / "again"),
+    ]
+    for each in (model, *again):
+        assert type(each) is NanoGPTLMHeadModel
+        assert_same(each.state_dict(), model.state_dict())
+        assert each.nanogpt_training_state == TrainingState(7, 2.5, {"learning_rate": 1e-3})
+        assert torch.equal(each(golden["idx"]).logits, remote.outputs["earlier"])
+        tokens = each.generate(golden["idx"][:, :4], max_new_tokens=28, do_sample=False)
+        assert torch.equal(tokens, golden["tokens"])
+    weights = load_file(EARLIER_DIR / "model" / "model.safetensors")
+    assert_same({name: model.state_dict()[name] for name in weights}, weights)
+
+
+@pytest.mark.parametrize("way", ["save_pretrained", "convert"])
+def test_code_of_an_earlier_version_is_replaced(way, tmp_path):
+    folder = shutil.copytree(EARLIER_DIR / "model", tmp_path / "folder")
+    (folder / "train_nano_gpt.py").write_text("mine")
+    assert (folder / "block_nano_gpt.py").exists()
+    if way == "convert":
+        convert_to_folder(CKPT_PATH, folder, overwrite=True)
+    else:
+        NanoGPTLMHeadModel.from_pretrained(folder).save_pretrained(folder)
+    assert list_files(folder) == sorted([*FILES, "train_nano_gpt.py"])
+    assert all((folder / name).read_bytes() == (MODEL_DIR / name).read_bytes() for name in CODE_FILES)
+
+
 def test_remote_code_refuses_to_generate_with_caches_it_does_not_know(remote):
-    assert re.match(r"TypeError: NanoGPTLMHeadModel.forward: the argument 'kv_store' holds", remote.facts["renamed"])
-    assert re.match(r"RuntimeError: .*a cache changes the logits by", remote.facts["broken"])
+    assert re.match(
+        r"TypeError: NanoGPTLMHeadModel.forward: the argument 'kv_store' contains", remote.facts["renamed"]
+    )
+    assert re.match(r"RuntimeError: .*a cache changes the logits: expected", remote.facts["broken"])
 
 
 def test_remote_code_generates_past_block_size(remote):
@@ -163,7 +188,7 @@ def test_remote_code_without_the_package_says_so(remote):
 
 
 def test_no_text_advises_to_fetch_the_package_by_its_name(model, tmp_path):
-    """No index has it, so anybody could claim the name there and be installed by our advice."""
+    """It is on no index, so anybody could publish another package there under its name."""
     model.save_pretrained(tmp_path)
     root = Path(__file__).parents[2]
     texts = [*root.glob("*.md"), *root.glob("*.py"), *tmp_path.iterdir()]
@@ -190,9 +215,10 @@ def test_remote_code_refuses_a_folder_whose_write_was_interrupted(remote):
 
 @torch.no_grad()
 def test_remote_code_saved_again_works_again(remote):
-    without_card = [name for name in FILES if name != "README.md"]  # cards are written by the package alone
-    assert remote.facts["files"]["again"] == remote.facts["files"]["third"] == without_card
-    assert remote.facts["files"]["again-base"] == [name for name in without_card if name != "generation_config.json"]
+    without_card = [name for name in FILES if name != "README.md"]  # only the package writes cards
+    assert list_files(remote.folder / "again") == list_files(remote.folder / "third") == without_card
+    without_card.remove("generation_config.json")
+    assert list_files(remote.folder / "again-base") == without_card
     assert torch.equal(remote.outputs["third"], remote.outputs["lm"])
     assert torch.equal(remote.outputs["again_base"], remote.outputs["lm_hidden"])
     for name in ("again", "again-base", "third", "trained"):
@@ -214,9 +240,9 @@ def test_remote_code_trained_and_saved_by_trainer_works_again(remote, tmp_path):
     assert read_checkpoint(tmp_path / "ckpt.pt").training_state.iter_num == 5000
 
 
-def test_package_imported_after_remote_code_serves_it(remote):
+def test_package_imported_after_remote_code_is_used_by_it(remote):
     assert remote.facts["late_module"].startswith("transformers_modules.")
-    assert remote.facts["files"]["late"] == sorted([*FILES, "ckpt.pt"])
+    assert list_files(remote.folder / "late") == sorted([*FILES, "ckpt.pt"])
     assert_equal_checkpoints(read_checkpoint(remote.folder / "late" / "ckpt.pt"), read_checkpoint(CKPT_PATH))
 
 
@@ -271,7 +297,7 @@ def test_package_has_what_the_code_in_saved_folders_asks_it_for():
     assert all(callable(getattr(convert, name)) for name in asked)
 
 
-def test_package_with_a_missing_dependency_is_not_taken_for_absent(monkeypatch):
+def test_package_with_a_missing_dependency_raises(monkeypatch):
     def fail(name):
         raise ModuleNotFoundError("No module named 'safetensors'", name="safetensors")
 
@@ -289,13 +315,13 @@ def test_padding_ids_stay_suppressed(tmp_path):
 
 
 def test_adapter_folder_gets_no_code(model, tmp_path):
-    """As when PEFT is loaded, save_pretrained then writes no config.json."""
+    """With an adapter of PEFT, save_pretrained writes no config.json."""
     model._add_code_and_card(tmp_path)
     assert list_files(tmp_path) == []
 
 
 def test_second_process_writes_nothing(model, tmp_path):
-    model.config.save_pretrained(tmp_path)  # as the first process does meanwhile
+    model.config.save_pretrained(tmp_path)  # as the first process does
     model.save_pretrained(tmp_path, is_main_process=False)
     assert list_files(tmp_path) == ["config.json"]
 
@@ -331,7 +357,7 @@ def test_state_that_json_would_change_is_left_out_with_a_warning(checkpoint, tmp
     assert re.search(
         r"ckpt.pt: config: save_pretrained will leave out 'tuple', 'tensor', 'keys': expected", warnings[0]
     )
-    assert_same(model.nanogpt_training_state.config, config)  # in this process everything is kept
+    assert_same(model.nanogpt_training_state.config, config)  # in this process nothing is lost
     model.save_pretrained(tmp_path / "folder")
     again = NanoGPTLMHeadModel.from_pretrained(tmp_path / "folder")
     assert again.nanogpt_training_state.config == {"kept": 1}
@@ -380,10 +406,6 @@ def test_state_can_be_left_out(model, tmp_path):
     assert read_checkpoint(tmp_path / "ckpt.pt", with_optimizer=False).training_state == TrainingState()
 
 
-def list_files(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
 def read_json(path):
     return json.loads(path.read_text())
 
@@ -395,9 +417,9 @@ def assert_equal_checkpoints(left, right):
     for name in ("iter_num", "best_val_loss", "config"):
         ours, theirs = getattr(left.training_state, name), getattr(right.training_state, name)
         assert type(ours) is type(theirs)
-        assert repr(sort(ours)) == repr(sort(theirs))  # repr tells nan, -0.0 and True from 1
+        assert repr(sort(ours)) == repr(sort(theirs))  # by repr, because nan != nan, -0.0 == 0.0 and True == 1
 
 
 def sort(value):
-    """Sorts the keys: JSON keeps them, config.json sorts them."""
+    """Sorts the keys, as config.json does."""
     return {key: sort(value[key]) for key in sorted(value)} if isinstance(value, dict) else value

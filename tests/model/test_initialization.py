@@ -1,4 +1,4 @@
-"""Fresh weights: nanoGPT's own for a seed, bit for bit, and torch's generator left where nanoGPT leaves it."""
+"""New weights: for a seed, the weights and the state of torch's generator have the same bits as nanoGPT's."""
 
 import sys
 
@@ -58,7 +58,7 @@ def test_new_model_equals_nanogpts_own(changes, monkeypatch):
 
 
 class PreOrder(NanoGPTLMHeadModel):
-    """Draws each module before its children."""
+    """Initializes each module before its children."""
 
     def initialize_weights(self):
         for module in self.modules():
@@ -66,7 +66,7 @@ class PreOrder(NanoGPTLMHeadModel):
 
 
 class OneDraw(NanoGPTLMHeadModel):
-    """Draws the residual projections once, with their own deviation."""
+    """Initializes the residual projections only once, with their own deviation."""
 
     def initialize_weights(self):
         for module in self.modules():
@@ -75,7 +75,7 @@ class OneDraw(NanoGPTLMHeadModel):
 
 
 @pytest.mark.parametrize("broken", [PreOrder, OneDraw])
-def test_weights_drawn_in_another_order_differ(broken):
+def test_weights_initialized_in_another_order_differ(broken):
     """Shows that the comparison can fail."""
     expected, random_state = make_reference(1337, MODEL_ARGS)
     torch.manual_seed(1337)
@@ -84,7 +84,7 @@ def test_weights_drawn_in_another_order_differ(broken):
     assert not all(is_same) or not torch.equal(torch.get_rng_state(), random_state)
 
 
-def test_untied_head_has_numbers_of_its_own():
+def test_untied_head_has_its_own_numbers():
     model = NanoGPTLMHeadModel(NanoGPTConfig(**MODEL_ARGS, tie_word_embeddings=False))
     head, embedding = model.lm_head.weight, model.transformer.wte.weight
     assert not torch.equal(head, embedding)
@@ -92,8 +92,8 @@ def test_untied_head_has_numbers_of_its_own():
 
 
 @pytest.mark.parametrize("model_class", [NanoGPTLMHeadModel, NanoGPTForSequenceClassification])
-def test_weights_can_be_drawn_again_in_a_part_of_a_model(model_class):
-    """Only the constructor of the whole leaves the drawing of its part for later."""
+def test_part_of_a_model_can_be_initialized_again(model_class):
+    """Only in the constructor of the whole model is the part not initialized on its own."""
     model = model_class(NanoGPTConfig(**MODEL_ARGS))
     for module in model.transformer.modules():
         module._is_hf_initialized = False
@@ -102,7 +102,7 @@ def test_weights_can_be_drawn_again_in_a_part_of_a_model(model_class):
     assert not torch.equal(before, model.transformer.wte.weight)
 
 
-def test_loading_draws_nothing(tmp_path):
+def test_loading_uses_no_random_numbers(tmp_path):
     model = NanoGPTLMHeadModel(NanoGPTConfig(**MODEL_ARGS))
     model.save_pretrained(tmp_path)
     before = torch.get_rng_state()

@@ -1,7 +1,7 @@
 """A model folder that is written again and killed at any moment: the old model, the new one, or a refusal.
 
-A kill leaves the disk as it is at that moment, so one write shows all states that kills can leave: they are recorded
-before every call that changes a folder. Old and new have the same shapes and another n_head: a mix would load.
+A kill leaves the files of that moment, so one write is enough to see all states that kills can leave: they are
+recorded before each call that changes a folder. The two models differ in n_head, not in shapes: a mix would load.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ from ..helpers.tiny import make_batch, make_model
 from ..test_files import KILL_SEED, forks, start_child
 
 OLD, NEW = 0, 1
-OPENING = ("model.safetensors", "model.safetensors.index.json", "model.onnx")  # without one, nothing loads
+OPENING = ("model.safetensors", "model.safetensors.index.json", "model.onnx")  # nothing loads without one of them
 IDX = make_batch(1, 16)[0]
 
 
@@ -68,7 +68,7 @@ def sources(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_flushing(monkeypatch):
-    """Nothing here cuts the power, and a disk that others use flushes slowly."""
+    """Flushing is slow, and does not matter without a power cut."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
@@ -90,7 +90,7 @@ def export_gpt2(source, folder):
 
 
 def export_onnx(source, folder):
-    """Writes other bytes for the graph, which takes seconds to make, with the weights in a file of their own."""
+    """Writes any bytes instead of the graph, which takes seconds to make, and the weights in a separate file."""
 
     def write_graph(graph, temporary):
         for name in ("model.onnx", "model.onnx_data"):
@@ -124,7 +124,7 @@ WRITERS = [
 
 
 def record_states(folder, write):
-    """Calls a writer; returns what was in the folder before each call that changes one, and at the end."""
+    """Calls a writer; returns the contents of the folder before each call that changes a folder, and at the end."""
     states = []
 
     def watch(function):
@@ -160,7 +160,7 @@ def restore(state, folder):
 
 
 def take_own(state):
-    """Leaves out the temporary folders of writers."""
+    """Removes the temporary folders of writers."""
     return {name: contents for name, contents in state.items() if not name.startswith(".writing-")}
 
 
@@ -173,7 +173,7 @@ def get_outcome(loader, folder):
 
 
 @pytest.mark.parametrize(("write_old", "write_new"), WRITERS, ids=lambda writer: writer.__name__)
-def test_folder_written_again_and_killed_anywhere_holds_the_old_model_the_new_one_or_none(
+def test_folder_written_again_and_killed_anywhere_has_the_old_model_the_new_one_or_none(
     sources, tmp_path, write_old, write_new
 ):
     folder = tmp_path / "folder"
@@ -192,7 +192,7 @@ def test_folder_written_again_and_killed_anywhere_holds_the_old_model_the_new_on
         assert any(all(own[name] == whole.get(name) for name in names) for whole in (old, new)), sorted(own)
     assert 5 < len(between) < len(states)
 
-    for number, state in enumerate(states):  # a write over any of them works, and leaves nothing of the dead writer
+    for number, state in enumerate(states):  # each can be written again, and then nothing of the killed writer is left
         place = restore(state, tmp_path / str(number))
         with open_folder(place, overwrite=True) as temporary:
             for name in take_own(new).keys() - {"optimizer.pt", "README.md"}:
@@ -210,7 +210,7 @@ def test_folder_written_again_and_killed_anywhere_holds_the_old_model_the_new_on
     ],
 )
 def test_loaders_give_the_old_logits_the_new_ones_or_an_error(sources, tmp_path, write, loaders):
-    """Loads one folder of each set of names: what a loader finds does not depend on more."""
+    """Loads one folder for each set of file names, because loaders depend only on these."""
     folder = tmp_path / "folder"
     write(sources[OLD], folder)
     states = record_states(folder, lambda: write(sources[NEW], folder))
@@ -234,7 +234,7 @@ def test_loaders_give_the_old_logits_the_new_ones_or_an_error(sources, tmp_path,
 
 
 def test_mix_of_two_models_would_load(sources, tmp_path):
-    """Shows why: the shapes are the same."""
+    """Shows that the tests can fail: the shapes are the same."""
     for name, source in zip(("old", "new"), sources, strict=True):
         convert(source, tmp_path / name)
     shutil.copy(tmp_path / "old" / "config.json", tmp_path / "new")
@@ -243,7 +243,7 @@ def test_mix_of_two_models_would_load(sources, tmp_path):
 
 
 def test_weights_without_config_would_load_in_transformers_and_are_refused_by_ours(tmp_path):
-    """Why the weights go first and come last: Transformers takes its default configuration for them."""
+    """Why weights move out first and in last: Transformers would load them with its default configuration."""
     GPT2LMHeadModel(GPT2Config(n_layer=12, n_embd=768, n_head=6, vocab_size=50257)).half().save_pretrained(
         tmp_path / "a"
     )
@@ -300,7 +300,7 @@ def test_config_that_autoconfig_read_is_used_for_its_folder_and_others(tmp_path)
     assert NanoGPTLMHeadModel.from_pretrained(tmp_path / "1", config=model.config).config.dropout == 0
 
 
-# What a killed writer leaves, and who removes it.
+# the files of a killed writer, and who removes them
 
 
 def write_model(folder, text):
@@ -340,7 +340,7 @@ def test_live_writers_do_not_remove_each_others_files(tmp_path):
 
 @forks
 def test_process_forked_during_a_write_keeps_no_later_writer_waiting(tmp_path):
-    """A fork, such as a DataLoader makes, has the lock open for as long as it lives."""
+    """A forked process, such as a worker of a DataLoader, has the lock open until it ends."""
     with contextlib.ExitStack() as stack:
         with folder_nano_gpt._lock_folder(tmp_path):
             stack.enter_context(start_child(lambda ready: (ready(), time.sleep(60))))
@@ -356,7 +356,7 @@ def test_save_pretrained_killed_at_random_moments_leaves_the_old_or_the_new_or_a
     models[OLD].save_pretrained(folder)
 
     def save_in_turn(ready):
-        logging.disable_progress_bar()  # its lock is shared with this process, and a kill would keep it
+        logging.disable_progress_bar()  # this process shares its lock, which a killed process would never release
         ready()
         while os.getppid() == parent:
             for model in models:
@@ -377,7 +377,7 @@ def test_save_pretrained_killed_at_random_moments_leaves_the_old_or_the_new_or_a
 
 
 def test_folder_is_flushed_before_the_weights_go_back_and_after(tmp_path, monkeypatch):
-    """So that a power cut finds the same order as a kill."""
+    """So that a power cut leaves the same states as a kill."""
     write_model(tmp_path, "old")
     (tmp_path / "notes.txt").write_text("mine")
     calls, rename = [], Path.rename
@@ -422,7 +422,7 @@ def test_interrupted_folder_is_explained_by_the_commands_and_where_its_files_are
     assert torch.equal(*(get_outcome(load_folder, path) for path in (folder, tmp_path / "a")))
 
 
-# What save_pretrained takes, into a folder that holds a model already.
+# arguments of save_pretrained, for a folder that contains a model already
 
 
 def test_saving_again_keeps_what_is_not_the_models_and_removes_what_would_mislead(tmp_path):

@@ -1,4 +1,4 @@
-"""The loss: nanoGPT's own call, what Transformers and its users may change, and the loss in chunks."""
+"""The loss: nanoGPT's own, what Transformers and its users can change, and the loss in chunks."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ HALVES = [torch.bfloat16, torch.float16]
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the most elements that a floating-point result of an operation has."""
+    """Records the largest number of elements of a floating-point result."""
 
     def __init__(self):
         super().__init__()
@@ -34,7 +34,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 class Operations(TorchDispatchMode):
-    """Notes each operation, and the dtypes of what it takes."""
+    """Records each operation and the dtypes of its inputs."""
 
     def __init__(self):
         super().__init__()
@@ -49,7 +49,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What cross_entropy is called with."""
+    """Records the arguments of cross_entropy."""
     calls = []
 
     def note(logits, *args, **kwargs):
@@ -87,7 +87,7 @@ def test_under_autocast_loss_and_gradients_equal_reference_bitwise():
 
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a torch that knows CUDA, though no GPU")
 def test_under_autocast_on_cuda_the_operations_are_those_of_nanogpt(monkeypatch):
-    """There log_softmax stays in bfloat16, where that of logits made float32 does not: other numbers."""
+    """There log_softmax computes in bfloat16; with logits converted to float32, the numbers would be others."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     found = []
     with FakeTensorMode():
@@ -113,7 +113,7 @@ def test_under_autocast_on_cuda_the_operations_are_those_of_nanogpt(monkeypatch)
 @pytest.mark.parametrize("chunk_size", [None, 64])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_half_precision_without_autocast_has_a_float32_loss(dtype, chunk_size):
-    """The error of the logits themselves, 8 bits of them, is in both: 1e-3 is what float32 sums keep."""
+    """Both have the rounding errors of the logits themselves; float32 sums add at most 1e-3."""
     model, _ = make_pair(vocab_size=300)
     idx, targets = make_batch(64, 32, vocab_size=300)
     model.to(dtype)
@@ -125,7 +125,7 @@ def test_half_precision_without_autocast_has_a_float32_loss(dtype, chunk_size):
 
 
 def test_float16_sum_beyond_its_range_is_finite():
-    """1,024 tokens at over 64 nats are over 65,504, where float16 ends."""
+    """1,024 tokens at over 64 nats are over 65,504, the largest float16."""
     model, _ = make_pair()
     model.lm_head.weight.data *= 20
     idx, targets = make_batch(32, 32)
@@ -144,7 +144,7 @@ def test_float64_stays_float64():
 
 
 @pytest.mark.parametrize("chunk_size", [None, 8])
-def test_another_ignore_index_is_honoured(chunk_size):
+def test_another_ignore_index_is_used(chunk_size):
     model, reference = make_pair()
     idx, targets = make_batch(2, 16)
     targets[:, :6] = 3
@@ -182,7 +182,7 @@ def test_loss_type_that_users_set_takes_the_place(monkeypatch):
 
 @pytest.mark.parametrize("chunk_size", [None, 8])
 def test_targets_may_lie_on_another_device_than_the_logits(chunk_size):
-    """As under device_map, where the head may be on another device; the meta device stands for it."""
+    """As with device_map, where the head can be on another device; here it is the meta device."""
     model = make_model()
     idx, targets = make_batch(2, 16)
     model.config.loss_chunk_size = chunk_size
@@ -203,11 +203,11 @@ def test_chunked_loss_never_has_all_logits(is_training):
             if is_training:
                 loss.backward()
         sizes.append(largest.elements)
-    assert sizes == [4 * 32 * 1000, max(16 * 1000, 1000 * 32)]  # the latter is the head's matrix and its gradient
+    assert sizes == [4 * 32 * 1000, max(16 * 1000, 1000 * 32)]  # the second is the weight of the head and its gradient
 
 
 class AddedToHead(nn.Module):
-    """A head with an adapter beside it, as PEFT makes of one."""
+    """A head with an adapter, as PEFT makes it."""
 
     def __init__(self, head):
         super().__init__()
@@ -222,7 +222,7 @@ class AddedToHead(nn.Module):
 
 
 @pytest.mark.parametrize("change", ["module", "hook"])
-def test_chunked_loss_goes_through_whatever_the_head_is(change):
+def test_chunked_loss_calls_the_head_as_a_module(change):
     model, _ = make_pair()
     if change == "module":
         model.lm_head = AddedToHead(model.lm_head)
@@ -240,7 +240,7 @@ def test_chunked_loss_goes_through_whatever_the_head_is(change):
 
 @pytest.fixture
 def process_group():
-    """This process as the only one of a group."""
+    """A process group of this process only."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -264,7 +264,7 @@ def test_chunked_loss_goes_through_a_sharded_head(process_group):
 
 
 @pytest.mark.skipif(TORCH_VERSION < (2, 7), reason="the compiler of torch 2.6 fails on Transformers' code")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, in its compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler
 def test_chunked_loss_compiles_without_a_break():
     model, _ = make_pair(n_layer=1)
     idx, targets = make_batch(2, 16)

@@ -1,8 +1,8 @@
-"""What a first-class Transformers model does, on top of nanoGPT's numbers: masks, caches, back ends, heads."""
+"""What Transformers expects of a model, in addition to nanoGPT's numbers: masks, caches, back ends, heads."""
 
 import ast
 import functools
-import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ from hugging_nano_gpt import (
     NanoGPTLMHeadModel,
     NanoGPTModel,
 )
-from hugging_nano_gpt.model.cache_nano_gpt import CACHE_NAME
-from hugging_nano_gpt.model.inputs_nano_gpt import check_positions
+from hugging_nano_gpt.model import modeling_nano_gpt
+from hugging_nano_gpt.model.inputs_nano_gpt import CACHE_NAME, check_positions
 
 from ..helpers.tiny import MODEL_ARGS, TORCH_VERSION, make_batch, make_model
 
@@ -24,7 +24,7 @@ from ..helpers.tiny import MODEL_ARGS, TORCH_VERSION, make_batch, make_model
 TOLERANCE = {"rtol": 0, "atol": 2e-5}
 
 ONE_ROW_LENGTHS = (3, 16, 9, 1)
-PAD = 64  # no row has it
+PAD = 64  # not in any row
 
 
 def pad_left(lengths):
@@ -49,7 +49,7 @@ def test_left_padded_rows_equal_single_rows(implementation):
 
 
 def test_left_padded_rows_with_plain_positions_differ():
-    """Shows that the padding test can fail: with the positions GPT2LMHeadModel makes up, the rows do differ."""
+    """Shows that the test of padding can fail: with GPT2LMHeadModel's default positions, the rows differ."""
     model = make_model()
     ids, mask = pad_left(ONE_ROW_LENGTHS)
     wrong = model(ids, attention_mask=mask, position_ids=torch.arange(ids.shape[1])[None]).logits[0, -3:]
@@ -154,7 +154,7 @@ def test_eager_attention_equals_sdpa():
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_dropout_modules_set_to_zero_turn_all_dropout_off(implementation):
-    """TRL's disable_dropout, on by default for DPO and reward models, does this; a model that trained with dropout."""
+    """TRL's disable_dropout does this by default for DPO and reward models."""
     model = make_model(dropout=0.5).train()
     model.set_attn_implementation(implementation)
     ids, _ = make_batch(2, 16)
@@ -166,9 +166,9 @@ def test_dropout_modules_set_to_zero_turn_all_dropout_off(implementation):
 
 
 @pytest.mark.skipif(TORCH_VERSION < (2, 7), reason="the compiler of torch 2.6 fails on Transformers' code")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's and transformers' own, when they compile it
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch and Transformers, when they compile it
 def test_flex_attention_equals_sdpa():
-    model = make_model(n_head=1)  # heads of 32: narrower ones are wrong in torch on CPUs without AVX512
+    model = make_model(n_head=1)  # of width 32: torch computes narrower heads wrongly on CPUs without AVX512
     ids, mask = pad_left((5, 16))
     expected = model(ids, attention_mask=mask).logits
     model.set_attn_implementation("flex_attention")
@@ -188,7 +188,7 @@ def test_flex_attention_equals_sdpa():
         ),
     ],
 )
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's and transformers' own, when they compile flex
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch and Transformers, when they compile it
 @torch.no_grad()  # the backward pass of flex does not run on a CPU
 def test_packed_documents_equal_separate_ones(implementation):
     model = make_model(n_head=1)
@@ -204,7 +204,7 @@ def test_flex_attention_is_refused_where_torch_computes_wrong_numbers(monkeypatc
     model = make_model()
     model.set_attn_implementation("flex_attention")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    with pytest.raises(ValueError, match=r"heads narrower than 32, and these have n_embd / n_head = 8; use .*'sdpa'"):
+    with pytest.raises(ValueError, match=r"expected n_embd / n_head of at least 32, got 8; use .*'sdpa'"):
         model(make_batch(1, 20)[0], use_cache=False)
 
 
@@ -277,7 +277,7 @@ def test_hidden_states_and_attentions_are_recorded_on_request():
     assert not outputs.attentions[0].triu(1).any()
 
 
-def test_tuple_output_holds_logits_first():
+def test_tuple_output_has_logits_first():
     model = make_model()
     ids, _ = make_batch(1, 4)
     assert torch.equal(model(ids, return_dict=False, use_cache=False)[0], model(ids).logits)
@@ -302,14 +302,14 @@ def test_initial_weights_have_nanogpt_deviations(make):
     for name, parameter in model.named_parameters():
         if name.endswith("c_proj.weight"):
             assert parameter.std().item() == pytest.approx(0.02 / 16**0.5, rel=0.05), name
-        elif parameter.ndim >= 2 and name != "score.weight":  # too small to have a deviation
+        elif parameter.ndim >= 2 and name != "score.weight":  # too few numbers for a deviation
             assert parameter.std().item() == pytest.approx(0.02, rel=0.05), name
         elif parameter.ndim < 2:
             assert bool((parameter == (0.0 if name.endswith("bias") else 1.0)).all()), name
 
 
 def test_weights_missing_from_a_folder_get_nanogpt_deviations(tmp_path):
-    """from_pretrained fills in what a folder lacks by another way than the constructor."""
+    """from_pretrained initializes missing weights in another way than the constructor."""
     config = NanoGPTConfig(**{**MODEL_ARGS, "n_layer": 8, "n_embd": 128})
     model = NanoGPTLMHeadModel(config)
     kept = {name: tensor for name, tensor in model.state_dict().items() if "mlp" not in name and "lm_head" not in name}
@@ -361,7 +361,7 @@ def test_resized_embeddings_stay_tied_and_keep_the_old_logits(bigger):
 
 
 @pytest.mark.skipif(TORCH_VERSION < (2, 7), reason="the compiler of torch 2.6 fails on Transformers' code")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, in its compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler
 def test_compiled_forward_is_one_graph_without_a_mask():
     model = make_model().train()
     ids, targets = make_batch(2, 16)
@@ -389,7 +389,7 @@ def test_classifier_scores_the_last_token_of_each_row():
     right_ids, right_mask = ids.clone(), torch.ones_like(mask)
     right_ids[0, :4], right_ids[0, 4:], right_mask[0, 4:] = ids[0, -4:], PAD, 0
     torch.testing.assert_close(model(right_ids, attention_mask=right_mask).logits, alone, **TOLERANCE)
-    assert (model(right_ids).logits[0] - alone[0]).abs().max() > 1e-2  # nothing tells the padding
+    assert (model(right_ids).logits[0] - alone[0]).abs().max() > 1e-2  # without a mask, padding cannot be found
     model.config.pad_token_id = PAD
     torch.testing.assert_close(model(right_ids).logits, alone, **TOLERANCE)
 
@@ -407,7 +407,7 @@ def test_classifier_computes_a_loss_for_every_problem_type(num_labels, labels):
 
 
 def test_decay_groups_of_trainer_are_those_of_nanogpt():
-    """Trainer decays what is neither in nn.LayerNorm nor named bias; nanoGPT what has two or more dimensions."""
+    """Trainer excludes nn.LayerNorm and biases from decay; nanoGPT excludes tensors of less than two dimensions."""
     from transformers.trainer_pt_utils import get_parameter_names
 
     model = make_model()
@@ -416,48 +416,38 @@ def test_decay_groups_of_trainer_are_those_of_nanogpt():
     assert [name for name in decayed if name != "lm_head.weight"] == expected
 
 
-@pytest.mark.parametrize(
-    ("module", "siblings"),
-    [
-        ("configuration_nano_gpt", []),
-        ("block_nano_gpt", ["cache_nano_gpt", "configuration_nano_gpt", "kernels_nano_gpt"]),
-        ("cache_nano_gpt", []),
-        ("kernels_nano_gpt", []),
-        ("decoding_nano_gpt", ["cache_nano_gpt", "kernels_nano_gpt"]),
-        ("generation_nano_gpt", ["cache_nano_gpt", "decoding_nano_gpt", "kernels_nano_gpt", "vocabulary_nano_gpt"]),
-        ("inputs_nano_gpt", []),
-        ("loss_nano_gpt", []),
-        ("folder_nano_gpt", []),
-        ("persistence_nano_gpt", ["configuration_nano_gpt", "folder_nano_gpt", "generation_nano_gpt"]),
-        ("vocabulary_nano_gpt", []),
-        (
-            "modeling_nano_gpt",
-            [
-                "block_nano_gpt",
-                "cache_nano_gpt",
-                "configuration_nano_gpt",
-                "generation_nano_gpt",
-                "inputs_nano_gpt",
-                "kernels_nano_gpt",
-                "loss_nano_gpt",
-                "persistence_nano_gpt",
-                "vocabulary_nano_gpt",
-            ],
-        ),
-    ],
-)
-def test_remote_code_files_import_nothing_else_of_ours(module, siblings):
-    tree = ast.parse(inspect.getsource(__import__(f"hugging_nano_gpt.model.{module}", fromlist=["_"])))
+# The files that travel with a saved folder, and which of them each imports.
+SIBLINGS = {
+    "configuration": [],
+    "decoding": ["fast", "inputs"],
+    "fast": [],
+    "folder": [],
+    "generation": ["decoding", "fast", "inputs"],
+    "inputs": [],
+    "loss": [],
+    "modeling": ["configuration", "fast", "generation", "inputs", "loss", "persistence"],
+    "persistence": ["configuration", "folder", "generation"],
+}
+
+
+def test_remote_code_files_are_all_there():
+    paths = Path(modeling_nano_gpt.__file__).parent.glob("*.py")
+    assert {path.name for path in paths} == {"__init__.py", *(f"{name}_nano_gpt.py" for name in SIBLINGS)}
+
+
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_remote_code_files_import_nothing_else_of_ours(name):
+    tree = ast.parse(Path(modeling_nano_gpt.__file__).with_name(f"{name}_nano_gpt.py").read_text())
     imported = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     ours = [node.module for node in imported if isinstance(node, ast.ImportFrom) and node.level]
     plain = [alias.name for node in imported if isinstance(node, ast.Import) for alias in node.names]
     absolute = [node.module for node in imported if isinstance(node, ast.ImportFrom) and not node.level]
-    assert ours == siblings
+    assert ours == [f"{sibling}_nano_gpt" for sibling in SIBLINGS[name]]
     assert not [name for name in plain + absolute if name.startswith("hugging_nano_gpt")]
 
 
 def test_explicit_positions_past_the_table_are_refused_on_a_gpu_too(monkeypatch):
-    class OnGPU:  # what the check asks of a tensor
+    class OnGPU:  # the attributes that the check reads
         is_cuda, device = True, torch.device("cuda")
 
         def __init__(self, values):
@@ -466,7 +456,7 @@ def test_explicit_positions_past_the_table_are_refused_on_a_gpu_too(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     check = functools.partial(check_positions, make_model().transformer)
     check(OnGPU(torch.arange(32)), end=8, is_explicit=True)
-    check(OnGPU(torch.tensor([32])), end=8, is_explicit=False)  # not read: the shape settles it
+    check(OnGPU(torch.tensor([32])), end=8, is_explicit=False)  # the values are not read, because the shape is enough
     check(OnGPU(torch.tensor([32])), end=torch.tensor(8), is_explicit=True)  # a static cache, checked by generate
     with pytest.raises(ValueError, match="expected at most block_size=32 tokens, got 33"):
         check(OnGPU(torch.tensor([32])), end=8, is_explicit=True)

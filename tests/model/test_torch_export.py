@@ -1,4 +1,4 @@
-"""torch.export takes the model as it is: any batch and length from one program, the same bits, and a cache."""
+"""torch.export: one program for every batch and length, with the same bits, and with a cache."""
 
 import warnings
 
@@ -10,7 +10,7 @@ from transformers.integrations.executorch import (
     register_dynamic_cache_export_support,
 )
 
-from hugging_nano_gpt.model.cache_nano_gpt import CACHE_NAME
+from hugging_nano_gpt.model.inputs_nano_gpt import CACHE_NAME
 
 from ..helpers.tiny import TORCH_VERSION, make_batch, make_model
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def make_inputs(batch, length, has_mask):
-    inputs = {"input_ids": make_batch(batch, length)[0].contiguous()}  # or the strides become a condition
+    inputs = {"input_ids": make_batch(batch, length)[0].contiguous()}  # else the strides become a condition
     if has_mask:
         inputs["attention_mask"] = (torch.arange(length) >= torch.arange(batch)[:, None] % length).long()
     return inputs
@@ -37,7 +37,7 @@ def test_program_gives_the_same_bits_at_any_batch_and_length(is_strict, has_mask
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
     shapes = {**{name: {0: batch, 1: length} for name in example}, "use_cache": None}
     with warnings.catch_warnings():
-        # Of a variable of Transformers' own, by which outputs are recorded; the strict way asks about it.
+        # strict mode warns of the variable with which Transformers records outputs
         warnings.filterwarnings("ignore", "While compiling, we found certain side effects", UserWarning)
         program = torch.export.export(
             model, (), {**example, "use_cache": False}, dynamic_shapes=shapes, strict=is_strict

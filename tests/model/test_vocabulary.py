@@ -1,4 +1,4 @@
-"""tokenization/vocabulary.py: which rows are tokens, as the tokenizer, a resize or the number of rows says."""
+"""Which rows of a vocabulary are tokens: by the tokenizer, a resize, or the number of rows."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ END = 50256
 
 
 def make(n_rows, **settings):
-    """Makes a model of the smallest width, with the settings that its number of rows suggests."""
+    """Makes a very small model, with the generation config that follows from its number of rows."""
     torch.manual_seed(0)
     config = NanoGPTConfig(block_size=16, vocab_size=n_rows, n_layer=1, n_head=1, n_embd=4)
     model = NanoGPTLMHeadModel(config).eval()
@@ -45,13 +45,13 @@ def load(folder, n_rows):
     return NanoGPTLMHeadModel.from_nanogpt_ckpt(folder / "ckpt.pt")
 
 
-def make_tokenizer(n_tokens, **special):
+def make_word_tokenizer(n_tokens, **special):
     backend = Tokenizer(models.WordLevel({f"t{index}": index for index in range(n_tokens)}, unk_token="t0"))
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
 def prefer(model, index):
-    """Makes a token the likeliest everywhere."""
+    """Makes one token the most likely everywhere."""
     with torch.no_grad():
         model.transformer.ln_f.weight.zero_()
         model.transformer.ln_f.bias.fill_(1.0)
@@ -59,7 +59,7 @@ def prefer(model, index):
     return model
 
 
-def draw(model, **kwargs):
+def generate(model, **kwargs):
     ids = model.generate(torch.tensor([[1, 2]]), do_sample=False, max_new_tokens=5, **kwargs)
     return ids[0, 2:].tolist()
 
@@ -68,7 +68,7 @@ def get_suppressed(model):
     return model.generation_config.suppress_tokens or []
 
 
-# Without a tokenizer: by the number of rows.
+# without a tokenizer: by the number of rows
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_other_rows_start_at_0_and_have_no_end(tmp_path, n_rows):
     assert (settings.bos_token_id, settings.eos_token_id, settings.suppress_tokens) == (0, None, None)
 
 
-# A resize, or a new token.
+# after a resize, or with a new token
 
 
 @pytest.mark.parametrize(
@@ -114,11 +114,11 @@ def test_resize_revises_what_is_suppressed(before, padding, asked, rows, suppres
 
 
 @pytest.mark.parametrize("asked", [(50258,), (50258, 64), (50300,)])
-def test_token_added_by_a_resize_is_drawn(tmp_path, asked):
+def test_token_added_by_a_resize_is_generated(tmp_path, asked):
     model = load(tmp_path, 50304)
-    assert draw(prefer(model, 50257), eos_token_id=None)[0] != 50257
+    assert generate(prefer(model, 50257), eos_token_id=None)[0] != 50257
     model.resize_token_embeddings(*asked, mean_resizing=False)
-    assert draw(prefer(model, 50257)) == [50257] * 5
+    assert generate(prefer(model, 50257)) == [50257] * 5
 
 
 def test_resize_that_cuts_special_tokens_off_forgets_them():
@@ -130,12 +130,12 @@ def test_resize_that_cuts_special_tokens_off_forgets_them():
 
 @pytest.mark.parametrize("ends", [50257, [END, 50260]])
 def test_spare_row_that_ends_a_text_ends_it(tmp_path, ends):
-    """Trainer makes a new eos_token of the tokenizer the model's."""
+    """Trainer sets the model's eos_token_id to a new one of the tokenizer."""
     model = load(tmp_path, 50304)
     model.generation_config.eos_token_id = ends
     last = ends if isinstance(ends, int) else ends[-1]
-    assert draw(prefer(model, last)) == [last]
-    assert last in get_suppressed(model)  # generate leaves the settings alone
+    assert generate(prefer(model, last)) == [last]
+    assert last in get_suppressed(model)  # generate does not change the generation config
 
 
 @pytest.mark.parametrize(
@@ -143,59 +143,59 @@ def test_spare_row_that_ends_a_text_ends_it(tmp_path, ends):
     [{"suppress_tokens": [3]}, {"generation_config": GenerationConfig(suppress_tokens=[3])}],
     ids=["argument", "generation_config"],
 )
-def test_end_that_a_call_suppresses_is_not_drawn(suppressing):
+def test_end_that_a_call_suppresses_is_not_generated(suppressing):
     model = prefer(make(64), 3)
-    assert draw(model, eos_token_id=3) == [3]
-    assert 3 not in draw(model, eos_token_id=3, **suppressing)
+    assert generate(model, eos_token_id=3) == [3]
+    assert 3 not in generate(model, eos_token_id=3, **suppressing)
 
 
-def test_end_among_the_tokens_that_a_model_suppresses_is_not_drawn():
+def test_end_among_the_tokens_that_a_model_suppresses_is_not_generated():
     model = prefer(make(64, suppress_tokens=[3, *range(60, 64)]), 3)
-    assert 3 not in draw(model, eos_token_id=3)
+    assert 3 not in generate(model, eos_token_id=3)
 
 
-def test_spare_row_that_a_call_suppresses_is_not_drawn():
+def test_spare_row_that_a_call_suppresses_is_not_generated():
     model = prefer(make(64, suppress_tokens=[60, 61, 62, 63], eos_token_id=62), 62)
-    assert draw(model) == [62]
-    assert draw(model, generation_config=copy.deepcopy(model.generation_config)) == [62]
-    assert 62 not in draw(model, suppress_tokens=[60, 61, 62, 63])
+    assert generate(model) == [62]
+    assert generate(model, generation_config=copy.deepcopy(model.generation_config)) == [62]
+    assert 62 not in generate(model, suppress_tokens=[60, 61, 62, 63])
 
 
-def test_token_added_in_a_spare_row_is_drawn_after_fit_vocabulary(tmp_path):
-    model, tokenizer = prefer(load(tmp_path, 64), 40), make_tokenizer(40, eos_token="t7", pad_token="t8")
+def test_token_added_in_a_spare_row_is_generated_after_fit_vocabulary(tmp_path):
+    model, tokenizer = prefer(load(tmp_path, 64), 40), make_word_tokenizer(40, eos_token="t7", pad_token="t8")
     fit_vocabulary(model, tokenizer)
-    assert 40 not in draw(model)
+    assert 40 not in generate(model)
     tokenizer.add_tokens("<new>")
     fit_vocabulary(model, tokenizer)
-    assert draw(model) == [40] * 5
+    assert generate(model) == [40] * 5
     settings = model.generation_config
     assert (settings.bos_token_id, settings.eos_token_id, settings.pad_token_id) == (7, 7, 8)
 
 
-def test_trainer_with_a_tokenizer_lets_generate_draw_its_new_tokens(tmp_path):
-    model, tokenizer = prefer(load(tmp_path, 64), 40), make_tokenizer(40)
+def test_trainer_with_a_tokenizer_makes_its_new_tokens_generated(tmp_path):
+    model, tokenizer = prefer(load(tmp_path, 64), 40), make_word_tokenizer(40)
     fit_vocabulary(model, tokenizer)
     tokenizer.add_tokens("<new>")
     config = {"device": "cpu", "compile": False, "out_dir": str(tmp_path)}
     args, _ = training_arguments_from_nanogpt(config, eval_strategy="no")
     NanoGPTTrainer(model, args, TokenDataset(TRACE_DIR / "train.bin", 16), processing_class=tokenizer)
-    assert draw(model) == [40] * 5
+    assert generate(model) == [40] * 5
 
 
 def test_fit_vocabulary_keeps_what_the_user_set():
     model = make(64, suppress_tokens=[3], eos_token_id=[5, 6], temperature=0.5)
-    fit_vocabulary(model, make_tokenizer(60, eos_token="t5"))
+    fit_vocabulary(model, make_word_tokenizer(60, eos_token="t5"))
     settings = model.generation_config
     assert (settings.suppress_tokens, settings.eos_token_id) == ([3, 60, 61, 62, 63], [5, 6])
     assert settings.temperature == 0.5
 
 
-# The tokenizer decides what is written.
+# with a tokenizer
 
 
 def test_convert_takes_ids_and_specials_of_the_tokenizer(tmp_path):
     make(50304).to_nanogpt_ckpt(tmp_path / "ckpt.pt")
-    make_tokenizer(50277, eos_token="t0").save_pretrained(tmp_path / "tokenizer")
+    make_word_tokenizer(50277, eos_token="t0").save_pretrained(tmp_path / "tokenizer")
     convert_to_folder(tmp_path / "ckpt.pt", tmp_path / "out", tokenizer=str(tmp_path / "tokenizer"))
     settings = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert (settings["bos_token_id"], settings["eos_token_id"]) == (0, 0)
@@ -207,7 +207,7 @@ def test_convert_takes_ids_and_specials_of_the_tokenizer(tmp_path):
 
 def test_convert_without_specials_keeps_none_of_gpt2(tmp_path):
     make(50304).to_nanogpt_ckpt(tmp_path / "ckpt.pt")
-    make_tokenizer(50300).save_pretrained(tmp_path / "tokenizer")
+    make_word_tokenizer(50300).save_pretrained(tmp_path / "tokenizer")
     written = convert_to_folder(tmp_path / "ckpt.pt", tmp_path / "out", tokenizer=str(tmp_path / "tokenizer"))
     settings = written.model.generation_config
     assert (settings.bos_token_id, settings.eos_token_id) == (0, None)
@@ -215,17 +215,17 @@ def test_convert_without_specials_keeps_none_of_gpt2(tmp_path):
 
 @pytest.fixture
 def padded(tmp_path):
-    """A checkpoint of 28 characters in 64 rows, of which the likeliest is none."""
+    """A checkpoint of 28 characters in 64 rows; the most likely row has no character."""
     prefer(make(64), 40).to_nanogpt_ckpt(tmp_path / "ckpt.pt")
     table = CharacterTable(tuple("\nabcdefghijklmnopqrstuvwxyz "))
     write_meta(table, tmp_path / "meta.pkl")
     return tmp_path
 
 
-def test_rows_without_a_character_are_never_drawn(padded, capsys):
+def test_rows_without_a_character_are_never_generated(padded, capsys):
     written = convert_to_folder(padded / "ckpt.pt", padded / "out", meta_path=padded / "meta.pkl")
     assert get_suppressed(written.model) == list(range(28, 64))
-    assert max(draw(NanoGPTLMHeadModel.from_pretrained(padded / "out"))) < 28
+    assert max(generate(NanoGPTLMHeadModel.from_pretrained(padded / "out"))) < 28
     sample_text(padded / "ckpt.pt", "a", num_samples=1, max_new_tokens=9, meta_path=padded / "meta.pkl", device="cpu")
     assert len(capsys.readouterr().out.split("\n-----")[0]) == 10
 
@@ -233,20 +233,20 @@ def test_rows_without_a_character_are_never_drawn(padded, capsys):
 @pytest.mark.parametrize("export", [export_gpt2, export_onnx])
 def test_exported_folders_follow_the_tokenizer(padded, monkeypatch, export):
     pytest.importorskip("onnxscript")
-    monkeypatch.setattr(onnx, "_make_graph", lambda plain: None)  # which takes seconds, and is not looked at here
+    monkeypatch.setattr(onnx, "_make_graph", lambda plain: None)  # it takes seconds, and is not tested here
     monkeypatch.setattr(onnx, "_write", lambda graph, folder: None)
     model = NanoGPTLMHeadModel.from_nanogpt_ckpt(padded / "ckpt.pt")
     table = CharacterTable(tuple("\nabcdefghijklmnopqrstuvwxyz "))
     export(model, padded / "out", tokenizer=build_character_tokenizer(table))
     settings = json.loads((padded / "out" / "generation_config.json").read_text())
     assert settings["suppress_tokens"] == list(range(28, 64))
-    assert get_suppressed(model) == []  # the model itself is only read
+    assert get_suppressed(model) == []  # the model itself does not change
 
 
 def test_exported_gguf_follows_the_tokenizer(padded, tmp_path):
     gguf = pytest.importorskip("gguf")
     model = NanoGPTLMHeadModel.from_nanogpt_ckpt(padded / "ckpt.pt")
-    fit_vocabulary(model, make_tokenizer(40))
+    fit_vocabulary(model, make_word_tokenizer(40))
     export_gguf(
         model,
         tmp_path / "out.gguf",
@@ -256,7 +256,7 @@ def test_exported_gguf_follows_the_tokenizer(padded, tmp_path):
     assert field.contents() == list(range(50, 64))
 
 
-# What cannot be the model's.
+# tokenizers that do not fit the model
 
 
 @pytest.mark.parametrize(("n_characters", "n_rows"), [(5, 96), (65, 50304), (1, 3), (30, 65)])
@@ -271,7 +271,7 @@ def test_meta_of_far_too_few_characters_is_refused(tmp_path, n_characters, n_row
 
 
 @pytest.mark.parametrize(("n_characters", "n_rows"), [(65, 66), (60, 65), (90, 100)])
-def test_meta_of_some_characters_less_is_said(tmp_path, n_characters, n_rows):
+def test_meta_of_fewer_characters_warns(tmp_path, n_characters, n_rows):
     make(n_rows).to_nanogpt_ckpt(tmp_path / "ckpt.pt")
     write_meta(CharacterTable(tuple(map(chr, range(97, 97 + n_characters)))), tmp_path / "meta.pkl")
     written = convert_to_folder(tmp_path / "ckpt.pt", tmp_path / "out", meta_path=tmp_path / "meta.pkl")
@@ -279,7 +279,7 @@ def test_meta_of_some_characters_less_is_said(tmp_path, n_characters, n_rows):
 
 
 def test_tokenizer_with_an_id_beyond_the_rows_is_refused():
-    tokenizer = make_tokenizer(60)
+    tokenizer = make_word_tokenizer(60)
     tokenizer.add_tokens([f"<{index}>" for index in range(6)])
     with pytest.raises(
         TokenizerError, match="expected at most 65 tokens, as the model has rows, got 66 with ids up to 65"

@@ -1,4 +1,4 @@
-"""generate() past block_size: nanoGPT's samples token for token, padded rows, beams, drafts, and a cheaper stride."""
+"""generate() past block_size: nanoGPT's samples token for token, padded rows, beam search, drafts, and stride."""
 
 import functools
 
@@ -32,7 +32,7 @@ def cache(request):
     return CACHES[request.param]
 
 
-@pytest.mark.skipif(TORCH_VERSION < (2, 7), reason="torch 2.6 draws other numbers from the same seed")
+@pytest.mark.skipif(TORCH_VERSION < (2, 7), reason="torch 2.6 has other random numbers for the same seed")
 def test_samples_of_nanogpts_sample_py_are_reproduced(demo, cache):
     recorded = load_file(SAMPLES_PATH)  # seed 1337; block_size is 128
     prompt = torch.zeros((1, 1), dtype=torch.long)
@@ -46,7 +46,7 @@ def test_samples_of_nanogpts_sample_py_are_reproduced(demo, cache):
 
 @functools.cache
 def generate_with_reference(bias, prompt_length):
-    """Returns the reference's greedy and drawn tokens, which are the same for every cache of ours."""
+    """Returns the reference's greedy and sampled tokens, which ours have to equal with every cache."""
     reference = make_pair(bias=bias)[1].eval()
     idx, _ = make_batch(2, prompt_length)
     greedy = reference.generate_greedily(idx, 50)
@@ -57,13 +57,13 @@ def generate_with_reference(bias, prompt_length):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("prompt_length", [1, 31, 32, 33, 80])
 def test_tokens_equal_reference(bias, prompt_length, cache):
-    greedy, drawn = generate_with_reference(bias, prompt_length)
+    greedy, sampled = generate_with_reference(bias, prompt_length)
     model = make_pair(bias=bias)[0].eval()
     idx, _ = make_batch(2, prompt_length)
     assert torch.equal(model.generate(idx, max_new_tokens=50, do_sample=False, **cache), greedy)
     torch.manual_seed(0)
     tokens = model.generate(idx, max_new_tokens=50, do_sample=True, temperature=0.8, top_k=20, **cache)
-    assert torch.equal(tokens, drawn)
+    assert torch.equal(tokens, sampled)
 
 
 def test_logits_without_cache_equal_reference_bitwise():
@@ -76,11 +76,11 @@ def test_logits_without_cache_equal_reference_bitwise():
     reference.lm_head.register_forward_pre_hook(lambda module, args: read.append(args[0][:, [-1]]))
     for step, logits in enumerate(output.logits):
         reference(output.sequences[:, : 5 + step][:, -BLOCK_SIZE:])
-        # The last position alone, as in nanoGPT: a product with one row and one with many round differently.
+        # only the last position, as in nanoGPT, because a product with one row and one with many round differently
         assert torch.equal(logits, torch.nn.functional.linear(read[step], reference.lm_head.weight)[:, 0])
 
 
-def test_ties_at_the_top_k_threshold_are_kept_as_nanogpt_keeps_them():
+def test_ties_at_the_top_k_threshold_are_kept_as_in_nanogpt():
     model, reference = make_pair(n_layer=1)
     with torch.no_grad():  # three equal rows of the head are three equal logits
         for module in (model, reference):
@@ -88,14 +88,14 @@ def test_ties_at_the_top_k_threshold_are_kept_as_nanogpt_keeps_them():
             module.lm_head.weight[10:13] = module.lm_head.weight[10] + 3 * bias
     model.eval(), reference.eval()
     idx, _ = make_batch(1, 4)
-    drawn = set()
+    found = set()
     for seed in range(8):
         torch.manual_seed(seed)
         tokens = model.generate(idx, max_new_tokens=30, do_sample=True, top_k=2)
         torch.manual_seed(seed)
         assert torch.equal(tokens, reference.sample(idx, 30, top_k=2))
-        drawn.update(tokens[0, 4:].tolist())
-    assert {10, 11, 12} <= drawn
+        found.update(tokens[0, 4:].tolist())
+    assert {10, 11, 12} <= found
 
 
 @pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}, {"use_cache": False}, {"stride": 8}])
@@ -104,7 +104,7 @@ def test_left_padded_rows_equal_single_rows(settings):
     lengths = (1, 5, 12, 17, 23, 30, 31, 25)
     ids, mask = pad_left(lengths)
     tokens = model.generate(ids, attention_mask=mask, max_new_tokens=60, do_sample=False, **settings)
-    if "stride" in settings:  # a row alone drops its tokens at other moments; the longest row sets them
+    if "stride" in settings:  # in a batch the longest row decides when the window moves
         lengths = (31,)
         ids, tokens = ids[6:7], tokens[6:7]
     for row, length in enumerate(lengths):
@@ -123,7 +123,7 @@ def test_padding_of_every_row_takes_no_room_in_the_window():
 
 
 def test_demo_rows_that_cross_block_size_equal_single_rows(demo):
-    lengths = (1, 22, 68, 100)  # the shortest is the last to cross
+    lengths = (1, 22, 68, 100)  # the shortest is the last to pass block_size
     ids = torch.zeros((4, 100), dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, length in enumerate(lengths):
@@ -281,7 +281,7 @@ def test_prompt_of_embeddings_cannot_be_read_again():
         model.generate(inputs_embeds=embeds, max_new_tokens=26, do_sample=False)
 
 
-def test_going_past_block_size_is_said_once(monkeypatch):
+def test_growing_past_block_size_warns_once(monkeypatch):
     messages = []
     monkeypatch.setattr(decoding_nano_gpt.logger, "warning_once", messages.append)
     model = make_model()

@@ -21,8 +21,8 @@ from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 from hugging_nano_gpt.serve import server as module
 
 from ..helpers.programs import run_command
-from ..helpers.serving import connect, draw, make_tokenizer, serve_app
-from ..helpers.tiny import make_model
+from ..helpers.serving import connect, draw, serve_app
+from ..helpers.tiny import make_model, make_tokenizer
 from ..tokenization.test_bpe import make_encoding
 
 pytest.importorskip("fastapi")

@@ -17,8 +17,8 @@ import pytest
 
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
-from ..helpers.serving import connect, draw, make_tokenizer, serve_app
-from ..helpers.tiny import make_model
+from ..helpers.serving import connect, draw, serve_app
+from ..helpers.tiny import make_model, make_tokenizer
 from .test_serve import CHAT_TEMPLATE, find_port, httpx, openai
 
 # What the packages that are underneath warn of is their own business.

@@ -227,7 +227,7 @@ def test_missing_bytes_are_refused():
         build_tiktoken_tokenizer(small)
 
 
-def make_gpt2():
+def make_gpt2_encoding():
     """Makes an encoding of GPT-2's size and pattern; its tokens are pairs of bytes."""
     ranks = {bytes([byte]): byte for byte in range(256)}
     ranks |= {divmod(index, 256): 256 + index for index in range(50000)}
@@ -238,7 +238,7 @@ def make_gpt2():
 
 @pytest.fixture(scope="module")
 def gpt2():
-    return make_gpt2()
+    return make_gpt2_encoding()
 
 
 @pytest.fixture

@@ -6,16 +6,17 @@ import os
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
+from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 from hugging_nano_gpt import ConversionError, MissingDependencyError, read_checkpoint
-from hugging_nano_gpt.model.block_nano_gpt import NanoGPTMLP
+from hugging_nano_gpt.model.modeling_nano_gpt import NanoGPTMLP
 from hugging_nano_gpt.training import arguments, compute_lr, run, run_training
 
 from ..helpers.programs import run_command
 from ..helpers.reference_run import ReferenceRun
 from ..helpers.scripts import link_scripts, run_script, skip_without_nanogpt
+from ..helpers.tiny import make_gpt2
 from ..helpers.toy_run import SETTINGS, VOCAB_SIZE, flatten_checkpoint, list_differences, make_workplace, train
 from ..helpers.trace import TRACE_DIR, find_largest_difference
 
@@ -170,11 +171,10 @@ def test_fsdp_without_torchrun_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def make_gpt2(folder, n_positions):
+def save_gpt2(folder, n_positions):
     """Saves a stock GPT-2 with random weights; returns them as nanoGPT has them."""
-    torch.manual_seed(0)
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": VOCAB_SIZE}
-    gpt2 = GPT2LMHeadModel(GPT2Config(**shape, n_positions=n_positions, bos_token_id=0, eos_token_id=0))
+    gpt2 = make_gpt2(**shape, n_positions=n_positions, bos_token_id=0, eos_token_id=0)
     gpt2.save_pretrained(folder)
     transposed = tuple(f"{name}.weight" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"))
     return {name: t.T if name.endswith(transposed) else t for name, t in gpt2.state_dict().items()}
@@ -182,7 +182,7 @@ def make_gpt2(folder, n_positions):
 
 def test_run_from_gpt2_writes_the_bits_of_train_pys_order(tmp_path):
     """A folder in the working directory goes before the Hub."""
-    weights = make_gpt2(make_workplace(tmp_path) / "gpt2-toy", SETTINGS["block_size"])
+    weights = save_gpt2(make_workplace(tmp_path) / "gpt2-toy", SETTINGS["block_size"])
     found = run_train(tmp_path, init_from="gpt2-toy")
     reference = ReferenceRun({**SETTINGS, **SHORT}, TRACE_DIR, VOCAB_SIZE)
     reference.model.load_state_dict(weights)
@@ -191,7 +191,7 @@ def test_run_from_gpt2_writes_the_bits_of_train_pys_order(tmp_path):
 
 
 def test_run_from_gpt2_is_cropped_to_block_size_as_train_py_does(tmp_path):
-    weights = make_gpt2(make_workplace(tmp_path) / "gpt2-toy", 4 * SETTINGS["block_size"])
+    weights = save_gpt2(make_workplace(tmp_path) / "gpt2-toy", 4 * SETTINGS["block_size"])
     found = run_train(tmp_path, init_from="gpt2-toy", learning_rate=0.0, min_lr=0.0)
     checkpoint = read_checkpoint(tmp_path / "out-flags" / "ckpt.pt")
     assert checkpoint.model_args["block_size"] == SETTINGS["block_size"]
@@ -202,7 +202,7 @@ def test_run_from_gpt2_is_cropped_to_block_size_as_train_py_does(tmp_path):
 @skip_without_nanogpt
 def test_run_from_gpt2_writes_train_pys_own_bits(tmp_path):
     """With model.py's table of GPT-2's sizes made small, and its crop to block_size."""
-    make_gpt2(make_workplace(tmp_path) / "gpt2", 2 * SETTINGS["block_size"])
+    save_gpt2(make_workplace(tmp_path) / "gpt2", 2 * SETTINGS["block_size"])
     link_scripts(tmp_path)
     source = (tmp_path / "model.py").read_text()
     for theirs, small in (

@@ -21,7 +21,7 @@ from hugging_nano_gpt import (
 )
 from hugging_nano_gpt.convert import pretrained
 from hugging_nano_gpt.demo import CKPT_PATH
-from hugging_nano_gpt.model.cache_nano_gpt import RoomyLayer
+from hugging_nano_gpt.model.fast_nano_gpt import PreallocatedLayer
 from hugging_nano_gpt.verify.compare import describe_difference, have_same_bits, measure_difference
 
 from ..conftest import save
@@ -86,7 +86,7 @@ def test_every_pairing_of_one_model_is_equal(ckpt_path, folder, pair):
 def test_a_broken_cache_is_found_on_its_side(ckpt_path, folder, monkeypatch, dtype):
     NanoGPTLMHeadModel.from_pretrained(folder, dtype=dtype).save_pretrained(folder)
     assert find_wrong(verify_models(folder, folder)) == {}
-    monkeypatch.setattr(RoomyLayer, "update", lambda self, keys, values, *args, **kwargs: (keys, values))
+    monkeypatch.setattr(PreallocatedLayer, "update", lambda self, keys, values, *args, **kwargs: (keys, values))
     wrong = find_wrong(verify_models(folder, folder))
     assert list(wrong) == ["cached, left", "cached, right"]
     assert re.fullmatch(r"row \d differs from token \d+ on: .* the left side draws other.*", wrong["cached, left"])

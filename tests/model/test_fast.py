@@ -1,4 +1,4 @@
-"""What makes generate() fast on a CPU: faster products in the thread that decodes, and caches with room."""
+"""The fast path of generate: the step equals forward, faster products in its thread, and preallocated caches."""
 
 import copy
 import threading
@@ -8,18 +8,90 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from hugging_nano_gpt.model import kernels_nano_gpt as kernels
-from hugging_nano_gpt.model.cache_nano_gpt import CACHE_NAME, RoomyLayer
+from hugging_nano_gpt.model import fast_nano_gpt as fast
+from hugging_nano_gpt.model.fast_nano_gpt import PreallocatedLayer
+from hugging_nano_gpt.model.inputs_nano_gpt import CACHE_NAME
 
 from ..helpers.tiny import make_batch, make_model
+from .test_modeling import pad_left
 
-pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 linear = nn.functional.linear
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("is_padded", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    # Logits of size 20. float32 sums in another order; a plain cache keeps bfloat16 and float16.
+    [(torch.float32, 2e-5), (torch.float64, 1e-12), (torch.bfloat16, 0.5), (torch.float16, 0.06)],
+)
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_step_equals_forward(bias, activation, is_padded, dtype, tolerance, is_tied, monkeypatch):
+    model = make_model(bias=bias)
+    model.config.activation_function = activation
+    model = type(model)(model.config)
+    model.load_state_dict(make_model(bias=bias).state_dict())
+    if not is_tied:
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().flip(0))
+    model = model.to(dtype).eval()
+    monkeypatch.setattr(fast, "choose_linear", lambda model, n_rows: nn.functional.linear)
+    step = model.bind_step(2)
+    ids, mask = pad_left((12, 12 if not is_padded else 5))
+    plain = DynamicCache(config=model.config)
+    preallocated = DynamicCache()
+    preallocated.layers = [PreallocatedLayer(12) for _ in range(2)]
+    with torch.no_grad():
+        for cache in (plain, preallocated):
+            model(ids[:, :8], attention_mask=mask[:, :8], cache=cache)
+        for end in range(9, 13):
+            positions = mask[:, :end].sum(-1) - 1 if is_padded else end - 1
+            key_mask = mask[:, None, None, :end] != 0 if is_padded else None
+            expected = model(ids[:, end - 1 : end], attention_mask=mask[:, :end], cache=plain).logits[:, 0]
+            found = step(ids[:, end - 1], positions, preallocated.layers, key_mask)
+            assert found.dtype == dtype
+            assert (found - expected).abs().max() <= tolerance
+            assert found.abs().max() > 100 * tolerance or dtype in (torch.bfloat16, torch.float16)
+    for ours, theirs in zip(preallocated.layers, plain.layers, strict=True):
+        assert ours.keys.shape == theirs.keys.shape
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.train(),
+        lambda model: model.transformer.h[1].attn.resid_dropout.train(),
+        lambda model: model.set_attn_implementation("eager"),
+        lambda model: model.transformer.h[1].mlp.act.register_forward_hook(lambda *_: None),
+        lambda model: model.lm_head.register_forward_pre_hook(lambda *_: None),
+        lambda model: setattr(model.transformer.h[0].attn, "forward", model.transformer.h[0].attn.forward),
+        lambda model: setattr(model.transformer.h[0].mlp, "c_fc", nn.Bilinear(1, 1, 1)),
+        lambda model: model.lm_head.double(),
+        lambda model: setattr(model, "__class__", type("Subclass", (type(model),), {})),
+    ],
+)
+def test_changed_models_have_no_step(change):
+    model = make_model()
+    assert model.bind_step(1) is not None
+    change(model)
+    assert model.bind_step(1) is None
+
+
+def test_global_hooks_and_autocast_allow_no_step():
+    model = make_model()
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert model.bind_step(1) is None
+    handle.remove()
+    assert model.bind_step(1) is not None
+    with torch.autocast("cpu"):
+        assert model.bind_step(1) is None
 
 
 @pytest.fixture(params=["onednn", "shared"])
 def calls(monkeypatch, request):
-    """Makes toy models as slow to read as large ones, and records the thread of each product by the faster kernel."""
+    """Makes toy models use the faster kernels as large ones do, and records the thread of each of their products."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("torch was built without oneDNN")
     threads = []
 
     def spy(apply):
@@ -29,14 +101,14 @@ def calls(monkeypatch, request):
 
         return counted
 
-    share = kernels._share
-    monkeypatch.setattr(kernels, "_is_blas_shared", lambda: request.param == "shared")
-    monkeypatch.setattr(kernels, "_CACHED_BYTES", 0)
-    monkeypatch.setattr(kernels, "_SHARED_SIZE", 0)
-    monkeypatch.setattr(kernels, "_apply_onednn", spy(kernels._apply_onednn))
-    monkeypatch.setattr(kernels, "_share", lambda *args: spy(share(*args)))
+    share = fast._share
+    monkeypatch.setattr(fast, "_is_blas_shared", lambda: request.param == "shared")
+    monkeypatch.setattr(fast, "_CACHED_BYTES", 0)
+    monkeypatch.setattr(fast, "_SHARED_SIZE", 0)
+    monkeypatch.setattr(fast, "_apply_onednn", spy(fast._apply_onednn))
+    monkeypatch.setattr(fast, "_share", lambda *args: spy(share(*args)))
     n_threads = torch.get_num_threads()
-    torch.set_num_threads(3)  # which divides few widths
+    torch.set_num_threads(3)  # most widths are not divisible by it
     yield threads
     torch.set_num_threads(n_threads)
 
@@ -59,16 +131,16 @@ def test_kernels_are_used_while_generating_and_only_then(calls, settings, is_hoo
 
 
 def test_what_a_processor_keeps_in_its_cache_stays_with_one_thread_of_blas(calls, monkeypatch):
-    monkeypatch.setattr(kernels, "_CACHED_BYTES", 2**20)
-    monkeypatch.setattr(kernels, "_SHARED_SIZE", 2**20)
-    monkeypatch.setattr(torch, "bmm", None)  # what shares
+    monkeypatch.setattr(fast, "_CACHED_BYTES", 2**20)
+    monkeypatch.setattr(fast, "_SHARED_SIZE", 2**20)
+    monkeypatch.setattr(torch, "bmm", None)  # the shared products
     monkeypatch.setattr(torch, "baddbmm", None)
     make_model().generate(make_batch(1, 4)[0], max_new_tokens=4)
-    assert kernels._is_blas_shared() or calls == []
+    assert fast._is_blas_shared() or calls == []
 
 
 def test_generating_changes_nothing_for_other_threads_and_copies(calls):
-    """Two generates at once, a copy and a bare forward pass while both run: each has the kernels it has alone."""
+    """Two calls of generate, with a copy and a forward pass while both run: each uses the same kernels as alone."""
     model = make_model()
     idx, _ = make_batch(1, 4)
     alone = model.generate(idx, max_new_tokens=8, do_sample=False)
@@ -132,13 +204,13 @@ def test_wrapped_modules_and_unusual_weights_are_left_alone(calls):
     ],
     ids=["forward", "model", "block", "base model"],
 )
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when its compiler is imported
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler, when it is imported
 def test_compiled_models_are_left_alone(compile_part):
     model = make_model()
-    assert not kernels.has_compiled_parts(model)
+    assert not fast.has_compiled_parts(model)
     compile_part(model)
-    assert kernels.has_compiled_parts(model)
-    assert not model.can_step()
+    assert fast.has_compiled_parts(model)
+    assert model.bind_step(1) is None
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")  # the switch reads and sets a flag of Intel GPUs too
@@ -158,7 +230,7 @@ def make_linear(bias, rows, dtype):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
     ("dtype", "rows", "n_calls", "tolerance"),
-    # Sums of 256 products of size 1: float32 in another order; float16 rounds the result, of size up to 60.
+    # sums of 256 products of size 1: in float32 in another order; float16 rounds the result, which is up to 60
     [
         *[(torch.float32, rows, 1, 1e-4) for rows in (1, 2, 8, 16)],
         *[(torch.float16, rows, 2, 0.04) for rows in (4, 8, 40)],  # the 3001 outputs in pieces of 2048
@@ -168,18 +240,18 @@ def test_kernel_equals_linear(calls, bias, dtype, rows, n_calls, tolerance):
     layer, inputs = make_linear(bias, rows, dtype)
     with torch.no_grad():
         expected = linear(inputs.double(), layer.weight.double(), layer.bias.double() if bias else None)
-        with kernels._Kernels(1):
+        with fast._Kernels(1):
             found = layer(inputs)
         assert len(calls) == n_calls
-        chosen = kernels.choose_linear(model=layer_as_model(layer), n_rows=2 * rows)
+        chosen = fast.choose_linear(model=layer_as_model(layer), n_rows=2 * rows)
         assert torch.equal(chosen(inputs, layer.weight, layer.bias), found)
-        assert torch.equal(kernels.bind_linear(chosen, layer)(inputs.flatten(0, 1)), found.flatten(0, 1))
+        assert torch.equal(fast.bind_linear(chosen, layer)(inputs.flatten(0, 1)), found.flatten(0, 1))
     assert found.dtype == dtype
     assert (found.double() - expected).abs().max() < tolerance
 
 
 def layer_as_model(layer):
-    """Gives a Linear what the choice asks of a model."""
+    """Gives a Linear the attributes of a model that the choice reads."""
     layer.device, layer.dtype = layer.weight.device, layer.weight.dtype
     return layer
 
@@ -195,15 +267,15 @@ def layer_as_model(layer):
 )
 def test_where_the_kernel_gains_nothing_linear_is_torchs_own(calls, bias, dtype, rows):
     layer, inputs = make_linear(bias, rows, dtype)
-    with torch.no_grad(), kernels._Kernels(1):
+    with torch.no_grad(), fast._Kernels(1):
         assert torch.equal(layer(inputs), linear(inputs, layer.weight, layer.bias))
     assert calls == []
-    assert kernels.choose_linear(layer_as_model(layer), n_rows=2 * rows) is linear
+    assert fast.choose_linear(layer_as_model(layer), n_rows=2 * rows) is linear
 
 
 def test_gradients_flow_where_someone_asks_for_them(calls):
     model = make_model()
-    with kernels.use_kernels(model)(), torch.enable_grad():
+    with fast.use_kernels(model)(), torch.enable_grad():
         model(make_batch(1, 4)[0]).logits.sum().backward()
     assert model.lm_head.weight.grad is not None
     assert calls == []
@@ -225,10 +297,10 @@ def make_states(batch, length, seed):
     return (torch.randn(batch, 2, length, 4, generator=generator) for _ in range(2))
 
 
-def test_roomy_layer_equals_a_dynamic_one():
-    """Through everything that generation modes do to a cache, at the capacity and beyond it."""
-    roomy, plain = DynamicCache(), DynamicCache()
-    roomy.layers = [RoomyLayer(max_length=9)]
+def test_preallocated_layer_equals_a_dynamic_one():
+    """With everything that generation modes do to a cache, up to max_length and beyond it."""
+    filled, plain = DynamicCache(), DynamicCache()
+    filled.layers = [PreallocatedLayer(max_length=9)]
     actions = [
         ("append", 5),
         ("append", 1),
@@ -249,7 +321,7 @@ def test_roomy_layer_equals_a_dynamic_one():
     ]
     for step, (action, value) in enumerate(actions):
         results = []
-        for cache in (roomy, plain):
+        for cache in (filled, plain):
             if action == "append":
                 batch = len(cache.layers[0].keys) if cache.get_seq_length() else 3
                 results.append(cache.update(*make_states(batch, value, step), 0))
@@ -262,15 +334,15 @@ def test_roomy_layer_equals_a_dynamic_one():
             elif action == "select":
                 cache.batch_select_indices(value)
         if action == "copy":
-            kept, roomy = roomy, copy.deepcopy(roomy)
-        assert roomy.get_seq_length() == plain.get_seq_length(), (step, action)
-        for ours, theirs in zip(*results, strict=True) if results else ():
-            assert torch.equal(ours, theirs), (step, action)
-    assert kept.get_seq_length() == 6  # the copy went its own way
+            kept, filled = filled, copy.deepcopy(filled)
+        assert filled.get_seq_length() == plain.get_seq_length(), (step, action)
+        for found, expected in zip(*results, strict=True) if results else ():
+            assert torch.equal(found, expected), (step, action)
+    assert kept.get_seq_length() == 6  # the copy does not share later tokens
 
 
-def test_roomy_layer_copies_old_tokens_rarely():
-    layer = RoomyLayer(max_length=1000)
+def test_preallocated_layer_copies_old_tokens_rarely():
+    layer = PreallocatedLayer(max_length=1000)
     addresses = set()
     for step in range(1000):
         states = torch.stack(list(make_states(1, 1, step)), dim=1)
@@ -278,16 +350,16 @@ def test_roomy_layer_copies_old_tokens_rarely():
         assert torch.equal(torch.stack([keys, values], dim=1)[:, :, :, -1:], states)
         addresses.add(keys.data_ptr())
     assert keys.shape == (1, 2, 1000, 4)
-    assert layer._room[0].shape[3] == 1000
+    assert layer._memory[0].shape[3] == 1000
     assert len(addresses) <= 11
 
 
-def test_what_a_layer_handed_out_never_changes():
-    layer = RoomyLayer(max_length=30)
-    handed_out = []
+def test_what_a_layer_has_returned_never_changes():
+    layer = PreallocatedLayer(max_length=30)
+    returned = []
 
     def keep(*states):
-        handed_out.extend((state, state.clone()) for state in states)
+        returned.extend((state, state.clone()) for state in states)
 
     keep(*layer.update(*make_states(1, 5, 0)))
     twins = [copy.copy(layer), copy.deepcopy(layer)]
@@ -296,7 +368,7 @@ def test_what_a_layer_handed_out_never_changes():
         each.crop(-2)
         keep(each.keys, each.values)
         keep(*each.append(torch.stack(list(make_states(1, 1, 10 + seed)), dim=1)))
-    for state, original in handed_out:
+    for state, original in returned:
         assert torch.equal(state, original)
     assert layer.get_seq_length() == 5
 
@@ -307,11 +379,11 @@ def test_keys_of_a_returned_cache_stay_as_they_are():
     settings = {"do_sample": False, "return_dict_in_generate": True}
     output = model.generate(idx, max_new_tokens=6, **settings)
     cache = output[CACHE_NAME]
-    handed_out = [(layer.keys, layer.keys.clone(), layer.values, layer.values.clone()) for layer in cache.layers]
-    cache.crop(-3)  # the caller goes back three tokens, and on another way
+    returned = [(layer.keys, layer.keys.clone(), layer.values, layer.values.clone()) for layer in cache.layers]
+    cache.crop(-3)  # the caller goes back three tokens and continues differently
     text = torch.cat([output.sequences[:, : cache.get_seq_length()], torch.tensor([[3]])], dim=1)
     tokens = model.generate(text, max_new_tokens=30, past_key_values=cache, **settings).sequences
-    for keys, old_keys, values, old_values in handed_out:
+    for keys, old_keys, values, old_values in returned:
         assert torch.equal(keys, old_keys)
         assert torch.equal(values, old_values)
     assert torch.equal(tokens, model.generate(text, max_new_tokens=30, do_sample=False))
