@@ -73,15 +73,6 @@ def fail(path: Path, problem: str, advice: str) -> CheckpointError:
     return CheckpointError(f"{path}: {problem}; {advice}")
 
 
-def fail_damaged(path: Path, reason: object) -> CheckpointError:
-    """Makes the error for a file that is not what was once written."""
-    return fail(
-        path,
-        f"damaged or cut off: expected a whole file as it was written, got {reason}",
-        "copy it again from where it was written, or use an earlier checkpoint",
-    )
-
-
 @contextlib.contextmanager
 def open_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Opens a file for writing that takes its name when the block ends, and never if the block raises.

@@ -1,4 +1,4 @@
-"""checkpoint.py: real and tiny checkpoints there and back, and wrong ones refused with a message that helps."""
+"""checkpoint/formats.py: real and tiny checkpoints are read and written; wrong ones are refused in a useful line."""
 
 import os
 import re

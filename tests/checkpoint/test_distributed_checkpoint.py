@@ -1,4 +1,4 @@
-"""checkpoint/distributed.py: what torch.distributed.checkpoint and dcp_to_torch_save make of a checkpoint is read."""
+"""Files that torch.distributed.checkpoint and dcp_to_torch_save make of a checkpoint are read, with their moments."""
 
 import warnings
 
@@ -8,7 +8,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from hugging_nano_gpt import CheckpointError, read_checkpoint
-from hugging_nano_gpt.checkpoint.optimizer import group_by_module
+from hugging_nano_gpt.checkpoint.moments import group_by_module
 
 from ..conftest import assert_same
 from ..helpers.tiny import FIXTURES_DIR

@@ -1,4 +1,4 @@
-"""Every member of the nanoGPT family: upstream's numbers from it, nothing lost on the way back, nothing guessed."""
+"""Every member of the nanoGPT family gives upstream's numbers, is written back without loss, and is never guessed."""
 
 import copy
 from dataclasses import replace
@@ -16,7 +16,8 @@ from hugging_nano_gpt import (
     read_checkpoint,
     write_checkpoint,
 )
-from hugging_nano_gpt.checkpoint.optimizer import (
+from hugging_nano_gpt.checkpoint.formats import FILE_KINDS
+from hugging_nano_gpt.checkpoint.moments import (
     from_adamw,
     group_by_dimension,
     group_by_module,
@@ -26,7 +27,7 @@ from hugging_nano_gpt.demo import CKPT_PATH
 
 from ..helpers.tiny import FIXTURES_DIR, MODEL_ARGS, make_batch, make_model
 
-# What each file needs said, and what it should tell by itself.
+# What the user has to say about each file, and the activation and the tying that it should be read with.
 MEMBERS = {
     "nanogpt-2022-12-28-fe804286/ckpt.pt": ({}, "gelu_new", False),
     "nanogpt-2023-01-14-43b37fd5/ckpt.pt": ({}, "gelu_new", True),
@@ -76,6 +77,10 @@ def test_member_with_another_activation_does_not(name):
     model = NanoGPTLMHeadModel.from_nanogpt_ckpt(FIXTURES_DIR / name, **{**said, "activation_function": other})
     golden = load_golden(name)
     assert (model(golden["idx"]).logits - golden["logits"]).abs().max() > 5e-5
+
+
+def test_every_format_of_the_table_has_a_member():
+    assert {read_member(name, with_optimizer=False).format for name in MEMBERS} == FILE_KINDS.keys()
 
 
 def assert_same_moments(first, second):

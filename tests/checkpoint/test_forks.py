@@ -51,7 +51,7 @@ def test_extra_keys_are_named_with_the_way_out_and_then_ignored(contents, tmp_pa
     checkpoint = read_checkpoint(path, ignore_extra=True)
     assert_same(checkpoint.state_dict, contents["model"])
     assert (checkpoint.training_state.iter_num, checkpoint.training_state.optimizer is None) == (7, False)
-    assert any("left out of account" in text for text in checkpoint.assumptions)
+    assert any("ignored, as asked" in text for text in checkpoint.assumptions)
     assert NanoGPTLMHeadModel.from_nanogpt_ckpt(path, ignore_extra=True).num_parameters() > 0
 
 
@@ -101,7 +101,7 @@ def test_extra_keys_of_build_nanogpt_are_ignored_too(tmp_path, monkeypatch):
 def test_every_function_and_command_takes_ignore_extra(contents, tmp_path):
     path = save(contents | EXTRAS, tmp_path)
     written = convert_to_folder(path, tmp_path / "out", ignore_extra=True)
-    assert any("left out of account" in note for note in written.notes)
+    assert any("ignored, as asked" in note for note in written.notes)
     assert inspect_path(path, ignore_extra=True).iter_num == 7
     assert verify_models(path, tmp_path / "out", ignore_extra=True).is_equal
 

@@ -10,8 +10,8 @@ from safetensors import safe_open
 from transformers.utils import logging
 
 from hugging_nano_gpt import NanoGPTConfig, NanoGPTLMHeadModel
-from hugging_nano_gpt.checkpoint import torch_file
-from hugging_nano_gpt.checkpoint.optimizer import group_by_dimension, list_parameter_shapes
+from hugging_nano_gpt.checkpoint.file import CheckpointFile
+from hugging_nano_gpt.checkpoint.moments import group_by_dimension, list_parameter_shapes
 from hugging_nano_gpt.demo import CKPT_PATH
 
 from ..helpers.processes import run_forked
@@ -84,9 +84,9 @@ def test_conversion_to_shards_takes_no_more_memory_for_an_optimizer(paths, tmp_p
 @needs_offsets
 def test_each_stored_block_is_read_once_and_moments_not_at_all(paths, monkeypatch):
     read_bytes = []
-    read_block = torch_file.TorchFile._read_block
+    read_block = CheckpointFile._read_block
     monkeypatch.setattr(
-        torch_file.TorchFile,
+        CheckpointFile,
         "_read_block",
         lambda self, name, stored: read_bytes.append(stored.nbytes) or read_block(self, name, stored),
     )

@@ -1,4 +1,4 @@
-"""checkpoint/torch_file.py and unpickle.py: every tensor bit for bit; no damaged, crafted or odd file gets past."""
+"""checkpoint/file.py: every tensor is read bit for bit; every damaged, crafted or odd file is refused."""
 
 import os
 import pickle
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hugging_nano_gpt import CheckpointError
-from hugging_nano_gpt.checkpoint.torch_file import TorchFile
+from hugging_nano_gpt.checkpoint.file import CheckpointFile
 from hugging_nano_gpt.files import open_source
 
 from ..conftest import assert_same, limit_time, save
@@ -42,13 +42,13 @@ TENSORS = {
 
 
 @contextmanager
-def open_torch_file(path):
+def open_checkpoint(path):
     with open_source(path) as file:
-        yield TorchFile(path, file)
+        yield CheckpointFile(path, file)
 
 
 def read(path):
-    with open_torch_file(path) as file:
+    with open_checkpoint(path) as file:
         return file.read_tree(file.contents)
 
 
@@ -115,8 +115,8 @@ def test_read_tied_crops_gives_one_tensor_without_the_rest(tmp_path):
 
 def test_read_views_of_one_block_reads_it_once(tmp_path, monkeypatch):
     names = []
-    read_block = TorchFile._read_block
-    monkeypatch.setattr(TorchFile, "_read_block", lambda *args: names.append(args[1]) or read_block(*args))
+    read_block = CheckpointFile._read_block
+    monkeypatch.setattr(CheckpointFile, "_read_block", lambda *args: names.append(args[1]) or read_block(*args))
     read(
         save(
             {"whole": MATRIX, "again": MATRIX, "crop": MATRIX[1:], "transposed": MATRIX.T, "x": torch.ones(1)},
@@ -138,7 +138,8 @@ def test_read_tensors_stay_when_the_file_is_overwritten(tmp_path):
 def test_read_file_that_changes_while_open_is_refused(tmp_path, size):
     """nanoGPT's train.py saves over its file in place, whoever may be reading it."""
     path = save({"a": MATRIX}, tmp_path)
-    with open_torch_file(path) as file:
+    with open_checkpoint(path) as file:
+        assert file.contents.keys() == {"a"}
         path.write_bytes(bytes(size or path.stat().st_size))
         with pytest.raises(CheckpointError, match=r"damaged or cut off: .*(an early end|a wrong checksum)"):
             file.read_tensors(file.contents)
@@ -199,7 +200,7 @@ def without_checksums(tmp_path):
 
 def test_read_file_without_checksums_is_read_and_says_so(without_checksums):
     assert_same(read(without_checksums), {"a": MATRIX, "b": torch.empty(0)})
-    with open_torch_file(without_checksums) as file:
+    with open_checkpoint(without_checksums) as file:
         assert file.assumptions == (
             "every number as it was written: the file has no checksums, as torch.save was told to write none",
         )
@@ -388,7 +389,7 @@ def test_read_view_out_of_bounds_is_refused(tmp_path, view, monkeypatch):
 )
 def test_read_tensor_that_is_not_plain_is_refused(tmp_path, tensor, message):
     path = save({"a": tensor}, tmp_path)
-    with open_torch_file(path) as file, pytest.raises(CheckpointError, match=f"{re.escape(str(path))}: .*{message}"):
+    with open_checkpoint(path) as file, pytest.raises(CheckpointError, match=f"{re.escape(str(path))}: .*{message}"):
         file.read_tensors(file.contents)
 
 

@@ -1,4 +1,4 @@
-"""checkpoint/unpickle.py: what torch.save writes is read, in any thread; what else a pickle says does nothing."""
+"""checkpoint/torch_pickle.py: what torch.save writes is read, in any thread; anything else does nothing."""
 
 import contextlib
 import pickle
@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from hugging_nano_gpt import CheckpointError, pickles, read_checkpoint, read_meta
-from hugging_nano_gpt.checkpoint.torch_file import TorchFile
-from hugging_nano_gpt.checkpoint.unpickle import unpickle
+from hugging_nano_gpt.checkpoint.file import CheckpointFile
+from hugging_nano_gpt.checkpoint.torch_pickle import unpickle
 from hugging_nano_gpt.files import open_source
 from hugging_nano_gpt.pickles import Foreign
 from hugging_nano_gpt.tokenization.characters import read_vocab_size
@@ -26,7 +26,7 @@ BUILD_NANOGPT = FIXTURES_DIR / "build-nanogpt" / "model_05000.pt"
 
 def read(path, **kwargs):
     with open_source(path) as file:
-        opened = TorchFile(path, file, **kwargs)
+        opened = CheckpointFile(path, file, **kwargs)
         return opened.read_tree(opened.contents)
 
 
@@ -108,7 +108,7 @@ def touch(path):
 @pytest.mark.parametrize("state", [None, {"a": 1}, [1, 2]], ids=["called", "filled", "filled with a list"])
 def test_an_unknown_name_is_refused_and_does_nothing(tmp_path, state):
     path = save({"a": Call(touch, tmp_path / "canary", state=state)}, tmp_path)
-    with pytest.raises(CheckpointError, match=r"could run code: .*got the names? .*test_unpickle.touch"):
+    with pytest.raises(CheckpointError, match=r"could run code: .*got the names? .*test_torch_pickle.touch"):
         read(path)
     assert isinstance(read(path, takes_foreign=True)["a"], Foreign)
 

@@ -1,4 +1,4 @@
-"""checkpoint/optimizer.py: moments get the names of their parameters or are refused; only a whole state is written."""
+"""checkpoint/moments.py: moments get the names of their parameters or are refused; only a whole state is written."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -83,8 +83,9 @@ class _Unpickler(Unpickler):
             return _NAMES[full_name]
         if full_name in ("__builtin__.set", "builtins.set"):
             return self._make_set
-        if module in ("torch", "torch.storage") and name in _STORAGE_TYPES:
-            return _STORAGE_TYPES[name]
+        storage = name.removesuffix("Storage")
+        if module in ("torch", "torch.storage") and storage != name and storage in _STORAGE_TYPES:
+            return _StorageType(_STORAGE_TYPES[storage])
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
         return super().find_class(module, name)
@@ -193,24 +194,21 @@ def _make_number(dtype: _NumpyDtype, data: bytes) -> Any:
     return np.frombuffer(data, np.dtype(dtype.byteorder + dtype.code), count=1)[0].item()
 
 
-# By the names under which torch.save pickles them.
+# By the names under which torch.save pickles them, without "Storage" at their end.
 _STORAGE_TYPES = {
-    f"{name}Storage": _StorageType(dtype)
-    for name, dtype in (
-        ("BFloat16", torch.bfloat16),
-        ("Bool", torch.bool),
-        ("Byte", torch.uint8),
-        ("Char", torch.int8),
-        ("ComplexDouble", torch.complex128),
-        ("ComplexFloat", torch.complex64),
-        ("Double", torch.float64),
-        ("Float", torch.float32),
-        ("Half", torch.float16),
-        ("Int", torch.int32),
-        ("Long", torch.int64),
-        ("Short", torch.int16),
-        ("Untyped", torch.uint8),
-    )
+    "Float": torch.float32,
+    "Double": torch.float64,
+    "Half": torch.float16,
+    "BFloat16": torch.bfloat16,
+    "Byte": torch.uint8,
+    "Char": torch.int8,
+    "Short": torch.int16,
+    "Int": torch.int32,
+    "Long": torch.int64,
+    "Bool": torch.bool,
+    "ComplexFloat": torch.complex64,
+    "ComplexDouble": torch.complex128,
+    "Untyped": torch.uint8,
 }
 
 # Nothing here may be made to take memory or time by odd arguments.

@@ -1,4 +1,4 @@
-"""checkpoint/tensors.py: wrappers' prefixes and mask buffers are taken off, and nothing that only looks like them."""
+"""checkpoint/state_dict.py: prefixes of wrappers and mask buffers are removed, and nothing that looks alike."""
 
 import re
 
