@@ -62,8 +62,7 @@ class CheckpointFile:
     Args:
         path: The file.
         raw: The same, opened by open_source; it has to stay open while tensors are read.
-        admitted: Classes that its pickle may name in addition to tensors and plain Python types, by the name under
-            which they are pickled. They must be harmless to make without arguments and to fill with attributes.
+        admitted: Classes that its pickle may name in addition to tensors and plain Python types; see Unpickler.
         takes_foreign: Whether its pickle may name anything else; refuse_foreign then has to be called for what is
             used of `contents`.
     """
@@ -114,23 +113,20 @@ class CheckpointFile:
         Raises:
             CheckpointError: If a block is missing, is shorter than its tensor says, or does not match its checksum.
         """
+        stored = {name: self._find_block(name, tensor) for name, tensor in tensors.items()}
         first_names: dict[StoredBlock, str] = {}
-        for name, tensor in tensors.items():
-            if oddity := find_oddity(tensor):
-                raise self.fail(f"{name}: expected a dense tensor, got {oddity}", "save a plain state dict")
-            first_names.setdefault(self._get_block(name, tensor), name)
+        for name, block in stored.items():
+            first_names.setdefault(block, name)
         with ThreadPoolExecutor(_N_READERS) as readers:  # reads and checksums run outside Python's lock
-            blocks = dict(
-                zip(first_names, readers.map(self._read_block, first_names.values(), first_names), strict=True)
-            )
+            read = readers.map(self._read_block, first_names.values(), first_names)
+            blocks = dict(zip(first_names, read, strict=True))
 
         views: dict[tuple, torch.Tensor] = {}
         result = {}
         for name, tensor in tensors.items():
-            stored = self._get_block(name, tensor)
-            view_key = (stored, tensor.shape, tensor.stride(), get_offset(tensor))
+            view_key = (stored[name], tensor.shape, tensor.stride(), get_offset(tensor))
             if view_key not in views:
-                views[view_key] = _view_block(blocks[stored].view(tensor.dtype), tensor)
+                views[view_key] = _view_block(blocks[stored[name]].view(tensor.dtype), tensor)
             result[name] = views[view_key]
         return result
 
@@ -176,9 +172,10 @@ class CheckpointFile:
             f"{IGNORE_ADVICE if is_extra else ''}",
         )
 
-    def _get_block(self, name: str, tensor: torch.Tensor) -> StoredBlock:
-        block = get_block(tensor)
-        if block is None:
+    def _find_block(self, name: str, tensor: torch.Tensor) -> StoredBlock:
+        if oddity := find_oddity(tensor):
+            raise self.fail(f"{name}: expected a dense tensor, got {oddity}", "save a plain state dict")
+        if (block := get_block(tensor)) is None:
             raise self.fail_damaged(f"{name} without data")
         return block
 

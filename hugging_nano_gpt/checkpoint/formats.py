@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import CheckpointError, ConversionError
-from ..files import explain_failed_write, fail, open_atomically, open_source
+from ..files import fail, fail_to_write, open_atomically, open_source
 from ..model.configuration_nano_gpt import ACTIVATION_FUNCTIONS
 from . import build_nanogpt, llmc, mingpt, nanogpt
 from .contents import Checkpoint, ReadingOptions, TrainingState
@@ -133,8 +133,8 @@ def write_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str], *, to
     try:
         with open_atomically(path) as file:
             _WRITERS[to](checkpoint, file)
-    except RuntimeError as error:  # torch.save reports a full disk so, in words about its own insides
-        raise explain_failed_write(path, "the disk is full or failed") from error
+    except RuntimeError as error:  # how torch.save reports a full disk, in words about its internals
+        raise fail_to_write(path, "the disk is full or failed") from error
 
 
 def _fail_unknown(file: CheckpointFile) -> CheckpointError:
@@ -151,7 +151,7 @@ def _fail_unknown(file: CheckpointFile) -> CheckpointError:
 
 
 def _settle_tying(checkpoint: Checkpoint, path: Path, wanted: bool | None) -> Checkpoint:
-    """Makes one tensor of lm_head and the embedding where they are tied, and two where they are not."""
+    """Makes lm_head and the embedding one tensor if they are tied, and two if they are not."""
     state_dict, is_equal = dict(checkpoint.state_dict), checkpoint.tie_word_embeddings
     head, embedding = state_dict["lm_head.weight"], state_dict["transformer.wte.weight"]
     if wanted and not is_equal:

@@ -1,7 +1,7 @@
-"""The model in a file: what the formats of torch.save share. Names are cleaned, sizes inferred, tensors checked, read.
+"""The model in a file of torch.save, for all formats: names are cleaned, sizes inferred, tensors checked and read.
 
-Every name, shape and dtype is compared with nanoGPT's model before the first tensor is read, so a file that is not
-whole is refused in one error with all faults.
+Every name, shape and dtype is compared with nanoGPT's model before the first tensor is read, so that a file that is
+not whole is refused in one error with all faults.
 """
 
 import re
@@ -77,13 +77,12 @@ class StateDict:
     def infer_model_args(self) -> dict[str, Any]:
         """Returns the model_args that the shapes show: all but n_head and dropout, as far as the tensors exist."""
         model_args: dict[str, Any] = {}
-        for arg, name, dimension in (
-            ("vocab_size", _EMBEDDING, 0),
-            ("block_size", "transformer.wpe.weight", 0),
-            ("n_embd", _EMBEDDING, 1),
+        for name, args in (
+            ("transformer.wpe.weight", ("block_size", "n_embd")),
+            (_EMBEDDING, ("vocab_size", "n_embd")),
         ):
             if name in self.tensors and self.tensors[name].ndim == 2:
-                model_args[arg] = self.tensors[name].shape[dimension]
+                model_args |= zip(args, self.tensors[name].shape, strict=True)
         model_args["n_layer"] = len({match[1] for name in self.tensors if (match := _LAYER.match(name))})
         model_args["bias"] = "transformer.ln_f.bias" in self.tensors
         return model_args

@@ -60,8 +60,8 @@ def export_model(
         out: Folder or file to write, depending on the format.
         to: "gpt2", a folder for stock GPT2LMHeadModel; "gguf", a file for llama.cpp; "onnx", a folder for ONNX
             Runtime.
-        meta_path: meta.pkl of the model's characters, instead of the tokenizer that belongs to the source.
-        tokenizer: Name, folder or Hub id of a tokenizer, instead of meta_path.
+        meta_path: meta.pkl of the model's characters, in place of the tokenizer that belongs to the source.
+        tokenizer: Name, folder or Hub id of a tokenizer, in place of meta_path.
         file_type: For "gguf" alone: "f32" (the default), "f16" or "q8_0".
         overwrite: Whether existing files may be replaced.
         **kwargs: What from_nanogpt_ckpt or from_pretrained takes, such as `dtype`, `n_head`, `activation_function`.
