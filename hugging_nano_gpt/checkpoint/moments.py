@@ -18,6 +18,7 @@ from ..errors import join_some
 from .layout import list_parameter_shapes, strip_wrappers
 
 Names = list[str]
+Grouping = Callable[[Names, Mapping[str, tuple[int, ...]]], tuple[Names, Names]]
 
 # What AdamW keeps for each parameter in addition to the step count, all of the parameter's shape; and with amsgrad.
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -42,10 +43,7 @@ def group_by_module(names: Names, shapes: Mapping[str, tuple[int, ...]]) -> tupl
     return sorted(decayed), sorted(set(names) - set(decayed))
 
 
-GROUPINGS: tuple[Callable[[Names, Mapping[str, tuple[int, ...]]], tuple[Names, Names]], ...] = (
-    group_by_dimension,
-    group_by_module,
-)
+GROUPINGS: tuple[Grouping, ...] = (group_by_dimension, group_by_module)
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class OptimizerState:
 
     settings: tuple[dict[str, Any], dict[str, Any]]
     moments: dict[str, dict[str, Any]]
-    grouping: Callable = group_by_dimension
+    grouping: Grouping = group_by_dimension
 
     def find_faults(self, model_args: Mapping[str, Any]) -> list[str]:
         """Finds moments that do not fit nanoGPT's model of these model_args; returns a sentence for each."""
@@ -73,14 +71,10 @@ class OptimizerState:
             expected = list_moments(self.settings[len(shapes.get(name, ())) < 2])
             found = _list_shapes(moments, expected)
             if found != [shapes.get(name)] * len(expected):
-                wrong.append(
-                    f"{name!r}: expected {', '.join(expected)} of {shapes.get(name, 'no parameter')}, got {found}"
-                )
-        wrong += [
-            f"{name!r}: expected a step, got none"
-            for name, m in self.moments.items()
-            if isinstance(m, dict) and "step" not in m
-        ]
+                shape = shapes.get(name, "no parameter")
+                wrong.append(f"{name!r}: expected {', '.join(expected)} of {shape}, got {found}")
+            elif "step" not in moments:
+                wrong.append(f"{name!r}: expected a step, got none")
         return [f"optimizer: {join_some(wrong)}"] if wrong else []
 
     def to_adamw(self, model_args: Mapping[str, Any]) -> dict[str, Any]:
