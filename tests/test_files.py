@@ -197,6 +197,8 @@ def test_write_over_a_folder_is_refused(tmp_path):
 def test_write_over_a_pipe_is_refused(tmp_path):
     """So that writing to /dev/null as root does not replace the device for the whole machine."""
     path = tmp_path / "pipe"
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("Windows has no pipes among files")
     os.mkfifo(path)
     with pytest.raises(CheckpointError, match="pipe: cannot be written"):
         write(path)
@@ -216,7 +218,7 @@ def test_write_into_a_file_as_folder_is_refused(old_path):
     assert_untouched(old_path)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
 def test_write_into_a_locked_folder_is_refused(old_path):
     old_path.parent.chmod(0o500)
     try:
@@ -229,7 +231,11 @@ def test_write_into_a_locked_folder_is_refused(old_path):
 
 # Killing the writer
 
-forks = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 and newer, as torch has threads
+
+def forks(test):
+    """Marks a test that forks this process; Python 3.12 and newer warn of that, because torch has threads."""
+    test = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")(test)
+    return pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows does not fork")(test)
 
 
 @contextlib.contextmanager

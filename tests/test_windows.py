@@ -2,7 +2,6 @@
 
 import ast
 import errno
-import fcntl
 import gc
 import io
 import os
@@ -58,6 +57,7 @@ def refuse_if(refused, path):
 @pytest.fixture
 def windows(monkeypatch):
     """A Linux that refuses what Windows refuses, and lacks what Windows lacks."""
+    fcntl = pytest.importorskip("fcntl", reason="this is Windows")
     fsync, rename, replace, unlink, open_file = os.fsync, os.rename, os.replace, os.unlink, os.open
 
     def fsync_writable(descriptor):

@@ -3,7 +3,6 @@
 import contextlib
 import pickle
 import pickletools
-import resource
 import struct
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,7 +17,7 @@ from hugging_nano_gpt.files import open_source
 from hugging_nano_gpt.pickles import Foreign
 from hugging_nano_gpt.tokenization.characters import read_vocab_size
 
-from ..conftest import assert_same, limit_time, save
+from ..conftest import assert_same, limit_time, measure_peak_bytes, save
 from ..helpers.tiny import FIXTURES_DIR
 
 BUILD_NANOGPT = FIXTURES_DIR / "build-nanogpt" / "model_05000.pt"
@@ -151,11 +150,11 @@ NAMING = ("bytearray", "tensor", "zeros", "repr", "bytes many times", "sets of a
 
 def spend_little(read, pickled):
     """Calls `read`, which may raise, uses what it returns, and checks that it all takes neither memory nor time."""
-    peak_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak_before = measure_peak_bytes()
     with limit_time(5), contextlib.suppress(Exception):
         contents = read(b"\x80\x02" + pickled)
         repr(contents), list(pickles.iterate_values(contents))
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_before) * 1024 < 100e6
+    assert measure_peak_bytes() - peak_before < 100e6
 
 
 @pytest.mark.parametrize("name", BOMBS)
@@ -249,18 +248,8 @@ def test_functions_take_only_what_torch_save_gives_them(pickled):
 
 
 def test_no_name_stands_for_what_runs_code():
-    """Every name of the interpreter's own that a pickle may use, asked for one by one."""
-    for module in (
-        "builtins",
-        "__builtin__",
-        "os",
-        "posix",
-        "subprocess",
-        "importlib",
-        "functools",
-        "operator",
-        "torch",
-    ):
+    """Pickles that ask for names of Python's and torch's own, one by one, get Foreigns."""
+    for module in "builtins __builtin__ os posix subprocess importlib functools operator torch".split():
         for name in ("eval", "exec", "getattr", "system", "Popen", "import_module", "partial", "load", "attrgetter"):
             found, names = unpickle(f"c{module}\n{name}\n.".encode(), {})
             assert isinstance(found, Foreign)
