@@ -31,7 +31,7 @@ _KEY_TYPES = (type(None), bool, float, torch.dtype, torch.device, torch.Tensor)
 _REFUSED = (
     *(pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.PERSID),
     *(pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER),  # they make room before they read
-    pickle.LONG4,  # ints of more than 255 bytes, each use of which takes time
+    pickle.LONG4,  # ints of more than 255 bytes, which take time at each use
 )
 
 

@@ -1,4 +1,4 @@
-"""files.py: whatever happens while a file is written, the old one or the whole new one is under its name.
+"""files.py: when writing fails or is killed, the old file or the complete new one is under its name.
 
 The writers that are killed at random moments have a seed, which is printed when one fails and can be set:
 KILL_SEED=7 python -m pytest tests/test_files.py
@@ -349,7 +349,7 @@ def test_write_checkpoint_killed_at_random_moments_leaves_the_old_or_the_new(bot
 
 @forks
 def test_write_in_place_killed_at_random_moments_leaves_neither(both, tmp_path):
-    """Shows that the test above tells a file that is neither from the two."""
+    """Shows that the test above can find a file that is neither of the two."""
     with limit_time(60):
         outcomes = list(kill_writers(write_in_place, both, tmp_path / "ckpt.pt"))
     assert any(re.search("damaged or cut off|an empty file", outcome) for outcome in outcomes), (
@@ -401,7 +401,7 @@ def test_folder_behind_a_link_to_another_file_system_is_written_there(tmp_path, 
 
 
 def test_folder_that_is_there_needs_nothing_of_its_parent(tmp_path, monkeypatch):
-    """A mount point, or a writable folder in one that is not: nothing is made beside it, and it is not replaced."""
+    """A mount point, or a writable folder in one that is not: nothing is made next to it, and it is not replaced."""
     folder = tmp_path / "out"
     folder.mkdir()
     number, made, mkdir = folder.stat().st_ino, [], Path.mkdir

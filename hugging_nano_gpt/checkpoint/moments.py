@@ -201,7 +201,7 @@ def make_fresh_state(config: Mapping[str, Any]) -> OptimizerState:
     """Makes the state of nanoGPT's optimizer before its first update.
 
     Args:
-        config: train.py's settings, of which the optimizer's are used; missing ones have nanoGPT's defaults.
+        config: train.py's settings. Only the optimizer's are used; missing ones have nanoGPT's defaults.
     """
     setting = {name: config.get(name, default) for name, default in _CONFIG_DEFAULTS.items()}
     parameters = [torch.nn.Parameter(torch.empty(0)) for _ in range(2)]  # torch adds the settings that it has

@@ -145,7 +145,7 @@ def _is_real_number(value: Any) -> bool:
 
 
 def _name_moments(file: CheckpointFile, adamw: Any, checkpoint: Checkpoint, is_wanted: bool) -> OptimizerState | None:
-    """Returns the optimizer's state by name; None if there is none, or one of another form that is not wanted."""
+    """Returns the optimizer's state by name; None if the file has none, or one of another form that is not wanted."""
     if adamw is None:
         return None
     model_args, is_tied = checkpoint.model_args, checkpoint.tie_word_embeddings

@@ -150,10 +150,6 @@ def _check_dimensions(size: Sequence[int]) -> None:
         raise ValueError(f"a tensor of {len(size)} dimensions")
 
 
-def _make_ordered_dict() -> OrderedDict:
-    return OrderedDict()
-
-
 def _get_layout(name: str) -> torch.layout:
     layout = getattr(torch, name.removeprefix("torch."), None)
     if not isinstance(layout, torch.layout):  # or a pickle could ask for torch.save, and then call it
@@ -215,7 +211,7 @@ _NAMES: dict[str, Any] = {
     "__builtin__.complex": complex,
     "_codecs.encode": _encode,
     "builtins.complex": complex,
-    "collections.OrderedDict": _make_ordered_dict,
+    "collections.OrderedDict": lambda: OrderedDict(),  # and no arguments
     "numpy._core.multiarray.scalar": _make_number,
     "numpy.core.multiarray.scalar": _make_number,
     "numpy.dtype": _NumpyDtype,

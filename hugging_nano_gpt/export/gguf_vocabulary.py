@@ -116,13 +116,11 @@ def _find_faults(parts: dict[str, Any]) -> list[str]:
             faults.append("tokens that no merges lead to")
     elif split is not None:
         faults.append(f"no merges, but text split by {split!r}")
-    elif odd := [each for each in model["vocab"].keys() - _list_added(parts) if len(each) != 1]:
-        faults.append(f"no merges, but tokens of several characters as {list_some(sorted(odd))}")
+    else:
+        added = {token["content"] for token in parts["added_tokens"]}
+        if odd := [each for each in model["vocab"].keys() - added if len(each) != 1]:
+            faults.append(f"no merges, but tokens of several characters as {list_some(sorted(odd))}")
     return faults
-
-
-def _list_added(parts: dict[str, Any]) -> set[str]:
-    return {token["content"] for token in parts["added_tokens"]}
 
 
 def _splits_as_gpt2(split: Any) -> bool:
@@ -172,15 +170,9 @@ def _add_special_tokens(
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     if bos is None and needs_bos:  # without one, llama.cpp uses token 11
         bos = eos
-    adders = (
-        (writer.add_bos_token_id, bos),
-        (writer.add_eos_token_id, eos),
-        (writer.add_pad_token_id, pad),
-        (writer.add_unk_token_id, unknown),
-    )
-    for add, index in adders:
+    for name, index in (("bos", bos), ("eos", eos), ("pad", pad), ("unk", unknown)):
         if index is not None:
-            add(index)
+            getattr(writer, f"add_{name}_token_id")(index)
 
 
 def _find_traps(tokenizer: PreTrainedTokenizerBase) -> list[int]:

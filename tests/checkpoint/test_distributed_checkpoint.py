@@ -20,7 +20,7 @@ HEAD = FIXTURES_DIR / FIXTURES[0] / "ckpt.pt"
 def convert(state, folder):
     """Does what a user does: saves with torch.distributed, in one process, and makes a file of the folder."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is one process, and that torch.load is not told weights_only
+        warnings.simplefilter("ignore")  # about having one process, and about torch.load without weights_only
         dcp.save(state, checkpoint_id=folder / "dcp")
     dcp_to_torch_save(folder / "dcp", folder / "ckpt.pt")
     return folder / "ckpt.pt"

@@ -35,7 +35,7 @@ MEMBERS = {
     "nanogpt-2023-01-27-e808a671/ckpt.pt": ({}, "gelu_new", True),
     "nanogpt-2023-02-02-1e87509e/ckpt.pt": ({}, "gelu_new", True),
     "nanogpt-2023-02-05-ab0718a7/ckpt.pt": ({}, "gelu_new", True),
-    # six weeks in which nothing in the file tells the GELU
+    # six weeks in which nothing in the file shows the GELU
     "nanogpt-2023-05-06-7fe4a099/ckpt.pt": ({"activation_function": "gelu_new"}, "gelu_new", True),
     "nanogpt-2023-06-14-f08abb45/ckpt.pt": ({}, "gelu", True),
     "nanogpt-head-compiled/ckpt.pt": ({}, "gelu", True),
@@ -58,8 +58,8 @@ def load_golden(name):
 
 @pytest.mark.parametrize("name", MEMBERS)
 def test_member_gives_upstream_numbers(name):
-    said, activation_function, is_tied = MEMBERS[name]
-    model = NanoGPTLMHeadModel.from_nanogpt_ckpt(FIXTURES_DIR / name, **said)
+    options, activation_function, is_tied = MEMBERS[name]
+    model = NanoGPTLMHeadModel.from_nanogpt_ckpt(FIXTURES_DIR / name, **options)
     assert model.config.activation_function == activation_function
     assert model.config.tie_word_embeddings is is_tied
     assert (model.lm_head.weight is model.transformer.wte.weight) is is_tied
@@ -71,10 +71,10 @@ def test_member_gives_upstream_numbers(name):
 
 @pytest.mark.parametrize("name", [name for name in MEMBERS if "llmc" not in name])
 def test_member_with_another_activation_does_not(name):
-    """Shows that the golden numbers tell the activations apart, even where the weights are toy ones."""
-    said, activation_function, _ = MEMBERS[name]
+    """Shows that the golden numbers distinguish the activations, even with toy weights."""
+    options, activation_function, _ = MEMBERS[name]
     other = "gelu" if activation_function != "gelu" else "gelu_new"
-    model = NanoGPTLMHeadModel.from_nanogpt_ckpt(FIXTURES_DIR / name, **{**said, "activation_function": other})
+    model = NanoGPTLMHeadModel.from_nanogpt_ckpt(FIXTURES_DIR / name, **{**options, "activation_function": other})
     golden = load_golden(name)
     assert (model(golden["idx"]).logits - golden["logits"]).abs().max() > 5e-5
 
@@ -122,7 +122,7 @@ def test_untied_member_is_refused_by_todays_nanogpt(name, tmp_path):
     ],
 )
 def test_moments_of_every_era_get_the_names_of_their_parameters(name, grouping):
-    """Moments are told apart by what upstream's training did: a step in the direction of exp_avg's sign."""
+    """Moments are identified by what upstream's training did: a step in the direction of exp_avg's sign."""
     checkpoint = read_member(name)
     optimizer = checkpoint.training_state.optimizer
     assert optimizer.grouping is grouping
@@ -295,10 +295,10 @@ def test_masks_without_an_optimizer_tell_the_tanh_gelu(tmp_path):
 
 @pytest.mark.parametrize("name", MEMBERS)
 def test_assumptions_say_where_the_activation_came_from_unless_it_is_given(name):
-    said = {key: value for key, value in MEMBERS[name][0].items() if key != "activation_function"}
-    assumptions = read_checkpoint(FIXTURES_DIR / name, **said).assumptions
+    options = {key: value for key, value in MEMBERS[name][0].items() if key != "activation_function"}
+    assumptions = read_checkpoint(FIXTURES_DIR / name, **options).assumptions
     assert sum("GELU" in assumption for assumption in assumptions) == 1
-    given = read_checkpoint(FIXTURES_DIR / name, **said, activation_function="gelu")
+    given = read_checkpoint(FIXTURES_DIR / name, **options, activation_function="gelu")
     assert given.assumptions == tuple(assumption for assumption in assumptions if "GELU" not in assumption)
 
 

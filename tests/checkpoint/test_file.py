@@ -296,7 +296,7 @@ def test_read_second_pickle_is_refused(tmp_path):
 
 
 class Storage:
-    """Stands in a pickle for the block data/0, which has 32 bytes."""
+    """Is pickled as the block data/0, which has 32 bytes."""
 
     def __init__(self, numel, kind):
         self.numel, self.kind = numel, kind
@@ -368,7 +368,7 @@ def test_read_crafted_view_in_bounds_is_read(tmp_path):
     ids=lambda view: f"{view.args[1:4]} of {view.args[0].numel} {view.args[0].kind.__name__}",
 )
 def test_read_view_out_of_bounds_is_refused(tmp_path, view, monkeypatch):
-    """By our own arithmetic: torch 2.6 lets an offset of 2**62 wrap around, as the stand-in here does."""
+    """By our own arithmetic: in torch 2.6 an offset of 2**62 wraps around, as in the function patched here."""
     monkeypatch.setattr(torch.Tensor, "as_strided", lambda block, size, *_: block.new_zeros(size))
     path = save_view(view, tmp_path)
     with pytest.raises(CheckpointError, match="damaged or cut off"):

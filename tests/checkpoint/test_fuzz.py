@@ -79,7 +79,7 @@ def truncate(data, rng) -> bytes:
 
 def flip(data, rng) -> bytes:
     damaged = bytearray(data)
-    # llm.c's format has no checksums, so that only what its header says can be told to be wrong
+    # llm.c's format has no checksums, so only a fault in its header can be found
     end = 1024 if data[:2] != b"PK" else len(data)
     for _ in range(rng.choice([1, 1, 1, 4])):
         # half of the flips where the structure is: the pickle at the front, the directory at the back

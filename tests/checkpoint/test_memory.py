@@ -17,7 +17,7 @@ from hugging_nano_gpt.demo import CKPT_PATH
 from ..helpers.processes import run_forked
 from ..helpers.tiny import TORCH_VERSION
 
-# 4 layers of width 512: 54 MB of weights, so that a copy too many stands out from the noise of an allocator.
+# 4 layers of width 512: 54 MB of weights, so that an extra copy is larger than an allocator's noise.
 ARGS = {"n_layer": 4, "n_head": 8, "n_embd": 512, "block_size": 64, "bias": True, "vocab_size": 1024, "dropout": 0.0}
 WEIGHTS_BYTES = 4 * sum(torch.Size(shape).numel() for shape in list_parameter_shapes(ARGS, is_tied=True).values())
 

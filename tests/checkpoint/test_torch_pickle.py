@@ -247,7 +247,7 @@ def test_functions_take_only_what_torch_save_gives_them(pickled):
         unpickle(b"\x80\x02" + pickled, {"__main__.GPTConfig": GPTConfig})
 
 
-def test_no_name_stands_for_what_runs_code():
+def test_no_name_becomes_what_runs_code():
     """Pickles that ask for names of Python's and torch's own, one by one, get Foreigns."""
     for module in "builtins __builtin__ os posix subprocess importlib functools operator torch".split():
         for name in ("eval", "exec", "getattr", "system", "Popen", "import_module", "partial", "load", "attrgetter"):

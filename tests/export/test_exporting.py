@@ -1,4 +1,4 @@
-"""What every exporter refuses, whatever it writes: models that are not whole or plain, and tokenizers too large."""
+"""What every exporter refuses: models that are not whole or plain, and tokenizers too large; and their table."""
 
 import warnings
 from pathlib import Path

@@ -148,12 +148,12 @@ def test_bpe_with_a_chat_template_keeps_it_and_lacks_no_characters(tmp_path):
 )
 def test_chat_that_brings_characters_the_model_lacks_is_told(tmp_path, characters, template, added, message):
     _, lost = export_with_template(tmp_path / "m.gguf", characters, template, added)
-    told = [sentence for sentence in lost if "writes a chat" in sentence]
+    notes = [sentence for sentence in lost if "writes a chat" in sentence]
     if message is None:
-        assert told == []
+        assert notes == []
     else:
-        assert len(told) == 1
-        assert re.search(message, told[0]), told
+        assert len(notes) == 1
+        assert re.search(message, notes[0]), notes
 
 
 def test_bpe_is_written_with_its_merges(tmp_path):
