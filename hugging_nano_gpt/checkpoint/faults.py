@@ -62,9 +62,9 @@ def find_model_faults(model_args: Mapping[str, Any], tensors: Mapping[str, torch
         faults.append(f"model: wrong shapes: {join_some(wrong_shapes)}")
     dtypes = {tensor.dtype for tensor in tensors.values()}
     if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
-        found = list_some(sorted(map(str, dtypes)))
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-        faults.append(f"model: expected all tensors of one floating dtype, got {found}, of which {known} are known")
+        found = list_some(sorted(map(str, dtypes)))
+        faults.append(f"model: expected all tensors of one floating dtype ({known}), got {found}")
     return faults
 
 
@@ -72,9 +72,9 @@ def find_number_faults(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """Finds tensors that contain NaN or infinity."""
     # One NaN or infinity makes the sum so, and a sum reads each number only once. As a sum can also overflow, tensors
     # with such a sum are then tested number by number.
-    spoilt = [name for name, tensor in tensors.items() if not math.isfinite(tensor.sum(dtype=torch.float32).item())]
-    spoilt = [name for name in spoilt if not tensors[name].isfinite().all()]
-    return [f"model: expected finite numbers, got NaN or infinity in {list_some(spoilt)}"] if spoilt else []
+    sums = {name: tensor.sum(dtype=torch.float32).item() for name, tensor in tensors.items()}
+    found = [name for name in sums if not math.isfinite(sums[name]) and not tensors[name].isfinite().all()]
+    return [f"model: expected finite numbers, got NaN or infinity in {list_some(found)}"] if found else []
 
 
 def is_tied(tensors: Mapping[str, torch.Tensor]) -> bool:
@@ -85,11 +85,8 @@ def is_tied(tensors: Mapping[str, torch.Tensor]) -> bool:
 
 def find_tying_faults(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """Finds an lm_head that differs from the token embedding, for formats that keep only one of the two."""
-    if is_tied(tensors):
-        return []
-    return [
-        "lm_head.weight: expected the numbers of transformer.wte.weight, as they are tied and one is lost, got others"
-    ]
+    fault = "expected the numbers of transformer.wte.weight, as they are tied and one is lost, got others"
+    return [] if is_tied(tensors) else [f"lm_head.weight: {fault}"]
 
 
 def find_dense_faults(tensors: Mapping[str, Any]) -> list[str]:
