@@ -82,9 +82,8 @@ class _Unpickler(Unpickler):
             return _NAMES[full_name]
         if full_name in ("__builtin__.set", "builtins.set"):
             return self._make_set
-        storage = name.removesuffix("Storage")
-        if module in ("torch", "torch.storage") and storage != name and storage in _STORAGE_TYPES:
-            return _StorageType(_STORAGE_TYPES[storage])
+        if module in ("torch", "torch.storage") and name in _STORAGE_TYPES:
+            return _STORAGE_TYPES[name]
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
         return super().find_class(module, name)
@@ -189,21 +188,14 @@ def _make_number(dtype: _NumpyDtype, data: bytes) -> Any:
     return np.frombuffer(data, np.dtype(dtype.byteorder + dtype.code), count=1)[0].item()
 
 
-# By the names under which torch.save pickles them, without "Storage" at their end.
+# By the names under which torch.save pickles them.
 _STORAGE_TYPES = {
-    "Float": torch.float32,
-    "Double": torch.float64,
-    "Half": torch.float16,
-    "BFloat16": torch.bfloat16,
-    "Byte": torch.uint8,
-    "Char": torch.int8,
-    "Short": torch.int16,
-    "Int": torch.int32,
-    "Long": torch.int64,
-    "Bool": torch.bool,
-    "ComplexFloat": torch.complex64,
-    "ComplexDouble": torch.complex128,
-    "Untyped": torch.uint8,
+    f"{name}Storage": _StorageType(getattr(torch, dtype))
+    for name, dtype in zip(
+        "Float Double Half BFloat16 Byte Char Short Int Long Bool ComplexFloat ComplexDouble Untyped".split(),
+        "float32 float64 float16 bfloat16 uint8 int8 int16 int32 int64 bool complex64 complex128 uint8".split(),
+        strict=True,
+    )
 }
 
 # By full name. No arguments may make any of these take much memory or time.
