@@ -18,19 +18,19 @@ from xml.etree import ElementTree
 from . import relied_on
 
 ROOT = Path(__file__).parents[1]
-NEWEST = ("torch", "transformers")  # installed first, and free of the range
+NEWEST = ("torch", "transformers")  # installed first, without the bounds of the range
 
 
 class Row(NamedTuple):
     """A line of the table."""
 
-    broken: str  # a dotted name, or a test and how many others fail in the same way
+    broken: str  # a dotted name, or a test and the number of others that fail in the same way
     how: str
-    names: str  # names of relied_on.py that the failure speaks of
+    names: str  # names of relied_on.py in the failure
 
 
 def list_requirements() -> list[str]:
-    """Returns what the package and its tests need, without what is to be the newest."""
+    """Returns the requirements of the package and its tests, without those that shall be the newest."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
     return [each for each in needed if re.match(r"[\w-]+", each).group() not in NEWEST]
@@ -53,7 +53,7 @@ def run_tests(files: list[str]) -> list[tuple[str, str]]:
 
 
 def make_table(changes: dict[str, str], failures: list[tuple[str, str]]) -> list[Row]:
-    """Returns a row for each name that changed, and one for all tests that fail in the same words."""
+    """Returns a row for each name that changed, and one for all tests that fail with the same message."""
     rows = [Row(name, how, name.rpartition(".")[2]) for name, how in changes.items()]
     reported = {name for row in rows for name in row.names.split("|")}
     reported |= {name for name in relied_on.list_names() if name.startswith("_")}

@@ -122,7 +122,7 @@ def test_write_refused_by_the_system_keeps_the_old_file(old_path, monkeypatch, f
 
 
 def test_write_where_folders_cannot_be_flushed_succeeds(old_path, monkeypatch):
-    """Some network file systems refuse to flush a folder; by then the file has its name, so nothing has failed."""
+    """Some network file systems refuse to flush a folder; by then the file has its name: the write succeeded."""
     fsync = os.fsync
 
     def refuse_folders(descriptor):
@@ -248,7 +248,7 @@ def start_child(work):
     child = os.fork()
     if child == 0:
         try:
-            torch.set_num_threads(1)  # those of the parent are not in the child
+            torch.set_num_threads(1)  # the threads of the parent do not exist in the child
             work(lambda: os.write(writer, b"!"))
         finally:
             os._exit(1)
@@ -311,7 +311,7 @@ def write_in_place(checkpoint, path):
 
 
 def kill_writers(write, both, path):
-    """Kills writers of two checkpoints over one path; yields after each which of the two is there, or what else."""
+    """Kills writers of two checkpoints over one path; yields after each which of the two is found, or the error."""
     parent, rng = os.getpid(), random.Random(KILL_SEED)
     write(both[0], path)
     start_s = time.monotonic()
@@ -438,7 +438,7 @@ def test_of_two_writers_of_one_place_one_wins_and_the_other_says_so(tmp_path, is
 
 
 def test_writers_that_overwrite_do_not_mix(tmp_path):
-    """Threads stand for processes: the lock is the folder's."""
+    """In threads, which take the place of processes: the lock is the folder's."""
     folder = tmp_path / "out"
     write_folder(folder, {})
     whole = [{name: str(number) for name in ("config.json", "model.safetensors", "b", "c")} for number in range(20)]

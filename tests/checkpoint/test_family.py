@@ -333,7 +333,7 @@ def test_cropped_model_reads_no_further_and_survives_the_way_back(block_size, tm
     model.to_nanogpt_ckpt(tmp_path / "ckpt.pt")
     assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["model_args"]["block_size"] == block_size
     assert torch.equal(NanoGPTLMHeadModel.from_nanogpt_ckpt(tmp_path / "ckpt.pt")(idx).logits, expected)
-    assert (tmp_path / "ckpt.pt").stat().st_size < 200_000  # the cropped rows are not written along
+    assert (tmp_path / "ckpt.pt").stat().st_size < 200_000  # the cropped rows are not written
 
 
 @pytest.mark.parametrize("block_size", [0, 33])

@@ -136,7 +136,7 @@ def test_read_tensors_stay_when_the_file_is_overwritten(tmp_path):
 
 @pytest.mark.parametrize("size", [500, None], ids=["shorter", "all zeros"])
 def test_read_file_that_changes_while_open_is_refused(tmp_path, size):
-    """nanoGPT's train.py saves over its file in place, whoever may be reading it."""
+    """nanoGPT's train.py overwrites its file in place, even while another program reads it."""
     path = save({"a": MATRIX}, tmp_path)
     with open_checkpoint(path) as file:
         assert file.contents.keys() == {"a"}
@@ -156,7 +156,7 @@ def test_read_tree_with_a_set_of_tensors_reads_them(tmp_path):
 
 
 def test_read_flipped_bytes_are_harmless_or_refused(tmp_path):
-    """Flips every byte of a file in turn: those between the records do not matter, all others are noticed."""
+    """Flips every byte of a file in turn: those between the records do not matter, all others are refused."""
     path = save({"a": MATRIX, "tied": MATRIX, "crop": MATRIX[1:], "b": [1, "text", torch.ones(3)]}, tmp_path)
     whole, expected, outcomes = path.read_bytes(), read(path), Counter()
     for offset in range(len(whole)):
@@ -167,7 +167,7 @@ def test_read_flipped_bytes_are_harmless_or_refused(tmp_path):
             outcomes["harmless"] += 1
         except CheckpointError:
             outcomes["refused"] += 1
-        except Exception as error:  # nothing else may come out, so list what does
+        except Exception as error:  # no other error may be raised, so list those that are
             outcomes[type(error).__name__] += 1
     assert outcomes.keys() == {"harmless", "refused"}
 

@@ -1,4 +1,4 @@
-"""Files of forks and of other programs: what nanoGPT's model needs is read, the rest is named with a way out."""
+"""Files of forks and of other programs: nanoGPT's model is read, and an error says what to do about the rest."""
 
 import collections
 import pathlib

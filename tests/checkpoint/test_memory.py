@@ -30,9 +30,9 @@ def read_status(field):
 
 
 def convert(path, out):
-    """Converts a file in a process of its own, and prints by how much its memory has grown at most."""
+    """Converts a file, in a process of its own, and prints the peak growth of the memory."""
     logging.disable_progress_bar()
-    NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH).save_pretrained(out)  # what is imported late is imported now
+    NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH).save_pretrained(out)  # so that late imports are done
     Path("/proc/self/clear_refs").write_text("5")
     before = read_status("VmRSS")
     NanoGPTLMHeadModel.from_nanogpt_ckpt(path).save_pretrained(out, max_shard_size="20MB")

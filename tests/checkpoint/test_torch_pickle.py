@@ -31,7 +31,7 @@ def read(path, **kwargs):
 
 @pytest.mark.parametrize("n_threads", [2, 8])
 def test_build_nanogpt_files_are_read_in_threads(n_threads):
-    """The list of names that torch admits is the process's: each thread took the others' names off it."""
+    """torch's list of admitted names belongs to the process: with it, threads removed each other's names."""
     expected = read_checkpoint(BUILD_NANOGPT).state_dict
     with ThreadPoolExecutor(n_threads) as threads:
         for found in threads.map(read_checkpoint, [BUILD_NANOGPT] * 6 * n_threads):
@@ -118,7 +118,7 @@ KEY = b"}X" + struct.pack("<I", 10_000) + b"a" * 10_000
 NUMBERS = b"".join(b"J" + struct.pack("<I", number) for number in range(9_999))
 
 BOMBS = {
-    "memo": b"}r" + struct.pack("<I", 2**32 - 1) + b".",  # a place in the memo that C would make room up to
+    "memo": b"}r" + struct.pack("<I", 2**32 - 1) + b".",  # a place in the memo, up to which C would allocate
     "bytearray": b"c__builtin__\nbytearray\n\x8a\x05\x00\x00\x00\x00\x01\x85R.",
     "bytearray's opcode": b"\x96" + struct.pack("<Q", 2**33) + b".",
     "tensor": b"ctorch\nTensor\n\x8a\x05\x00\x00\x00\x00\x01\x85R.",
@@ -149,7 +149,7 @@ NAMING = ("bytearray", "tensor", "zeros", "repr", "bytes many times", "sets of a
 
 
 def spend_little(read, pickled):
-    """Calls `read`, which may raise, uses what it returns, and checks that it all takes neither memory nor time."""
+    """Calls `read`, which may raise, uses what it returns, and checks that this takes little memory and time."""
     peak_before = measure_peak_bytes()
     with limit_time(5), contextlib.suppress(Exception):
         contents = read(b"\x80\x02" + pickled)
@@ -185,7 +185,7 @@ def test_pickle_of_too_many_objects_is_refused(monkeypatch, opcode):
 
 
 def test_every_character_of_unicode_is_read_within_the_bounds():
-    """A twentieth of them, within a twentieth of the bounds: all take seconds."""
+    """A twentieth of them, within a twentieth of the bounds, because all of them take seconds."""
     characters = [chr(code) for code in range(0x10000, 0x110000, 20)]
     meta = {
         "vocab_size": len(characters),
@@ -220,7 +220,7 @@ def spell(text):
 
 @pytest.mark.parametrize("name", ["torch.save", "save", "torch.os", "torch.hub", "torch.Tensor", "torch.nothing"])
 def test_layout_is_a_layout_and_nothing_else_of_torch(tmp_path, name):
-    """torch.save could be had under the name of a layout, and called: a checkpoint could write a file when read."""
+    """A pickle could name torch.save as a layout and call it: reading a checkpoint could then write a file."""
     get_layout = b"\x80\x02ctorch.serialization\n_get_layout\n" + spell(name) + b"\x85R"
     canary = tmp_path / "canary"
     with pytest.raises(TypeError, match="a layout that torch does not have"):
@@ -254,4 +254,4 @@ def test_no_name_becomes_what_runs_code():
             found, names = unpickle(f"c{module}\n{name}\n.".encode(), {})
             assert isinstance(found, Foreign)
             assert names == [f"{module}.{name}"]
-    assert len(list(pickletools.genops(b"cos\nsystem\n."))) == 2  # what is asked for above is a pickle's own spelling
+    assert len(list(pickletools.genops(b"cos\nsystem\n."))) == 2  # the names above are spelt as in a real pickle

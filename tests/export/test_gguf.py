@@ -41,7 +41,7 @@ LAYER = {
 
 
 def make_kind(*, is_tied=True, activation_function="gelu_new", **model_args) -> NanoGPTLMHeadModel:
-    """Makes a toy model; of tanh GELU, so that nothing is lost."""
+    """Makes a toy model; with the tanh GELU, so that the export keeps everything."""
     args = MODEL_ARGS | model_args
     config = NanoGPTConfig(**args, tie_word_embeddings=is_tied, activation_function=activation_function)
     model = NanoGPTLMHeadModel(config).eval()

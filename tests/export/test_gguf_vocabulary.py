@@ -90,11 +90,11 @@ def test_special_tokens_of_a_character_tokenizer(tmp_path):
     assert found["tokenizer.ggml.tokens"] == [r"\x0a", "a", "b", "c", "<|end|>", "<b>"]
     assert found["tokenizer.ggml.token_type"] == [1, 1, 1, 1, 3, 4]
     assert found["tokenizer.ggml.eos_token_id"] == 4
-    assert any("the bytes '0x3c', as" in sentence for sentence in lost)  # "<" leads into a token, and is none itself
+    assert any("the bytes '0x3c', as" in sentence for sentence in lost)  # "<" begins a token, and is not a token
 
 
 def export_with_template(path, characters, template, added=()):
-    """Exports a model of characters; returns what the file says of its chat template, and what is not kept."""
+    """Exports a model of characters; returns the chat templates in the file, and what is not kept."""
     tokenizer = build_character_tokenizer(CharacterTable(tuple(characters)))
     tokenizer.add_special_tokens({"extra_special_tokens": list(added)})
     tokenizer.chat_template = template

@@ -27,7 +27,7 @@ SOURCE = ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(block_nano_gpt.
 
 @pytest.fixture
 def models(monkeypatch):
-    """What the ModelRegistry of a stand-in for vLLM has registered."""
+    """What the ModelRegistry of a fake vLLM has registered."""
     models = {}
     vllm = ModuleType("vllm")
     vllm.ModelRegistry = type("ModelRegistry", (), {"register_model": staticmethod(models.__setitem__)})
