@@ -28,6 +28,8 @@ from .gguf_vocabulary import add_vocabulary
 if TYPE_CHECKING:
     import gguf
 
+    _TypedTensors = dict[str, tuple[torch.Tensor, gguf.GGMLQuantizationType]]  # by llama.cpp's name
+
 # By the names that llama.cpp's converter knows: the value of general.file_type, and the largest number that fits. q8_0
 # stores integers up to 127, times a float16.
 _FILE_TYPES = {
@@ -127,7 +129,7 @@ def _import_gguf() -> Any:
 
 def _choose_types(
     where: str, config: NanoGPTConfig, tensors: Mapping[str, torch.Tensor], file_type: str
-) -> dict[str, tuple[torch.Tensor, "gguf.GGMLQuantizationType"]]:
+) -> "_TypedTensors":
     """Returns each tensor and the type to write it in, by llama.cpp's name."""
     gguf = _import_gguf()
     selected = select_tensors(tensors, {**list_args(config), "bias": True}, config.tie_word_embeddings)
@@ -147,9 +149,7 @@ def _choose_types(
     return typed
 
 
-def _write(
-    writer: "gguf.GGUFWriter", file: BinaryIO, typed: Mapping[str, tuple[torch.Tensor, "gguf.GGMLQuantizationType"]]
-) -> None:
+def _write(writer: "gguf.GGUFWriter", file: BinaryIO, typed: "_TypedTensors") -> None:
     gguf = _import_gguf()
     for name, (tensor, kind) in typed.items():
         block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]

@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from hugging_nano_gpt import (
     ConversionError,
     NanoGPTConfig,
     NanoGPTLMHeadModel,
+    TrainingState,
     read_checkpoint,
     write_checkpoint,
 )
-from hugging_nano_gpt.checkpoint.formats import FILE_KINDS
+from hugging_nano_gpt.checkpoint import formats
 from hugging_nano_gpt.checkpoint.moments import (
     from_adamw,
     group_by_dimension,
@@ -80,7 +82,23 @@ def test_member_with_another_activation_does_not(name):
 
 
 def test_every_format_of_the_table_has_a_member():
-    assert {read_member(name, with_optimizer=False).format for name in MEMBERS} == FILE_KINDS.keys()
+    assert {read_member(name, with_optimizer=False).format for name in MEMBERS} == formats.FILE_KINDS.keys()
+
+
+def test_format_is_read_once_it_is_in_the_table(tmp_path, monkeypatch):
+    expected = read_checkpoint(CKPT_PATH)
+    added = SimpleNamespace(
+        NAME="added",
+        KIND="checkpoint of another program",
+        recognise=lambda file: file.raw.seek(0) == 0 and file.raw.read() == b"added",
+        read=lambda file, options: replace(expected, training_state=TrainingState(options.n_head)),
+    )
+    (tmp_path / "model.bin").write_bytes(b"added")
+    with pytest.raises(CheckpointError, match="got 5 bytes of something else"):
+        read_checkpoint(tmp_path / "model.bin")
+    monkeypatch.setattr(formats, "FORMATS", (added, *formats.FORMATS))
+    found = read_checkpoint(tmp_path / "model.bin", n_head=3)
+    assert (found.format, found.path, found.training_state.iter_num) == ("added", tmp_path / "model.bin", 3)
 
 
 def assert_same_moments(first, second):
