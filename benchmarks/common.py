@@ -1,8 +1,9 @@
-"""What the benchmarks share: the machine they ran on, the plain nanoGPT they compare with, and how they print.
+"""What the benchmarks share: the machine they ran on, the models they compare, timing in turns, and how they print.
 
 Each benchmark prints a table for people, then, as its last line, one JSON object for programs.
 """
 
+import argparse
 import contextlib
 import importlib.metadata
 import json
@@ -10,6 +11,7 @@ import multiprocessing
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.utils.logging import disable_progress_bar
+
+from hugging_nano_gpt import NanoGPTConfig, NanoGPTLMHeadModel
+
+SIZES: dict[str, dict[str, int]] = {
+    "demo": {"n_layer": 3, "n_head": 3, "n_embd": 96, "block_size": 128, "vocab_size": 65},
+    "shakespeare": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65},
+    "124m": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50304},
+    "tiny": {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "vocab_size": 65},
+}
+PROMPT_LENGTH = 16
+Run = Callable[[torch.Tensor, int], torch.Tensor]
 
 ROOT = Path(__file__).resolve().parent.parent
 PROC_STATUS = Path("/proc/self/status")
@@ -117,3 +131,40 @@ def read_resident_bytes(field: str) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak << 10
+
+
+def make_model(size: str, device: str) -> NanoGPTLMHeadModel:
+    """Makes our model with random weights, large enough that no two logits are nearly the same."""
+    model = NanoGPTLMHeadModel(NanoGPTConfig(**SIZES[size], bias=False))
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            parameter.mul_(4)
+    return model.to(device).eval()
+
+
+def time_ways(
+    ways: dict[str, Run], prompt: torch.Tensor, count: int, args: argparse.Namespace
+) -> tuple[dict[str, list[float]], dict[str, torch.Tensor]]:
+    """Returns the seconds of each round and the tokens of each way; the first round warms up and is left out."""
+    times_s: dict[str, list[float]] = {name: [] for name in ways}
+    tokens = {}
+    names = list(ways)
+    for round_index in range(1 + args.rounds):
+        first = round_index % len(names)
+        for name in names[first:] + names[:first]:
+            synchronize(args.device)
+            start = time.perf_counter()
+            tokens[name] = ways[name](prompt, count)
+            synchronize(args.device)
+            if round_index > 0:
+                times_s[name].append(time.perf_counter() - start)
+    return times_s, tokens
+
+
+def make_generate(model: nn.Module, **settings: Any) -> Run:
+    """Makes a way of Transformers' generate()."""
+
+    def run(prompt: torch.Tensor, count: int) -> torch.Tensor:
+        return model.generate(prompt, max_new_tokens=count, do_sample=False, **settings)
+
+    return run

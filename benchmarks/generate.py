@@ -20,30 +20,32 @@ import argparse
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import Target, import_reference, print_result, print_table, synchronize
+from common import (
+    PROMPT_LENGTH,
+    SIZES,
+    Run,
+    Target,
+    import_reference,
+    make_generate,
+    make_model,
+    print_result,
+    print_table,
+    synchronize,
+    time_ways,
+)
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
-from hugging_nano_gpt import NanoGPTConfig, NanoGPTLMHeadModel
+from hugging_nano_gpt import NanoGPTLMHeadModel
 
-SIZES: dict[str, dict[str, int]] = {
-    "demo": {"n_layer": 3, "n_head": 3, "n_embd": 96, "block_size": 128, "vocab_size": 65},
-    "shakespeare": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 65},
-    "124m": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50304},
-    "tiny": {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "vocab_size": 65},
-}
-PROMPT_LENGTH = 16
 NEW_TOKENS = {"demo": 108, "shakespeare": 240, "124m": 64, "tiny": 16}  # within block_size
 NEW_TOKENS_PAST = 64
 STRIDE = 64
 BANDWIDTH_BYTES = 1 << 29
-
-Run = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 @torch.no_grad()
@@ -150,34 +152,6 @@ def measure_past_block_size(args: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
-def time_ways(
-    ways: dict[str, Run], prompt: torch.Tensor, count: int, args: argparse.Namespace
-) -> tuple[dict[str, list[float]], dict[str, torch.Tensor]]:
-    """Returns the seconds of each round and the tokens of each way; the first round warms up and is left out."""
-    times_s: dict[str, list[float]] = {name: [] for name in ways}
-    tokens = {}
-    names = list(ways)
-    for round_index in range(1 + args.rounds):
-        first = round_index % len(names)
-        for name in names[first:] + names[:first]:
-            synchronize(args.device)
-            start = time.perf_counter()
-            tokens[name] = ways[name](prompt, count)
-            synchronize(args.device)
-            if round_index > 0:
-                times_s[name].append(time.perf_counter() - start)
-    return times_s, tokens
-
-
-def make_model(size: str, device: str) -> NanoGPTLMHeadModel:
-    """Makes our model with random weights, large enough that no two logits are nearly the same."""
-    model = NanoGPTLMHeadModel(NanoGPTConfig(**SIZES[size], bias=False))
-    for parameter in model.parameters():
-        if parameter.ndim >= 2:
-            parameter.mul_(4)
-    return model.to(device).eval()
-
-
 def make_reforward(model: nn.Module, device: str) -> Run:
     """Makes nanoGPT's own loop, which computes the logits of the last position only."""
     reference = import_reference()(**{k: getattr(model.config, k) for k in SIZES["tiny"]}, dropout=0.0, bias=False)
@@ -207,15 +181,6 @@ def make_gpt2(model: NanoGPTLMHeadModel) -> GPT2LMHeadModel:
         source = state.get(name)
         parameter.copy_(torch.zeros_like(parameter) if source is None else source.t() if is_transposed else source)
     return gpt2.to(model.device).eval()
-
-
-def make_generate(model: nn.Module, **settings: Any) -> Run:
-    """Makes a way of Transformers' generate()."""
-
-    def run(prompt: torch.Tensor, count: int) -> torch.Tensor:
-        return model.generate(prompt, max_new_tokens=count, do_sample=False, **settings)
-
-    return run
 
 
 def count_read_bytes(model: nn.Module, itemsize: int) -> int:

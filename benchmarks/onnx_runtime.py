@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from common import print_result, print_table
-from generate import PROMPT_LENGTH, Run, make_generate, make_model, time_ways
+from common import PROMPT_LENGTH, Run, make_generate, make_model, print_result, print_table, time_ways
 from transformers.utils import logging
 
 from hugging_nano_gpt import NanoGPTLMHeadModel, export_onnx

@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .checkpoint.read_write import Checkpoint, OptimizerState, TrainingState, read_checkpoint, write_checkpoint
+from .checkpoint.formats import Checkpoint, OptimizerState, TrainingState, read_checkpoint, write_checkpoint
 from .convert.folder import Conversion, convert_to_checkpoint, convert_to_folder
 from .convert.gpt2 import export_gpt2, import_gpt2
 from .convert.inspect import Inspection, inspect_path

@@ -1,8 +1,8 @@
-"""Opening the file that a user names, and writing a file, or a folder of files, wholly or not at all.
+"""Opening the file that a user names, and writing a file, or a folder of files, completely or not at all.
 
 New bytes go to a temporary name in the same folder, are flushed to the disk, and are then renamed over the old ones.
-It costs an fsync a file; it buys that a crash, a full disk or a kill at any moment leaves the file that was there.
-How a folder gets another model is in model/folder_nano_gpt.py.
+That costs an fsync for each file; in return a crash, a full disk or a kill at any moment leaves the old file.
+model/folder_nano_gpt.py replaces the model in a folder that exists.
 """
 
 import contextlib
@@ -38,16 +38,14 @@ def open_source(path: Path) -> BinaryIO:
         if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
             raise fail(path, "expected a regular file, got a device, pipe or socket", "give the path of a ckpt.pt")
         return path.open("rb")
-    except OSError as error:
-        raise fail(path, f"cannot be opened: {error.strerror}", "check the path and its permissions") from error
-    except ValueError as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise fail(path, f"cannot be opened: {error}", "check the path") from error
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        raise fail(path, f"cannot be opened: {_explain(error)}", "check the path and its permissions") from error
 
 
 def advise_on_folder(folder: Path) -> str:
-    """Says what to give instead of a folder that is no saved model."""
+    """Returns what to give instead of a folder that is not a saved model."""
     if (folder / ".metadata").is_file():
         return (
             "it is a checkpoint of torch.distributed: make a file of it with "
@@ -68,26 +66,27 @@ def measure_bytes(file: BinaryIO) -> int:
     return os.fstat(file.fileno()).st_size
 
 
-def fail(path: Path, problem: str, advice: str) -> CheckpointError:
+def fail(path: str | os.PathLike[str], problem: str, advice: str) -> CheckpointError:
     """Makes the error that says what is wrong with a file and what to do."""
-    return CheckpointError(f"{path}: {problem}; {advice}")
+    return CheckpointError(f"{os.fspath(path)}: {problem}; {advice}")
 
 
-def fail_damaged(path: Path, reason: object) -> CheckpointError:
-    """Makes the error for a file that is not what was once written."""
-    return fail(
-        path,
-        f"damaged or cut off: expected a whole file as it was written, got {reason}",
-        "copy it again from where it was written, or use an earlier checkpoint",
-    )
+def fail_to_write(path: str | os.PathLike[str], reason: object) -> CheckpointError:
+    """Makes the error for a file that could not be written."""
+    advice = "what was there before is untouched, choose a place that is writable and has room"
+    return fail(path, f"cannot be written: {_explain(reason)}", advice)
+
+
+def _explain(reason: object) -> object:
+    return getattr(reason, "strerror", None) or reason  # an error of the system, without its number and path
 
 
 @contextlib.contextmanager
 def open_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Opens a file for writing that takes its name when the block ends, and never if the block raises.
 
-    A symbolic link is followed, so that the file it points to is replaced and not the link. Missing parent folders are
-    made. The permissions are those of the file replaced, or else the usual ones of a new file.
+    A symbolic link is followed: the file it points to is replaced, not the link. Missing parent folders are made. The
+    permissions are those of the file replaced, or else those of a new file.
 
     Raises:
         CheckpointError: If the operating system refuses any step (no space, no permission, a folder in the way).
@@ -98,12 +97,10 @@ def open_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             raise OSError("it is a directory, a device or a pipe, not a file")
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = name_temporary(target.parent, ".tmp")
-        flags = (
-            os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0)
-        )  # Windows writes "\n" as two bytes else
-        descriptor = os.open(temporary, flags, 0o666)  # less what the umask takes
+        binary = getattr(os, "O_BINARY", 0)  # without it, Windows writes "\n" as two bytes
+        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | binary, 0o666)  # minus the umask
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        raise _explain(path, error) from error
+        raise fail_to_write(path, error) from error
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
@@ -114,25 +111,13 @@ def open_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         temporary.replace(target)
         sync_folder(target.parent)
     except OSError as error:
-        raise _explain(path, error) from error
+        raise fail_to_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)  # renamed away when all went well
 
 
-def _explain(path: str | os.PathLike[str], error: OSError | ValueError) -> CheckpointError:
-    return explain_failed_write(path, getattr(error, "strerror", None) or error)
-
-
-def explain_failed_write(path: str | os.PathLike[str], reason: object) -> CheckpointError:
-    """Makes the error for a file that could not be written."""
-    return CheckpointError(
-        f"{os.fspath(path)}: cannot be written: {reason}; what was there before is untouched, choose a place that is "
-        f"writable and has room"
-    )
-
-
 def check_file(path: Path, overwrite: bool) -> None:
-    """Raises ConversionError if there is a folder at a path, or a file and overwrite is not given."""
+    """Raises ConversionError if a path is a folder, or a file that may not be overwritten."""
     if path.is_dir():
         raise ConversionError(f"{path}: expected a file to write, got a folder; give the path of a file in it")
     if os.path.lexists(path) and not overwrite:
@@ -143,7 +128,7 @@ def check_file(path: Path, overwrite: bool) -> None:
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
-    """Raises ConversionError if a folder has files in it, and overwrite is not given; or if it is a file."""
+    """Raises ConversionError if a path is a file, or a folder with files in it that may not be overwritten."""
     if folder.is_dir() and not overwrite and (files := sorted(path.name for path in folder.iterdir())):
         raise ConversionError(
             f"{folder}: is not empty: expected a new or an empty folder, got {list_some(files)} in it; give another, "
@@ -156,15 +141,15 @@ def check_folder(folder: Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def open_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """Makes a temporary folder, and puts what was written into it in its place when the block ends.
+    """Makes a temporary folder, and moves what was written into it to its place when the block ends.
 
-    A folder that is not there appears whole, in one step. In one that is there, a mount point or the target of a link,
+    A new folder appears complete, in one step. In one that exists, which may be a mount point or the target of a link,
     the files of the model are replaced: see replace_model.
 
     Args:
         folder: The folder to write.
-        overwrite: Whether files in it may be replaced. Without it, what another process has put there in the meantime
-            is an error.
+        overwrite: Whether files in it may be replaced; if not, files that another process has written in the meantime
+            are an error.
 
     Raises:
         ConversionError: If it cannot be written, or was written by another process; nothing is changed then.
@@ -180,10 +165,8 @@ def open_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
                 yield temporary
     except WrittenInPartError as error:
         raise ConversionError(str(error)) from error
-    except OSError as error:
-        raise _explain_folder(folder, error.strerror or error) from error
-    except (SafetensorError, RuntimeError) as error:  # how the writers of tensors report a full disk
-        raise _explain_folder(folder, error) from error
+    except (OSError, SafetensorError, RuntimeError) as error:  # the last two: a full disk, while tensors are written
+        raise _fail_to_write_folder(folder, error) from error
 
 
 @contextlib.contextmanager
@@ -202,21 +185,20 @@ def _open_new_folder(folder: Path, target: Path) -> Iterator[Path]:
 
 def _take_place(temporary: Path, folder: Path, target: Path) -> None:
     try:
-        temporary.rename(target)  # which an empty folder gives way to, and nothing else
+        temporary.rename(target)  # replaces an empty folder, and nothing else
     except OSError as error:
         if os.path.lexists(target):
-            raise _explain_folder(folder, "another process has written it in the meantime") from error
+            raise _fail_to_write_folder(folder, "another process has written it in the meantime") from error
         raise
 
 
 def _check_meanwhile(folder: Path, overwrite: bool) -> None:
-    """Raises ConversionError if files have come into a folder since check_folder looked, and may not be replaced."""
+    """Raises ConversionError if a folder has files since check_folder was called, and they may not be replaced."""
     others = [path.name for path in folder.iterdir() if not path.name.startswith(TEMPORARY)]
     if others and not overwrite:
-        raise _explain_folder(folder, f"another process has written {list_some(sorted(others))} in the meantime")
+        raise _fail_to_write_folder(folder, f"another process has written {list_some(sorted(others))} in the meantime")
 
 
-def _explain_folder(folder: Path, reason: object) -> ConversionError:
-    return ConversionError(
-        f"{folder}: cannot be written: {reason}; nothing was changed, choose a place that is writable and has room"
-    )
+def _fail_to_write_folder(folder: Path, reason: object) -> ConversionError:
+    advice = "nothing was changed, choose a place that is writable and has room"
+    return ConversionError(f"{folder}: cannot be written: {_explain(reason)}; {advice}")

@@ -1,9 +1,9 @@
-"""A pickle read without executing anything, and without more memory or time than its length is worth.
+"""Reading a pickle without executing anything, in memory and time that its length bounds.
 
-pickle's own unpickler in Python does the work; the one in C can be made to fill the memory by a few bytes. A name in a
-pickle stands for what a subclass gives, and otherwise for nothing: it becomes a Foreign, which takes all that the
-pickle does with it. What takes memory or time is counted: the largest hostile pickle, of 32 MB, takes at most 0.6 GB
-and under a minute (of 30 kinds that were tried), and usually is refused sooner.
+Python's own unpickler in pure Python does the work; a few bytes can make the one in C fill the memory. A name in a
+pickle becomes what a subclass gives for it, and otherwise a Foreign, which ignores all that the pickle does with it.
+What takes memory or time is counted: a hostile pickle of 32 MB, the largest that is read, takes at most 0.6 GB and
+under a minute (30 kinds were tried), and usually is refused sooner.
 """
 
 import io
@@ -19,7 +19,7 @@ LARGEST_PICKLE_BYTES = 32 << 20
 
 _MOST_OBJECTS = 4_000_000  # lists, dicts, tuples, calls and places in the memo; all of Unicode takes 1.1 million
 _DEEPEST = 100  # levels of lists within lists
-_LONGEST_WRITTEN = 128 << 20  # characters, of each value with the keys that lead to it; all of Unicode has 36 million
+_LONGEST_WRITTEN = 128 << 20  # characters of all values, each with the keys to it; all of Unicode has 36 million
 
 # A dict takes quadratic time if many keys have one hash, which can be arranged for large ints, complex numbers and
 # tuples, or if long keys have to be compared.
@@ -31,12 +31,12 @@ _KEY_TYPES = (type(None), bool, float, torch.dtype, torch.device, torch.Tensor)
 _REFUSED = (
     *(pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.PERSID),
     *(pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER),  # they make room before they read
-    pickle.LONG4,  # ints of more than 255 bytes, each use of which takes time
+    pickle.LONG4,  # ints of more than 255 bytes, which take time at each use
 )
 
 
 class Foreign:
-    """Stands for what an unknown name would have made. It does nothing when it is called or filled."""
+    """Replaces what an unknown name would have made. It does nothing when it is called or filled."""
 
     def __init__(self, name: str):
         self.name = name
@@ -44,18 +44,14 @@ class Foreign:
     def __call__(self, *_args: Any) -> "Foreign":
         return self
 
-    def append(self, _item: Any) -> None:
-        """Takes an item."""
-
-    def extend(self, _items: Any) -> None:
-        """Takes items."""
-
     def update(self, _items: Any) -> None:
-        """Takes items."""
+        """Ignores an item, or items."""
+
+    append = extend = update
 
 
 def iterate_values(contents: Any) -> Iterator[tuple[str, Any]]:
-    """Yields what is in nested dicts, lists, tuples and sets, each object once, with the keys that lead to it."""
+    """Yields the values in nested dicts, lists, tuples and sets, each object once, with the keys that lead to it."""
     seen, pending = set(), [("", contents)]
     while pending:
         path, item = pending.pop()
@@ -70,17 +66,17 @@ def iterate_values(contents: Any) -> Iterator[tuple[str, Any]]:
 
 
 def find_foreign(contents: Any) -> list[str]:
-    """Lists the unknown names that things in `contents` were pickled under."""
+    """Lists the unknown names under which objects in `contents` were pickled."""
     return sorted({item.name for _, item in iterate_values(contents) if isinstance(item, Foreign)})
 
 
 class Unpickler(pickle._Unpickler):
-    """Reads one pickle: load() returns its contents, and foreign_names has what it named then.
+    """Reads one pickle: load() returns its contents, and `foreign_names` then has the unknown names in it.
 
     Args:
         data: The pickle, of at most LARGEST_PICKLE_BYTES.
-        admitted: Classes that it may name, by their full name. They must be harmless to make without arguments, and
-            to fill with attributes.
+        admitted: Classes that it may name, by the full name under which they are pickled. They must be harmless to
+            make without arguments and to fill with attributes.
     """
 
     stack: list[Any]
@@ -96,7 +92,7 @@ class Unpickler(pickle._Unpickler):
         self._measured: dict[int, tuple[int, int, int]] = {}
 
     def load(self) -> Any:
-        """Returns what was pickled: at most _DEEPEST levels, and no longer than _LONGEST_WRITTEN when written out.
+        """Returns what was pickled: at most _DEEPEST levels, and at most _LONGEST_WRITTEN characters in a message.
 
         Raises:
             Exception: Of nearly any type, if the pickle is damaged, or takes more than a checkpoint can.
@@ -113,7 +109,7 @@ class Unpickler(pickle._Unpickler):
         return Foreign(full_name)
 
     def fill(self, instance: Any, state: Any) -> None:
-        """Gives an instance the attributes that the pickle has for it."""
+        """Sets the attributes of an instance that the pickle has for it."""
         if type(instance) in self.admitted.values():
             self.spend(len(state))
             vars(instance).update(state)
@@ -145,7 +141,7 @@ class Unpickler(pickle._Unpickler):
                 raise pickle.UnpicklingError(f"a key of type {kind.__name__}, or too large a one")
 
     def _measure(self, item: Any, depth: int) -> tuple[int, int, int]:
-        """Returns how long a value is when each part is written out with the keys to it, its parts, and its levels."""
+        """Returns the length of a value if each part is written out with the keys to it, its parts, and its levels."""
         if isinstance(item, str | bytes):
             return 1 + len(item), 1, 0
         is_admitted = type(item) in self.admitted.values()
@@ -176,22 +172,23 @@ class Unpickler(pickle._Unpickler):
 
     def _set_item(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
-        self._set(self.stack[-1], [key], [value])
+        self._set([key, value])
 
     def _set_items(self) -> None:
-        items = self.pop_mark()
-        self._set(self.stack[-1], items[::2], items[1::2])
+        self._set(self.pop_mark())
 
     def _make_dict(self) -> None:
         items = self.pop_mark()
         self.append({})
-        self._set(self.stack[-1], items[::2], items[1::2])
+        self._set(items)
 
-    def _set(self, target: Any, keys: list[Any], values: list[Any]) -> None:
+    def _set(self, items: list[Any]) -> None:
+        """Puts keys and values, in turn, into what is on top of the stack."""
+        target, keys = self.stack[-1], items[::2]
         self.check_keys(keys)
         if not isinstance(target, dict | Foreign):
             raise pickle.UnpicklingError(f"keys for a {type(target).__name__}")
-        target.update(zip(keys, values, strict=True))
+        target.update(zip(keys, items[1::2], strict=True))
 
     def _add_items(self) -> None:
         items, target = self.pop_mark(), self.stack[-1]
@@ -233,7 +230,7 @@ def _count(load: Callable[[Any], None], n_objects: int) -> Callable[[Any], None]
     return load_counted
 
 
-# What one byte of a pickle, or a few, can make again and again. An empty set is as large as four lists.
+# What one byte of a pickle, or a few, can make repeatedly. An empty set is as large as four lists.
 _COUNTED = (
     *(pickle.MARK, pickle.EMPTY_LIST, pickle.EMPTY_DICT, pickle.LIST, pickle.DICT, pickle.FROZENSET),
     *(pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.EMPTY_SET),
@@ -247,7 +244,7 @@ Unpickler.dispatch |= {
 
 
 def unpickle_plain(data: bytes) -> Any:
-    """Reads a pickle of plain Python types alone, as nanoGPT's meta.pkl is.
+    """Reads a pickle of plain Python types alone, such as nanoGPT's meta.pkl.
 
     Raises:
         Exception: Of nearly any type, if the pickle is damaged, takes too much, or names anything.

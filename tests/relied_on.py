@@ -1,7 +1,7 @@
-"""What the package uses of other libraries and they may change without a word: private names, overrides, moved names.
+"""What the package uses of other libraries that may change without notice: private names, overrides, moved names.
 
-`make next` says which of these a new release has changed. tests/test_relied_on.py keeps the table true: every private
-name that the package reads is in it, and every method of Transformers' that it overrides.
+`make next` prints which of these a new release has changed. tests/test_relied_on.py keeps the table true: it has every
+private name that the package reads, and every method of Transformers' that it overrides.
 """
 
 import ast
@@ -16,7 +16,7 @@ from typing import Any
 
 PACKAGE_DIR = Path(__file__).parents[1] / "hugging_nano_gpt"
 
-# Owner: its names, each with the arguments that the package gives it by name. `a|b`: the one or the other.
+# The names of each owner, with the arguments that the package passes by name. `a|b`: one or the other.
 RELIED_ON: dict[str, list[str]] = {
     "transformers.GenerationMixin": [
         "_valid_auto_compile_criteria(model_kwargs, generation_config)",
@@ -76,7 +76,7 @@ _LIBRARIES = ("accelerate", "huggingface_hub", "safetensors", "tokenizers", "tor
 
 
 def find_changes() -> dict[str, str]:
-    """Returns what is not as the package needs it: a dotted name, and what has become of it."""
+    """Returns what the package needs and does not find: each dotted name, and what happened to it."""
     changes: dict[str, str] = {}
     for owner_name, entries in RELIED_ON.items():
         if importlib.util.find_spec(owner_name.partition(".")[0]) is None:

@@ -1,4 +1,4 @@
-"""Runs what the package relies on with whatever torch and Transformers are installed, and prints one table: make next.
+"""Tests what the package relies on in the torch and Transformers that are installed, and prints one table: make next.
 
 Run: python -m tests.run_next requirements          prints what to install next to them
      python -m tests.run_next tests/model/test_cache.py   runs these tests; the exit status is 1 if anything broke
@@ -18,26 +18,26 @@ from xml.etree import ElementTree
 from . import relied_on
 
 ROOT = Path(__file__).parents[1]
-NEWEST = ("torch", "transformers")  # installed first, and free of the range
+NEWEST = ("torch", "transformers")  # installed first, without the bounds of the range
 
 
 class Row(NamedTuple):
     """A line of the table."""
 
-    broken: str  # a dotted name, or a test and how many others fail in the same way
+    broken: str  # a dotted name, or a test and the number of others that fail in the same way
     how: str
-    names: str  # names of relied_on.py that the failure speaks of
+    names: str  # names of relied_on.py in the failure
 
 
 def list_requirements() -> list[str]:
-    """Returns what the package and its tests need, without what is to be the newest."""
+    """Returns the requirements of the package and its tests, without those that shall be the newest."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
     return [each for each in needed if re.match(r"[\w-]+", each).group() not in NEWEST]
 
 
 def run_tests(files: list[str]) -> list[tuple[str, str]]:
-    """Runs tests in a process of its own; returns the name of each that failed, and what it said."""
+    """Runs tests in a process of its own; returns the name and the output of each that failed."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = (
@@ -48,22 +48,22 @@ def run_tests(files: list[str]) -> list[tuple[str, str]]:
         cases = ElementTree.parse(report).iter("testcase") if report.exists() else ()
         failed = [(case, fault) for case in cases for fault in case if fault.tag in ("failure", "error")]
     if done.returncode != 0 and not failed:
-        return [("pytest", f"ended with exit status {done.returncode}; its own words are above")]
+        return [("pytest", f"ended with exit status {done.returncode}; its output is above")]
     return [(f"{case.get('file')}::{case.get('name')}", fault.text or "") for case, fault in failed]
 
 
 def make_table(changes: dict[str, str], failures: list[tuple[str, str]]) -> list[Row]:
-    """Returns a row for each name that changed, and one for all tests that fail in the same words."""
+    """Returns a row for each name that changed, and one for all tests that fail with the same message."""
     rows = [Row(name, how, name.rpartition(".")[2]) for name, how in changes.items()]
-    told = {name for row in rows for name in row.names.split("|")}
-    told |= {name for name in relied_on.list_names() if name.startswith("_")}
+    reported = {name for row in rows for name in row.names.split("|")}
+    reported |= {name for name in relied_on.list_names() if name.startswith("_")}
     alike: dict[str, list[tuple[str, str]]] = {}
     for test, text in failures:
         alike.setdefault(_find_message(text), []).append((test, text))
     for how, tests in alike.items():
         words = {word for _, text in tests for word in re.findall(r"\w+", text)}
         others = f" and {len(tests) - 1} more" if len(tests) > 1 else ""
-        rows.append(Row(tests[0][0] + others, how, ", ".join(sorted(told & words)) or "-"))
+        rows.append(Row(tests[0][0] + others, how, ", ".join(sorted(reported & words)) or "-"))
     return rows
 
 
@@ -76,7 +76,7 @@ def print_table(rows: list[Row]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Does what the first lines of this file say."""
+    """Runs the command; the first lines of this file describe it."""
     if arguments == ["requirements"]:
         print("\n".join(list_requirements()))
         return 0

@@ -1,4 +1,4 @@
-"""files.py: whatever happens while a file is written, the old one or the whole new one is under its name.
+"""files.py: when writing fails or is killed, the old file or the complete new one is under its name.
 
 The writers that are killed at random moments have a seed, which is printed when one fails and can be set:
 KILL_SEED=7 python -m pytest tests/test_files.py
@@ -123,7 +123,7 @@ def test_write_refused_by_the_system_keeps_the_old_file(old_path, monkeypatch, f
 
 
 def test_write_where_folders_cannot_be_flushed_succeeds(old_path, monkeypatch):
-    """Some network file systems refuse to flush a folder; by then the file has its name, so nothing has failed."""
+    """Some network file systems refuse to flush a folder; by then the file has its name: the write succeeded."""
     fsync = os.fsync
 
     def refuse_folders(descriptor):
@@ -198,6 +198,8 @@ def test_write_over_a_folder_is_refused(tmp_path):
 def test_write_over_a_pipe_is_refused(tmp_path):
     """So that writing to /dev/null as root does not replace the device for the whole machine."""
     path = tmp_path / "pipe"
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("Windows has no pipes among files")
     os.mkfifo(path)
     with pytest.raises(CheckpointError, match="pipe: cannot be written"):
         write(path)
@@ -217,7 +219,7 @@ def test_write_into_a_file_as_folder_is_refused(old_path):
     assert_untouched(old_path)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
 def test_write_into_a_locked_folder_is_refused(old_path):
     old_path.parent.chmod(0o500)
     try:
@@ -230,7 +232,11 @@ def test_write_into_a_locked_folder_is_refused(old_path):
 
 # Killing the writer
 
-forks = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 and newer, as torch has threads
+
+def forks(test):
+    """Marks a test that forks this process; Python 3.12 and newer warn of that, because torch has threads."""
+    test = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")(test)
+    return pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows does not fork")(test)
 
 
 @contextlib.contextmanager
@@ -243,7 +249,7 @@ def start_child(work):
     child = os.fork()
     if child == 0:
         try:
-            torch.set_num_threads(1)  # those of the parent are not in the child
+            torch.set_num_threads(1)  # the threads of the parent do not exist in the child
             work(lambda: os.write(writer, b"!"))
         finally:
             os._exit(1)
@@ -306,7 +312,7 @@ def write_in_place(checkpoint, path):
 
 
 def kill_writers(write, both, path):
-    """Kills writers of two checkpoints over one path; yields after each which of the two is there, or what else."""
+    """Kills writers of two checkpoints over one path; yields after each which of the two is found, or the error."""
     parent, rng = os.getpid(), random.Random(KILL_SEED)
     write(both[0], path)
     start_s = time.monotonic()
@@ -344,7 +350,7 @@ def test_write_checkpoint_killed_at_random_moments_leaves_the_old_or_the_new(bot
 
 @forks
 def test_write_in_place_killed_at_random_moments_leaves_neither(both, tmp_path):
-    """Shows that the test above tells a file that is neither from the two."""
+    """Shows that the test above can find a file that is neither of the two."""
     with limit_time(60):
         outcomes = list(kill_writers(write_in_place, both, tmp_path / "ckpt.pt"))
     assert any(re.search("damaged or cut off|an empty file", outcome) for outcome in outcomes), (
@@ -392,7 +398,7 @@ def test_folder_behind_a_link_to_another_file_system_is_written_there(tmp_path, 
 
 
 def test_folder_that_is_there_needs_nothing_of_its_parent(tmp_path, monkeypatch):
-    """A mount point, or a writable folder in one that is not: nothing is made beside it, and it is not replaced."""
+    """A mount point, or a writable folder in one that is not: nothing is made next to it, and it is not replaced."""
     folder = tmp_path / "out"
     folder.mkdir()
     number, made, mkdir = folder.stat().st_ino, [], Path.mkdir
@@ -429,7 +435,7 @@ def test_of_two_writers_of_one_place_one_wins_and_the_other_says_so(tmp_path, is
 
 
 def test_writers_that_overwrite_do_not_mix(tmp_path):
-    """Threads stand for processes: the lock is the folder's."""
+    """In threads, which take the place of processes: the lock is the folder's."""
     folder = tmp_path / "out"
     write_folder(folder, {})
     whole = [{name: str(number) for name in ("config.json", "model.safetensors", "b", "c")} for number in range(20)]

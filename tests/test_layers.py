@@ -66,7 +66,7 @@ def test_imports_point_downwards():
     ],
 )
 def test_import_that_does_not_point_downwards_is_found(source):
-    assert find_faults(PACKAGE_DIR / "checkpoint" / "check.py", source)
+    assert find_faults(PACKAGE_DIR / "checkpoint" / "faults.py", source)
     assert not find_faults(PACKAGE_DIR / "__init__.py", source)
 
 

@@ -25,11 +25,11 @@ def find_private_names():
                 own.add(name)
             case ast.Attribute(attr=name) if name.startswith("_") and not name.startswith("__"):
                 read.add(name)
-    return read - own - {"_replace"}  # a namedtuple's, which Python documents
+    return read - own - {"_replace"}  # of namedtuple, documented by Python
 
 
 def iterate_overrides():
-    """Yields the names that classes of the package and of Transformers under them both define."""
+    """Yields the names that a class of the package and a base class in Transformers both define."""
     for module in pkgutil.walk_packages(hugging_nano_gpt.__path__, "hugging_nano_gpt."):
         try:
             classes = vars(importlib.import_module(module.name)).values()
@@ -46,7 +46,7 @@ def test_every_private_name_that_is_read_is_in_the_table():
 
 
 def test_every_override_is_in_the_table():
-    others = {"_abc_impl", "keys_to_ignore_at_inference"}  # Python's; and what Trainer asks any config for
+    others = {"_abc_impl", "keys_to_ignore_at_inference"}  # Python's, and one that Trainer reads from any config
     names = {name for name in iterate_overrides() if not name.startswith("__")} - others
     assert names - set(relied_on.list_names()) == set()
 
@@ -61,7 +61,7 @@ def test_every_name_of_the_table_is_as_the_package_needs_it():
 
 
 def rename_argument(monkeypatch):
-    """Does what a release that renames an argument does, to what is called and to what a test then says."""
+    """Changes what a release that renames an argument changes: the function, and the message of a failing test."""
 
     def create_causal_mask(config, inputs_embeds, attention_mask, kv_store, position_ids=None):
         raise NotImplementedError

@@ -1,8 +1,7 @@
-"""What Windows does otherwise, simulated: files that it does not move or flush, no locks, code page 1252."""
+"""What Windows does differently, simulated: files that it does not move or flush, no locks, code page 1252."""
 
 import ast
 import errno
-import fcntl
 import gc
 import io
 import os
@@ -36,7 +35,7 @@ SOURCES = [
     *(ROOT / "hugging_nano_gpt").rglob("*.py"),
     *(ROOT / "examples").glob("*.py"),
 ]
-O_BINARY = 1 << 40  # no flag of this system
+O_BINARY = 1 << 40  # not a flag of this system
 IDX = make_batch(1, 16)[0]
 
 
@@ -59,6 +58,7 @@ def refuse_if(refused, path):
 @pytest.fixture
 def windows(monkeypatch):
     """A Linux that refuses what Windows refuses, and lacks what Windows lacks."""
+    fcntl = pytest.importorskip("fcntl", reason="this is Windows")
     fsync, rename, replace, unlink, open_file = os.fsync, os.rename, os.replace, os.unlink, os.open
 
     def fsync_writable(descriptor):
@@ -143,9 +143,9 @@ def test_model_is_saved_over_the_folder_and_the_checkpoint_that_it_is_from(windo
     with torch.no_grad():
         model.transformer.wpe.weight.zero_()
     model.save_pretrained(tmp_path)
-    (kept,) = tmp_path.glob(".writing-*/old/model.safetensors")  # for as long as a model has it mapped
+    (kept,) = tmp_path.glob(".writing-*/old/model.safetensors")  # while a model has it mapped
     assert is_mapped(kept)
-    expected = model(IDX).logits.detach()  # else it would keep the weights
+    expected = model(IDX).logits.detach()  # without detach it would keep the weights
     del model
     gc.collect()
     model = NanoGPTLMHeadModel.from_pretrained(tmp_path)

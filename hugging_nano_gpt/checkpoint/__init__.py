@@ -1,5 +1,6 @@
-"""Files to plain data and back: a file a format, and the plain data they all read into (contents.py).
+"""Files to plain data and back: one module for each format, and the plain data that all of them read into.
 
-A format module recognises its files by what is in them, reads them into a Checkpoint, and writes one where we write
-that format. read_write.py picks the format and checks what is the same for all. Nothing here knows a model.
+formats.py has the table of formats, read_checkpoint and write_checkpoint; contents.py the data. file.py opens a file
+and torch_pickle.py reads its pickle without executing it. state_dict.py is what the formats share: names are cleaned
+and compared with layout.py, tensors are read; faults.py finds what is wrong. Nothing here imports a model.
 """

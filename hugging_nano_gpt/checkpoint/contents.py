@@ -1,4 +1,4 @@
-"""What a checkpoint of the nanoGPT family holds, whatever its file looks like: plain data, no reading, no checking."""
+"""What a checkpoint of the nanoGPT family contains: plain data, the same for every format."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,21 +6,30 @@ from typing import Any
 
 import torch
 
-from .optimizer import OptimizerState
+from .moments import OptimizerState
 
 # nanoGPT's best_val_loss before the first evaluation (train.py @ 3adf61e).
 NO_VAL_LOSS = 1e9
 
 
 @dataclass(frozen=True)
+class ReadingOptions:
+    """What a user says about a file that a format reads; read_checkpoint describes each option."""
+
+    n_head: int | None = None
+    with_optimizer: bool = True
+    ignore_extra: bool = False
+
+
+@dataclass(frozen=True)
 class TrainingState:
-    """Where a run stood: everything in a checkpoint that is not the model.
+    """The state of a run: everything in a checkpoint that is not the model.
 
     Args:
         iter_num: Number of optimizer updates made.
         best_val_loss: Lowest validation loss seen, in nats per token; 1e9 before the first evaluation.
-        config: train.py's settings, by name, in plain Python types.
-        optimizer: AdamW's moments by parameter name, or None if there are none or they were not read.
+        config: train.py's settings by name, in plain Python types.
+        optimizer: AdamW's moments by parameter name, or None if the file has none or they were not read.
     """
 
     iter_num: int = 0
@@ -39,14 +48,14 @@ class Checkpoint:
             matrices are one tensor under both names.
         tie_word_embeddings: Whether lm_head is the token embedding.
         training_state: Everything that is not the model.
-        activation_function: Activation the weights were trained with, in NanoGPTConfig's terms.
-        n_tokens: Number of real tokens; the rows of the embedding from there to vocab_size are padding. None if all
-            are real or the file does not say.
-        format: Kind of file it was read from: "nanogpt", "mingpt", "build_nanogpt" or "llmc".
+        activation_function: Activation the weights were trained with, as NanoGPTConfig names it.
+        n_tokens: Number of real tokens; embedding rows from there to vocab_size are padding. None if all rows are
+            real or the file does not say.
+        format: Name of the file's format: "nanogpt", "mingpt", "build_nanogpt" or "llmc".
         path: File it was read from, or None.
-        era: Which nanoGPT wrote it, as far as the file tells: "since 2023-05-06". Empty for other formats.
-        has_optimizer: Whether the file holds an optimizer state, read or not.
-        assumptions: What the file does not say and was assumed, a sentence each.
+        era: Which nanoGPT wrote it, as far as the file shows: "since 2023-05-06". Empty for other formats.
+        has_optimizer: Whether the file contains an optimizer state, read or not.
+        assumptions: What the file does not record and was assumed, one sentence each.
     """
 
     model_args: dict[str, Any]

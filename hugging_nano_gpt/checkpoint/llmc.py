@@ -1,25 +1,24 @@
 """llm.c's .bin checkpoints (karpathy/llm.c train_gpt2.py, write_model): read, and written byte for byte the same.
 
 A header of 256 little-endian int32: magic, version (3 float32, 5 bfloat16), max_seq_len, vocab_size, n_layer, n_head,
-n_embd, padded vocab_size, and zeros; then the parameters, kind by kind, each kind for all layers. Always with biases
-and tied, with the tanh GELU. There is no checksum: a flipped bit in a weight goes unseen.
+n_embd, padded vocab_size, and zeros; then the parameters, kind by kind, each kind for all layers. The model always has
+biases, a tied head and the tanh GELU. There is no checksum: a flipped bit in a weight goes unseen.
 """
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
 
-from ..files import fail, fail_damaged, measure_bytes
-from .check import find_args_faults
-from .contents import Checkpoint
-from .tensors import iterate_shapes
+from ..files import measure_bytes
+from .contents import Checkpoint, ReadingOptions
+from .faults import find_args_faults
+from .file import CheckpointFile
+from .layout import iterate_shapes, list_parameter_shapes
 
-NAME = "llmc"
-ACTIVATION_FUNCTION = "gelu_new"
+NAME, KIND = "llmc", "llm.c checkpoint"
 
 _MAGIC = 20240326
 _HEADER_INTS = 256
@@ -34,40 +33,40 @@ _LAYER_KINDS = (
 )
 
 
-def recognise(file: BinaryIO) -> bool:
-    """Tells whether a file begins as llm.c's checkpoints do."""
-    file.seek(0)
-    return file.read(4) == _MAGIC.to_bytes(4, "little")
+def recognise(file: CheckpointFile) -> bool:
+    """Returns whether a file begins as llm.c's checkpoints do."""
+    file.raw.seek(0)
+    return file.raw.read(4) == _MAGIC.to_bytes(4, "little")
 
 
-def read(path: Path, file: BinaryIO) -> Checkpoint:
-    """Reads an llm.c checkpoint, after comparing its header with its length.
+def read(file: CheckpointFile, options: ReadingOptions) -> Checkpoint:
+    """Reads an llm.c checkpoint, which records all that an option could say, after comparing its header and length.
 
     Padding rows of the embedding are kept, so that the way back is exact; `n_tokens` says where they begin.
 
     Raises:
-        CheckpointError: If the header is impossible or the file is not exactly as long as it says.
+        CheckpointError: If the header is impossible or the file is not exactly as long as the header says.
     """
-    file.seek(0)
-    header = np.frombuffer(file.read(4 * _HEADER_INTS).ljust(4 * _HEADER_INTS, b"\0"), dtype="<i4").tolist()
-    model_args, dtype, n_tokens = _parse_header(path, header)
-    expected, found = 4 * _HEADER_INTS + _count_stored(model_args) * dtype.itemsize, measure_bytes(file)
-    if found != expected:  # settled before anything of the size that the header says is made
-        raise fail_damaged(path, f"{found} bytes where its header says {expected}")
+    raw = file.raw
+    raw.seek(0)
+    header = np.frombuffer(raw.read(4 * _HEADER_INTS).ljust(4 * _HEADER_INTS, b"\0"), dtype="<i4").tolist()
+    model_args, dtype, n_tokens = _parse_header(file, header)
+    expected, found = 4 * _HEADER_INTS + _count_stored(model_args) * dtype.itemsize, measure_bytes(raw)
+    if found != expected:  # checked before anything of the size that the header says is made
+        raise file.fail_damaged(f"{found} bytes where its header says {expected}")
     shapes = dict(iterate_shapes(model_args))
     tensors = {}
     for name in iterate_names(model_args["n_layer"]):
         tensor = torch.empty(shapes[name], dtype=dtype)
-        if file.readinto(_view_bytes(tensor)) != tensor.nbytes:  # type: ignore[attr-defined]
-            raise fail_damaged(path, "an early end of the file")
+        if raw.readinto(_view_bytes(tensor)) != tensor.nbytes:  # type: ignore[attr-defined]
+            raise file.fail_damaged("an early end of the file")
         tensors[name] = tensor
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
     return Checkpoint(
         model_args=model_args,
         state_dict={name: tensors[name] for name in shapes},
-        activation_function=ACTIVATION_FUNCTION,
+        activation_function="gelu_new",
         n_tokens=n_tokens,
-        format=NAME,
         assumptions=(
             "tanh GELU, as llm.c computes: the file does not record it",
             "dropout 0.0, as llm.c has none: the file does not record it",
@@ -89,7 +88,7 @@ def write(checkpoint: Checkpoint, file: BinaryIO) -> None:
 
 
 def find_faults(checkpoint: Checkpoint) -> list[str]:
-    """Finds what of a checkpoint llm.c cannot hold."""
+    """Finds what in a checkpoint llm.c cannot express."""
     faults = []
     if not checkpoint.model_args["bias"]:
         faults.append("bias: expected True, because llm.c's model always has biases, got False")
@@ -110,7 +109,7 @@ def iterate_names(n_layer: int) -> Iterator[str]:
     yield from ("transformer.ln_f.weight", "transformer.ln_f.bias")
 
 
-def _parse_header(path: Path, header: list[int]) -> tuple[dict[str, Any], torch.dtype, int]:
+def _parse_header(file: CheckpointFile, header: list[int]) -> tuple[dict[str, Any], torch.dtype, int]:
     _, version, block_size, n_tokens, n_layer, n_head, n_embd, vocab_size, *rest = header
     faults = []
     if version not in _DTYPES:
@@ -123,21 +122,15 @@ def _parse_header(path: Path, header: list[int]) -> tuple[dict[str, Any], torch.
     model_args = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, **sizes, "bias": True, "dropout": 0.0}
     faults += find_args_faults(model_args)
     if faults:
-        raise fail(
-            path, f"its llm.c header is impossible: {'; '.join(faults)}", "copy it again from where it was written"
-        )
+        advice = "copy it again from where it was written"
+        raise file.fail(f"its llm.c header is impossible: {'; '.join(faults)}", advice)
     return model_args, _DTYPES[version], n_tokens
 
 
 def _count_stored(model_args: dict[str, Any]) -> int:
     """Returns the number of stored parameters, without a table of as many layers as the header says."""
     without, with_one = (
-        sum(
-            math.prod(shape)
-            for name, shape in iterate_shapes({**model_args, "n_layer": n})
-            if name != "lm_head.weight"
-        )
-        for n in (0, 1)
+        sum(map(math.prod, list_parameter_shapes({**model_args, "n_layer": n}, is_tied=True).values())) for n in (0, 1)
     )
     return without + model_args["n_layer"] * (with_one - without)
 

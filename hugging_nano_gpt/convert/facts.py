@@ -6,7 +6,7 @@ All of it is read off the configuration, so it costs nothing and is right for sh
 from transformers import PreTrainedConfig
 
 from ..checkpoint.contents import NO_VAL_LOSS, TrainingState
-from ..checkpoint.tensors import count_parameters
+from ..checkpoint.layout import count_parameters
 from .tensors import list_args
 
 _ACTIVATIONS = {

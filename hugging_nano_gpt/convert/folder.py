@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..checkpoint.optimizer import OptimizerState
-from ..checkpoint.read_write import read_checkpoint
+from ..checkpoint.formats import read_checkpoint
+from ..checkpoint.moments import OptimizerState
 from ..errors import ConversionError
 from ..files import check_file, check_folder, open_folder
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel

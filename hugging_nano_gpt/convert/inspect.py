@@ -11,14 +11,14 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
 from ..checkpoint.contents import NO_VAL_LOSS, TrainingState
-from ..checkpoint.read_write import read_checkpoint
+from ..checkpoint.formats import FILE_KINDS, read_checkpoint
 from ..errors import CheckpointError, list_some
 from ..model.configuration_nano_gpt import NanoGPTConfig
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from .facts import count_model_parameters, describe_model, describe_training
 from .nanogpt import make_config, read_training_state
 from .pretrained import read_config
-from .source import FILE_KINDS, FOLDER, refuse_reading
+from .source import FOLDER, refuse_reading
 from .tensors import list_args
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint.tensors import MODEL_ARGS, strip_wrappers
+from ..checkpoint.layout import MODEL_ARGS, strip_wrappers
 from ..errors import ConversionError, list_some
 from ..model.configuration_nano_gpt import NanoGPTConfig
 from ..tokenization.vocabulary import guess_settings

@@ -13,9 +13,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..checkpoint.contents import NO_VAL_LOSS, Checkpoint, TrainingState
-from ..checkpoint.optimizer import OptimizerState, from_adamw
-from ..checkpoint.read_write import read_checkpoint, write_checkpoint
-from ..checkpoint.tensors import MODEL_ARGS
+from ..checkpoint.formats import read_checkpoint, write_checkpoint
+from ..checkpoint.layout import MODEL_ARGS
+from ..checkpoint.moments import OptimizerState, from_adamw
 from ..errors import ConversionError, list_some
 from ..model.configuration_nano_gpt import NanoGPTConfig, is_exact_in_json
 from ..tokenization.vocabulary import guess_settings

@@ -10,20 +10,13 @@ import torch
 from transformers import GPT2Config
 
 from ..checkpoint.contents import Checkpoint
-from ..checkpoint.read_write import read_checkpoint
+from ..checkpoint.formats import FILE_KINDS, read_checkpoint
 from ..errors import CheckpointError, ConversionError, DeviceError, list_some
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from .gpt2 import import_gpt2
 from .nanogpt import READING_KWARGS, make_model
 from .pretrained import is_hub_id, load_whole_model, read_model_type, select_hub
 
-# In words, by Checkpoint.format.
-FILE_KINDS = {
-    "nanogpt": "nanoGPT checkpoint",
-    "mingpt": "minGPT checkpoint",
-    "build_nanogpt": "build-nanogpt checkpoint",
-    "llmc": "llm.c checkpoint",
-}
 FOLDER = "folder of Transformers"
 
 # How the command line names what says how a file is read. ignore_extra is none: a folder has nothing of the kind.

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from ..checkpoint.check import find_dense_faults, find_model_faults, find_number_faults, find_tying_faults
-from ..checkpoint.tensors import MODEL_ARGS, iterate_shapes
+from ..checkpoint.faults import find_dense_faults, find_model_faults, find_number_faults, find_tying_faults
+from ..checkpoint.layout import MODEL_ARGS, iterate_shapes
 from ..errors import ConversionError, join_some, list_some
 from ..model.configuration_nano_gpt import NanoGPTConfig
 from ..tokenization.vocabulary import check_tokenizer

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 import torch
 from safetensors.torch import load_file
 
-from ..checkpoint.read_write import read_checkpoint
+from ..checkpoint.formats import read_checkpoint
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from ..tokenization.characters import read_meta
 

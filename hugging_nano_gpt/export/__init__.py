@@ -1,1 +1,1 @@
-"""What leaves for other programs: folders that work where this package is not installed."""
+"""Exports to other programs: files and folders that work where this package is not installed."""

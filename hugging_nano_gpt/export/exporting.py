@@ -1,10 +1,12 @@
-"""Exports by name: loads what a user names, finds its tokenizer, and calls the exporter of the format.
+"""The table of exports, and exporting by it: loads what a user names, finds its tokenizer, calls the exporter.
 
-A new format is a function in a file of its own and a row of the table here. The command `export` calls this.
+A new export is a module of its own and a row of EXPORTS. The command `export` calls this. The command line names the
+exports a second time, because its --help must not import torch; a test compares the two, and docs/exporting.md.
 """
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,27 @@ from ..tokenization.find import find_tokenizer_or_reason
 from .gguf import export_gguf
 from .onnx import export_onnx
 
-# Each is called as f(model, out, tokenizer=, overwrite=), writes all or nothing, and returns what it does not keep.
-_EXPORTERS: dict[str, Callable[..., tuple[str, ...]]] = {
-    "gpt2": export_gpt2,
-    "gguf": export_gguf,
-    "onnx": export_onnx,
+
+@dataclass(frozen=True)
+class Export:
+    """A row of the table.
+
+    Args:
+        write: The exporter, called as write(model, out, tokenizer=, overwrite=). It writes all or nothing and returns
+            what the export does not keep, one sentence each.
+        makes: What it makes, in words, as the command line says.
+        column: Its column in docs/exporting.md.
+    """
+
+    write: Callable[..., tuple[str, ...]]
+    makes: str
+    column: str
+
+
+EXPORTS = {
+    "gpt2": Export(export_gpt2, "a folder for GPT2LMHeadModel", "GPT-2"),
+    "gguf": Export(export_gguf, "a file for llama.cpp", "GGUF (llama.cpp)"),
+    "onnx": Export(export_onnx, "a folder for ONNX Runtime", "ONNX"),
 }
 
 
@@ -39,23 +57,23 @@ def export_model(
 
     Args:
         source: Checkpoint file of the nanoGPT family, folder that save_pretrained wrote, or Hub id. It is only read.
-        out: Folder or file to write, as the format has it.
+        out: Folder or file to write, depending on the format.
         to: "gpt2", a folder for stock GPT2LMHeadModel; "gguf", a file for llama.cpp; "onnx", a folder for ONNX
             Runtime.
         meta_path: meta.pkl of the model's characters, in place of the tokenizer that belongs to the source.
         tokenizer: Name, folder or Hub id of a tokenizer, in place of meta_path.
         file_type: For "gguf" alone: "f32" (the default), "f16" or "q8_0".
-        overwrite: Whether what is there may be replaced.
+        overwrite: Whether existing files may be replaced.
         **kwargs: What from_nanogpt_ckpt or from_pretrained takes, such as `dtype`, `n_head`, `activation_function`.
 
     Raises:
-        ConversionError: If the format cannot express the model, or something is there and overwrite is not given.
-        CheckpointError: If there is no whole model.
-        TokenizerError: If the tokenizer asked for cannot be had, or does not fit the model.
+        ConversionError: If the format cannot express the model, or `out` exists and overwrite is not given.
+        CheckpointError: If the source is not a whole model.
+        TokenizerError: If the tokenizer asked for cannot be loaded, or does not fit the model.
         MissingDependencyError: If the format needs a package that is not installed.
     """
-    if to not in _EXPORTERS:
-        raise ConversionError(f"{out}: expected a format of {list(_EXPORTERS)}, got {to!r}; give one of them")
+    if to not in EXPORTS:
+        raise ConversionError(f"{out}: expected a format of {list(EXPORTS)}, got {to!r}; give one of them")
     if file_type is not None and to != "gguf":
         raise ConversionError(
             f"{out}: expected a file type for 'gguf' alone, got {file_type!r} for {to!r}; leave out --file-type"
@@ -66,5 +84,5 @@ def export_model(
         loaded.model, source, meta_path=meta_path, tokenizer=tokenizer, **loaded.hub
     )
     options = {} if file_type is None else {"file_type": file_type}
-    lost = _EXPORTERS[to](loaded.model, out, tokenizer=found, overwrite=overwrite, **options)
+    lost = EXPORTS[to].write(loaded.model, out, tokenizer=found, overwrite=overwrite, **options)
     return Conversion(Path(out), loaded.model, found, (*loaded.notes, *reasons, *lost))

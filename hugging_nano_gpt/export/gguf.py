@@ -1,6 +1,6 @@
-"""GGUF: nanoGPT models as one file of llama.cpp's gpt2 architecture, tokenizer and all.
+"""GGUF: nanoGPT models, with their tokenizers, as one file of llama.cpp's gpt2 architecture.
 
-nn.Linear's weights lie as ggml reads them, so none is transposed (GPT-2's Conv1D is what other converters turn back).
+nn.Linear's weights have the layout that ggml reads, so none is transposed (other converters undo GPT-2's Conv1D).
 llama.cpp wants every bias: where the model has none they are zeros, which change no number. Tensors are converted and
 written one at a time.
 
@@ -28,24 +28,27 @@ from .gguf_vocabulary import add_vocabulary
 if TYPE_CHECKING:
     import gguf
 
-# By the names that llama.cpp's converter takes: the value of general.file_type, and the largest number that fits. q8_0
-# stores whole numbers up to 127, times a float16.
+    _TypedTensors = dict[str, tuple[torch.Tensor, gguf.GGMLQuantizationType]]  # by llama.cpp's name
+
+# By the names that llama.cpp's converter knows: the value of general.file_type, and the largest number that fits. q8_0
+# stores integers up to 127, times a float16.
 _FILE_TYPES = {
     "f32": ("ALL_F32", torch.finfo(torch.float32).max),
     "f16": ("MOSTLY_F16", torch.finfo(torch.float16).max),
     "q8_0": ("MOSTLY_Q8_0", 127 * torch.finfo(torch.float16).max),
 }
 
-# llama.cpp's converter keeps this in float32 whatever the type, and every tensor of one dimension.
+# llama.cpp's converter always keeps this tensor in float32, and every tensor of one dimension.
 _ALWAYS_F32 = "position_embd.weight"
 
-# The weights that share a scale in q8_0; rows that are no multiple of it stay float16, as in llama.cpp's converter.
+# Number of weights that share a scale in q8_0; rows that are not a multiple of it become float16, as in llama.cpp's
+# converter.
 _Q8_0_BLOCK = 32
 
 # llama.cpp rounds the length of its context up to a multiple of this, and may read positions that the model lacks.
 _CONTEXT_STEP = 256
 
-# Tokens that the model writes to compare two GELUs on.
+# Number of tokens that the model generates to compare two GELUs on.
 _N_PROBED = 64
 
 
@@ -60,24 +63,24 @@ def export_gguf(
     """Writes a model as a GGUF file, which llama.cpp and what is built on it run.
 
     "f32" keeps every weight of float32, float16 and bfloat16 models exactly. llama.cpp computes the tanh GELU for
-    gpt2: what a model of exact GELU loses by that is measured on text of its own, and told.
+    gpt2; what that changes in a model of exact GELU is measured on text that the model generates, and returned.
 
     Args:
         model: The model, of any floating dtype; tied or not.
         path: File to write. Missing folders are made.
-        tokenizer: Tokenizer to write into it: of single characters, or byte-level BPE cut as GPT-2 does. Without one
-            the file takes and gives token ids only.
+        tokenizer: Tokenizer to write with it. llama.cpp runs two kinds: single characters, and byte-level BPE that
+            splits text as GPT-2 does. Without one the file is for token ids only.
         file_type: "f32", "f16" or "q8_0" (8 bits, a float16 scale for every 32 weights); LayerNorms, biases and
             positions stay float32 in all of them.
-        overwrite: Whether a file there may be replaced.
+        overwrite: Whether what exists may be replaced.
 
     Returns:
-        What the file does not keep, a sentence each.
+        What the export does not keep, one sentence each.
 
     Raises:
         ConversionError: If the model has wrapped or quantised layers, NaN or numbers too large for the file type, the
-            file type is another, or a file is there and overwrite is not given.
-        TokenizerError: If the tokenizer has more tokens than the model has rows, or llama.cpp has no equal to it.
+            file type is another, or the file exists and overwrite is not given.
+        TokenizerError: If the tokenizer has more tokens than the model has rows, or llama.cpp has no equivalent.
         CheckpointError: If the file cannot be written.
         MissingDependencyError: If gguf is not installed.
     """
@@ -99,7 +102,7 @@ def export_gguf(
 
 
 def _make_writer(where: str, config: NanoGPTConfig, file_type: str) -> "gguf.GGUFWriter":
-    """Makes a writer that knows all about the model but its tensors and its tokens."""
+    """Makes a writer with all metadata of the model, except its tensors and its tokens."""
     gguf = _import_gguf()
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.GPT2])
     writer.add_type(gguf.GGUFType.MODEL)
@@ -126,8 +129,8 @@ def _import_gguf() -> Any:
 
 def _choose_types(
     where: str, config: NanoGPTConfig, tensors: Mapping[str, torch.Tensor], file_type: str
-) -> dict[str, tuple[torch.Tensor, "gguf.GGMLQuantizationType"]]:
-    """Returns each tensor and the type to write it in, under llama.cpp's name of it."""
+) -> "_TypedTensors":
+    """Returns each tensor and the type to write it in, by llama.cpp's name."""
     gguf = _import_gguf()
     selected = select_tensors(tensors, {**list_args(config), "bias": True}, config.tie_word_embeddings)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
@@ -146,15 +149,13 @@ def _choose_types(
     return typed
 
 
-def _write(
-    writer: "gguf.GGUFWriter", file: BinaryIO, typed: Mapping[str, tuple[torch.Tensor, "gguf.GGMLQuantizationType"]]
-) -> None:
+def _write(writer: "gguf.GGUFWriter", file: BinaryIO, typed: "_TypedTensors") -> None:
     gguf = _import_gguf()
     for name, (tensor, kind) in typed.items():
         block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         size_bytes = tensor.numel() // block_size * block_bytes
         writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), size_bytes, raw_dtype=kind)
-    # It would open a path of its own; the file that is open here gets its name only when it is complete.
+    # The writer would open a path of its own; the file that is open here gets its name only when it is complete.
     writer.fout = [file]  # type: ignore[list-item]
     writer.state = gguf.gguf_writer.WriterState.EMPTY
     writer.write_header_to_file()
@@ -180,41 +181,41 @@ def _list_limits(model: NanoGPTLMHeadModel, file_type: str) -> Iterator[str]:
     if block_size % _CONTEXT_STEP:
         yield (
             f"llama.cpp rounds its context up to a multiple of {_CONTEXT_STEP} tokens, but aborts after {block_size} "
-            f"of this model: ask for no more, prompt and all"
+            f"of this model: ask for no more tokens than that, with the prompt"
         )
 
 
 @torch.no_grad()
 def _compare_gelus(model: NanoGPTLMHeadModel, tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
-    """Tells what the tanh GELU in place of the exact one changes, on text that the model itself writes."""
+    """Measures what the tanh GELU instead of the exact one changes, on text that the model itself generates."""
     if model.config.activation_function != "gelu":
         return
     exact, tanh = _make_pair(model.config, tensors)
-    settings = model.generation_config
+    config = model.generation_config
     length = min(_N_PROBED, model.config.block_size)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # and not the GPUs
         tokens = exact.generate(
-            torch.tensor([[settings.bos_token_id or 0]]),
+            torch.tensor([[config.bos_token_id or 0]]),
             max_new_tokens=length,
             do_sample=True,
             top_k=0,
             eos_token_id=None,
-            suppress_tokens=settings.suppress_tokens,
+            suppress_tokens=config.suppress_tokens,
         )
     idx, targets = tokens[:, :-1], tokens[0, 1:]  # (1, T), (T,)
     logits = [each(idx).logits[0] for each in (exact, tanh)]  # (T, V) each
     difference = (logits[0] - logits[1]).abs().max().item()
     perplexities = [cross_entropy(each, targets).exp().item() for each in logits]
     yield (
-        f"exact GELU becomes the tanh one, all that llama.cpp computes for gpt2: on {length} tokens that this model "
-        f"writes, logits differ by up to {difference:.1e}, and the perplexity is {perplexities[1]:.6g} in place of "
+        f"exact GELU becomes the tanh one, as llama.cpp computes no other for gpt2: on {length} tokens generated by "
+        f"this model, logits differ by up to {difference:.1e}, and the perplexity is {perplexities[1]:.6g} instead of "
         f"{perplexities[0]:.6g}"
     )
 
 
 def _make_pair(config: NanoGPTConfig, tensors: Mapping[str, torch.Tensor]) -> list[NanoGPTLMHeadModel]:
-    """Makes a float32 model of each GELU, in eval mode. They share the tensors, with their source too if it can be."""
+    """Makes a float32 model of each GELU, in eval mode. They share tensors, also with their source where possible."""
     floats = {name: tensor.float() for name, tensor in tensors.items()}
     if config.tie_word_embeddings:
         floats["lm_head.weight"] = floats["transformer.wte.weight"]

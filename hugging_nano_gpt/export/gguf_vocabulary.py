@@ -1,9 +1,9 @@
 """A tokenizer as the part of a GGUF file from which llama.cpp makes its own.
 
 Byte-level BPE is llama.cpp's "gpt2". A character table is its "rwkv", which always takes the longest token that fits.
-"gpt2" and "llama" do not do for characters: where the file names no end of text, they take token 11 or 2 for it, and
-the model could never write that character. "rwkv" can hang on bytes that no token has (_find_traps); rows of the model
-that no token uses are a way out.
+"gpt2" and "llama" cannot be used for characters: where the file names no end of text, they use token 11 or 2 for it,
+and the model could never write that character. "rwkv" can hang on bytes that no token has (_find_traps); rows of the
+model that no token uses can prevent that.
 
 Source: llama.cpp's src/llama-vocab.cpp, as in llama-cpp-python 0.3.36.
 """
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # gguf.TokenType's
 
-# What "gpt2" takes for the end of text where none is named.
+# The token that "gpt2" uses as the end of text where none is named.
 _GPT2_EOS = 11
 
-# How llama.cpp writes a chat where the file has no template.
+# How llama.cpp formats a chat where the file has no template.
 _CHATML = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
-# How GPT-2 cuts text before it merges: as tiktoken writes it (bpe.py puts \z for its $), as older releases of tiktoken
-# do, and as Transformers does.
+# How GPT-2 splits text before it merges: as tiktoken writes it (bpe.py writes \z for its $), as older releases of
+# tiktoken do, and as Transformers does.
 _GPT2_PATTERNS = (
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++\z|\s+(?!\S)|\s",
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
@@ -46,14 +46,14 @@ def add_vocabulary(
     Args:
         writer: Writer of the file.
         tokenizer: The tokenizer, of at most vocab_size tokens, or None for a file of token ids only.
-        vocab_size: Rows of the model. llama.cpp wants a token for each: ids without one get an unused one.
-        suppressed: Ids that generation never draws, beside those without a token.
+        vocab_size: Number of rows of the model. llama.cpp wants a token for each: ids without one get an unused one.
+        suppressed: Ids that generate never samples, in addition to those without a token.
 
     Returns:
-        What llama.cpp does in another way, a sentence each.
+        What llama.cpp does differently, one sentence each.
 
     Raises:
-        TokenizerError: If llama.cpp has no equal to the tokenizer.
+        TokenizerError: If llama.cpp has no equivalent of the tokenizer.
     """
     if tokenizer is None:
         writer.add_tokenizer_model("none")
@@ -71,8 +71,8 @@ def add_vocabulary(
         writer.add_token_merges(merges)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    never_drawn = {*suppressed, *(index for index, kind in enumerate(types) if kind == _UNUSED)}
-    writer.add_array("tokenizer.ggml.suppress_tokens", sorted(never_drawn))
+    unused = {index for index, kind in enumerate(types) if kind == _UNUSED}
+    writer.add_array("tokenizer.ggml.suppress_tokens", sorted({*suppressed, *unused}))
     for add in (writer.add_add_bos_token, writer.add_add_eos_token, writer.add_add_space_prefix):
         add(False)
     unknown = None if merges else tokenizer.get_vocab().get(parts["model"]["unk_token"])
@@ -86,7 +86,7 @@ def add_vocabulary(
 
 
 def _read_parts(where: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Returns the tokenizer.json of a tokenizer that llama.cpp has an equal to."""
+    """Returns the tokenizer.json of a tokenizer that llama.cpp has an equivalent of."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = {} if backend is None else json.loads(backend.to_str())
     faults = _find_faults(parts) if parts else ["no tokenizer.json"]
@@ -94,15 +94,15 @@ def _read_parts(where: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any
         faults = ["tokens added to every text"]
     if faults:
         raise TokenizerError(
-            f"{where}: llama.cpp has no equal to it: expected single characters, or byte-level BPE that cuts text as "
-            f"GPT-2 does, got {'; '.join(faults)}; give another tokenizer"
+            f"{where}: llama.cpp has no equivalent of it: expected single characters, or byte-level BPE that splits "
+            f"text as GPT-2 does, got {'; '.join(faults)}; give another tokenizer"
         )
     return parts
 
 
 def _find_faults(parts: dict[str, Any]) -> list[str]:
     """Finds what a tokenizer does that neither "gpt2" nor "rwkv" does in llama.cpp."""
-    model, cut = parts["model"], parts["pre_tokenizer"]
+    model, split = parts["model"], parts["pre_tokenizer"]
     if model["type"] != "BPE":
         return [f"a {model['type']} model"]
     options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
@@ -110,26 +110,24 @@ def _find_faults(parts: dict[str, Any]) -> list[str]:
     if parts["normalizer"] is not None:
         faults.append(f"a normalizer, {parts['normalizer']['type']}")
     if model["merges"]:
-        if not _cuts_as_gpt2(cut):
-            faults.append(f"a cut of text by {cut!r}")
+        if not _splits_as_gpt2(split):
+            faults.append(f"text split by {split!r}")
         if model.get("ignore_merges"):
             faults.append("tokens that no merges lead to")
-    elif cut is not None:
-        faults.append(f"no merges, but a cut of text by {cut!r}")
-    elif odd := [each for each in model["vocab"].keys() - _list_added(parts) if len(each) != 1]:
-        faults.append(f"no merges, but tokens of several characters as {list_some(sorted(odd))}")
+    elif split is not None:
+        faults.append(f"no merges, but text split by {split!r}")
+    else:
+        added = {token["content"] for token in parts["added_tokens"]}
+        if odd := [each for each in model["vocab"].keys() - added if len(each) != 1]:
+            faults.append(f"no merges, but tokens of several characters as {list_some(sorted(odd))}")
     return faults
 
 
-def _list_added(parts: dict[str, Any]) -> set[str]:
-    return {token["content"] for token in parts["added_tokens"]}
-
-
-def _cuts_as_gpt2(cut: Any) -> bool:
-    """Tells whether text is cut by GPT-2's pattern, and its bytes are then spelt as characters."""
-    if cut is None:
+def _splits_as_gpt2(split: Any) -> bool:
+    """Returns whether text is split by GPT-2's pattern, and its bytes are then spelt as characters."""
+    if split is None:
         return False
-    *first, last = cut["pretokenizers"] if cut["type"] == "Sequence" else [cut]
+    *first, last = split["pretokenizers"] if split["type"] == "Sequence" else [split]
     if last["type"] != "ByteLevel" or last["add_prefix_space"]:
         return False
     if not first:
@@ -140,7 +138,7 @@ def _cuts_as_gpt2(cut: Any) -> bool:
 
 
 def _list_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int, *, is_bpe: bool) -> tuple[list[str], list[int]]:
-    """Returns how the token of each id is spelt, and of which type it is."""
+    """Returns the spelling of the token of each id, and its type."""
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
     stops = iter([] if is_bpe else _find_traps(tokenizer))
@@ -148,7 +146,7 @@ def _list_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int, *, is_bpe:
     for index in range(vocab_size):
         if index not in by_id and (stop := next(stops, None)) is not None:
             token, kind = rf"\x{stop:02x}", _UNUSED
-        elif index not in by_id:  # 0xff is in no text, so that what follows it is never found in one
+        elif index not in by_id:  # 0xff is in no text, so this token is never found in one
             token, kind = f"[PAD{index}]" if is_bpe else rf"\xff[PAD{index}]", _UNUSED
         elif index in added and (is_bpe or len(by_id[index]) > 1):
             token, kind = by_id[index], _CONTROL if added[index].special else _USER_DEFINED
@@ -160,7 +158,7 @@ def _list_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int, *, is_bpe:
 
 
 def _escape(character: str) -> str:
-    """Spells a character as "rwkv" reads it: printable ASCII as it is, other bytes as hexadecimal digits."""
+    """Spells a character as "rwkv" reads it: printable ASCII unchanged, other bytes as hexadecimal digits."""
     return "".join(
         chr(byte) if 0x20 <= byte < 0x7F and byte != ord("\\") else rf"\x{byte:02x}" for byte in character.encode()
     )
@@ -170,31 +168,25 @@ def _add_special_tokens(
     writer: "gguf.GGUFWriter", tokenizer: PreTrainedTokenizerBase, unknown: int | None, *, needs_bos: bool
 ) -> None:
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    if bos is None and needs_bos:  # or it would be token 11
+    if bos is None and needs_bos:  # without one, llama.cpp uses token 11
         bos = eos
-    adders = (
-        (writer.add_bos_token_id, bos),
-        (writer.add_eos_token_id, eos),
-        (writer.add_pad_token_id, pad),
-        (writer.add_unk_token_id, unknown),
-    )
-    for add, index in adders:
+    for name, index in (("bos", bos), ("eos", eos), ("pad", pad), ("unk", unknown)):
         if index is not None:
-            add(index)
+            getattr(writer, f"add_{name}_token_id")(index)
 
 
 def _find_traps(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Finds the bytes that begin longer tokens and are no tokens themselves.
+    """Finds the bytes that begin longer tokens and are not tokens themselves.
 
-    After such a byte "rwkv" must find the rest of a token. If it does not, it goes back to the beginning of the text,
-    for ever.
+    After such a byte "rwkv" must find the rest of a token. If it does not, it goes back to the beginning of the text
+    forever.
     """
     spelt = [token.encode() for token in tokenizer.get_vocab()]
     return sorted({each[0] for each in spelt if len(each) > 1} - {each[0] for each in spelt if len(each) == 1})
 
 
 def _check_chat(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Says which characters llama.cpp would bring into a chat that a model of characters does not have."""
+    """Returns a sentence if llama.cpp would add characters to a chat that a model of characters does not have."""
     known = tokenizer.get_vocab()
     message = next((token for token in known if len(token) == 1), "")
     how, text = "as ChatML, because the tokenizer has no chat template", _CHATML.format(message)
@@ -203,7 +195,7 @@ def _check_chat(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         try:
             chat = [{"role": "user", "content": message}]
             text = str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
-        except Exception:  # a template may raise anything, and want other messages
+        except Exception:  # a template may raise anything, and expect other messages
             return []
     added = sorted(map(re.escape, tokenizer.get_added_vocab()), key=len, reverse=True)
     missing = sorted(set("".join(re.split("|".join(added), text) if added else text)) - known.keys())
@@ -211,7 +203,7 @@ def _check_chat(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         return []
     return [
         f"llama.cpp writes a chat {how}, with characters that the model lacks, {list_some(missing)}: ask it for "
-        f"completions alone, as llama-completion -no-cnv does"
+        f"completions only, as llama-completion -no-cnv does"
     ]
 
 

@@ -1,8 +1,8 @@
 """ONNX: the model as one graph that ONNX Runtime runs without torch, with keys and values in and out for decoding.
 
 torch.export records the model's own forward pass and torch.onnx translates it, so there is no second implementation to
-keep right. Inputs and outputs have the names that Optimum and transformers.js know, and the weights nanoGPT's names,
-layout and bits. No operator is of one runtime only. The price of recording is time: seconds, more with more layers.
+keep right. Inputs and outputs have the names that Optimum and transformers.js know; the weights have nanoGPT's names,
+layout and bits. All operators are ONNX's own. Recording takes seconds, more with more layers.
 
 Shapes: B batch, T tokens, P tokens before them, S = P + T keys, H heads, D head size, V vocabulary.
 """
@@ -31,7 +31,7 @@ from ..tokenization.vocabulary import make_settings
 
 _OPSET = 18
 
-# Protocol buffers end at 2 GiB; what is larger has its weights beside it, under the name that others expect.
+# A protocol buffer has at most 2 GiB; weights that do not fit are a second file, under the name that others expect.
 _MAX_FILE_BYTES = 2_000_000_000
 _FILE, _WEIGHTS_FILE = "model.onnx", "model.onnx_data"
 
@@ -48,17 +48,12 @@ def export_onnx(
     The graph takes input_ids (B, T), attention_mask (B, S), position_ids (B, T), all int64, and for every layer
     past_key_values.N.key and .value (B, H, P, D); P may be 0. It returns logits (B, T, V) and present.N.key and
     .value (B, H, S, D). Weights are moved and not computed with, and a tied one is stored once; logits differ from
-    ours by the order of float32 sums alone (docs/onnx.md). What generate does past block_size is not part of it.
+    ours only by the order of float32 sums (docs/onnx.md). The graph does not do what generate does past block_size.
 
     Args:
-        model: The model, of any floating dtype; tied or not. In bfloat16, which ONNX Runtime's CPU does not compute
-            with, it is written in float32.
-        folder: Folder to write: a new or an empty one.
-        tokenizer: Tokenizer to write beside it.
-        overwrite: Whether files in the folder may be replaced; those that are not a model's stay.
-
-    Returns:
-        What the folder does not keep, a sentence each.
+        model: As in export_gguf, whose other arguments mean the same here. In bfloat16, which ONNX Runtime does not
+            compute with on CPUs, it is written in float32.
+        folder: Folder to write: a new or an empty one; with overwrite, files that are not a model's stay.
 
     Raises:
         ConversionError: If the model has wrapped or quantised layers or NaN, the folder has files and overwrite is
@@ -82,7 +77,7 @@ def export_onnx(
 
 
 class _Past:
-    """Keys and values of all layers, as tensors alone: what the model asks of a cache."""
+    """Keys and values of all layers as plain tensors, with the methods of a cache that the model calls."""
 
     def __init__(self, tensors: list[torch.Tensor]):
         self.tensors = tensors  # key and value of every layer in turn, (B, H, P or S, D)
@@ -118,8 +113,8 @@ class _Step(nn.Module):
         past = _Past(list(past_key_values))
         start, length = past.get_seq_length(), input_ids.shape[1]
         keys, queries = torch.arange(start + length), torch.arange(start, start + length)[:, None]
-        # A token sees itself and the tokens before it. Padding too sees itself: a softmax over nothing would be NaN,
-        # and the NaN would spread, as 0 * NaN is NaN.
+        # A token sees itself and the tokens before it. Padding sees itself too: a softmax over nothing would be NaN,
+        # and the NaN would spread, because 0 * NaN is NaN.
         is_seen = (keys < queries) & attention_mask[:, None, None].bool() | (keys == queries)  # (B, 1, T, S)
         mask = torch.zeros((), dtype=past_key_values[0].dtype).masked_fill(~is_seen, -torch.inf)
         outputs = self.transformer(
@@ -134,7 +129,7 @@ class _Step(nn.Module):
 
 
 def _make_plain(model: NanoGPTLMHeadModel, tensors: dict[str, torch.Tensor]) -> NanoGPTLMHeadModel:
-    """Makes a copy that can be recorded: plain tensors on the CPU, and attention written out in matrix products."""
+    """Makes a copy that can be recorded: plain tensors on the CPU, and attention as matrix products."""
     config = model.config
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight")
@@ -184,15 +179,15 @@ def _list_axes(config: NanoGPTConfig) -> tuple[dict[str, tuple[str | int, ...]],
 
 def _record(model: NanoGPTLMHeadModel) -> torch.export.ExportedProgram:
     config = model.config
-    sizes = {"batch_size": 2, "sequence_length": 3, "past_sequence_length": 5}  # of the example; none is kept
+    sizes = {"batch_size": 2, "sequence_length": 3, "past_sequence_length": 5}  # of the example; the graph has none
     batch, length, past_length = sizes.values()
     tokens = torch.zeros(batch, length, dtype=torch.long)
     attention_mask = torch.ones(batch, past_length + length, dtype=torch.long)
     past = torch.zeros(batch, config.n_head, past_length, config.n_embd // config.n_head, dtype=model.dtype)
-    b, t, p = (torch.export.Dim(name, max=1 << 30) for name in sizes)  # torch 2.6 asks for an end
+    b, t, p = (torch.export.Dim(name, max=1 << 30) for name in sizes)  # torch 2.6 needs a maximum
     dynamic_shapes = (
         {0: b, 1: t},
-        {0: b, 1: torch.export.Dim.AUTO},  # p + t, which cannot be written and is found out
+        {0: b, 1: torch.export.Dim.AUTO},  # p + t, which cannot be written here and is inferred
         {0: b, 1: t},
         [{0: b, 2: p}] * (2 * config.n_layer),
     )
@@ -201,23 +196,23 @@ def _record(model: NanoGPTLMHeadModel) -> torch.export.ExportedProgram:
 
 
 def _simplify(model: Any) -> None:
-    """Folds what is constant in a graph and drops the notes of its making; the weights stay as they are."""
+    """Folds the constants in a graph and drops the metadata of its recording; the weights stay unchanged."""
     import onnx_ir.passes.common as passes
     from onnxscript import optimizer
 
-    # While the weights are inputs, they are not transposed, merged where they are equal, or renamed.
+    # While the weights are inputs, the optimizer does not transpose, rename or merge them.
     passes.AddInitializersToInputsPass()(model)
     optimizer.optimize_ir(model)
     passes.RemoveInitializersFromInputsPass()(model)
     passes.ClearMetadataAndDocStringPass()(model)  # stack traces, with the paths of this machine
     for node in model.graph:
         for value in node.outputs:
-            if not value.is_graph_output():  # axes under other names than the inputs'; a runtime infers them anew
+            if not value.is_graph_output():  # its axes have other names than the inputs'; a runtime infers them
                 value.shape = value.type = None
 
 
 def _write(model: Any, folder: Path) -> None:
-    """Writes the graph, with its weights in the same file if that can hold them, and checks what was written."""
+    """Writes the graph, with its weights in the same file if they fit, and checks what was written."""
     import onnx
     import onnx_ir
 
@@ -228,9 +223,9 @@ def _write(model: Any, folder: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences what the exporter tells its own developers."""
+    """Silences the exporter's messages to its own developers."""
     levels = {logger: logger.level for logger in map(logging.getLogger, ("torch.onnx", "onnx_ir"))}
-    for logger in levels:  # that torchvision is not installed, and that weights which are inputs are not merged
+    for logger in levels:  # they say that torchvision is missing, and that weights which are inputs are not merged
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # onnxscript 0.6 prints its rewrite rules

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from ..checkpoint.tensors import MODEL_ARGS
+from ..checkpoint.layout import MODEL_ARGS
 from ..errors import CheckpointError
 from ..files import open_atomically
 from ..model.configuration_nano_gpt import NanoGPTConfig

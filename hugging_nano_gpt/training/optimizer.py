@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint.optimizer import OptimizerState, group_by_dimension, is_adamw, make_fresh_state
-from ..checkpoint.tensors import strip_wrappers
+from ..checkpoint.layout import strip_wrappers
+from ..checkpoint.moments import OptimizerState, group_by_dimension, is_adamw, make_fresh_state
 from ..errors import ConversionError, join_some, list_some
 
 # The settings that decide what an update computes, but the learning rate, which train.py sets before each.

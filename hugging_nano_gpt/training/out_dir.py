@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import filelock
 from transformers.utils import logging
 
-from ..checkpoint.read_write import read_iter_num
+from ..checkpoint.formats import read_iter_num
 from ..errors import CheckpointError, ConversionError, list_some
 from .trainer_checkpoint import choose_checkpoint, list_checkpoints, read_counts
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..checkpoint.contents import TrainingState
-from ..checkpoint.read_write import read_checkpoint
+from ..checkpoint.formats import read_checkpoint
 from ..convert.gpt2 import import_gpt2
 from ..convert.nanogpt import make_model
 from ..errors import ConversionError

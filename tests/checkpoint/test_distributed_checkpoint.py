@@ -1,4 +1,4 @@
-"""checkpoint/distributed.py: what torch.distributed.checkpoint and dcp_to_torch_save make of a checkpoint is read."""
+"""Files that torch.distributed.checkpoint and dcp_to_torch_save make of a checkpoint are read, with their moments."""
 
 import warnings
 
@@ -8,7 +8,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from hugging_nano_gpt import CheckpointError, read_checkpoint
-from hugging_nano_gpt.checkpoint.optimizer import group_by_module
+from hugging_nano_gpt.checkpoint.moments import group_by_module
 
 from ..conftest import assert_same
 from ..helpers.tiny import FIXTURES_DIR
@@ -20,7 +20,7 @@ HEAD = FIXTURES_DIR / FIXTURES[0] / "ckpt.pt"
 def convert(state, folder):
     """Does what a user does: saves with torch.distributed, in one process, and makes a file of the folder."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is one process, and that torch.load is not told weights_only
+        warnings.simplefilter("ignore")  # about having one process, and about torch.load without weights_only
         dcp.save(state, checkpoint_id=folder / "dcp")
     dcp_to_torch_save(folder / "dcp", folder / "ckpt.pt")
     return folder / "ckpt.pt"

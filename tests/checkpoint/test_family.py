@@ -1,8 +1,9 @@
-"""Every member of the nanoGPT family: upstream's numbers from it, nothing lost on the way back, nothing guessed."""
+"""Every member of the nanoGPT family gives upstream's numbers, is written back without loss, and is never guessed."""
 
 import copy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from hugging_nano_gpt import (
     ConversionError,
     NanoGPTConfig,
     NanoGPTLMHeadModel,
+    TrainingState,
     read_checkpoint,
     write_checkpoint,
 )
-from hugging_nano_gpt.checkpoint.optimizer import (
+from hugging_nano_gpt.checkpoint import formats
+from hugging_nano_gpt.checkpoint.moments import (
     from_adamw,
     group_by_dimension,
     group_by_module,
@@ -26,7 +29,7 @@ from hugging_nano_gpt.demo import CKPT_PATH
 
 from ..helpers.tiny import FIXTURES_DIR, MODEL_ARGS, make_batch, make_model
 
-# What each file needs said, and what it should tell by itself.
+# What the user has to say about each file, and the activation and the tying that it should be read with.
 MEMBERS = {
     "nanogpt-2022-12-28-fe804286/ckpt.pt": ({}, "gelu_new", False),
     "nanogpt-2023-01-14-43b37fd5/ckpt.pt": ({}, "gelu_new", True),
@@ -34,7 +37,7 @@ MEMBERS = {
     "nanogpt-2023-01-27-e808a671/ckpt.pt": ({}, "gelu_new", True),
     "nanogpt-2023-02-02-1e87509e/ckpt.pt": ({}, "gelu_new", True),
     "nanogpt-2023-02-05-ab0718a7/ckpt.pt": ({}, "gelu_new", True),
-    # six weeks in which nothing in the file tells the GELU
+    # six weeks in which nothing in the file shows the GELU
     "nanogpt-2023-05-06-7fe4a099/ckpt.pt": ({"activation_function": "gelu_new"}, "gelu_new", True),
     "nanogpt-2023-06-14-f08abb45/ckpt.pt": ({}, "gelu", True),
     "nanogpt-head-compiled/ckpt.pt": ({}, "gelu", True),
@@ -57,8 +60,8 @@ def load_golden(name):
 
 @pytest.mark.parametrize("name", MEMBERS)
 def test_member_gives_upstream_numbers(name):
-    said, activation_function, is_tied = MEMBERS[name]
-    model = NanoGPTLMHeadModel.from_nanogpt_ckpt(FIXTURES_DIR / name, **said)
+    options, activation_function, is_tied = MEMBERS[name]
+    model = NanoGPTLMHeadModel.from_nanogpt_ckpt(FIXTURES_DIR / name, **options)
     assert model.config.activation_function == activation_function
     assert model.config.tie_word_embeddings is is_tied
     assert (model.lm_head.weight is model.transformer.wte.weight) is is_tied
@@ -70,12 +73,32 @@ def test_member_gives_upstream_numbers(name):
 
 @pytest.mark.parametrize("name", [name for name in MEMBERS if "llmc" not in name])
 def test_member_with_another_activation_does_not(name):
-    """Shows that the golden numbers tell the activations apart, even where the weights are toy ones."""
-    said, activation_function, _ = MEMBERS[name]
+    """Shows that the golden numbers distinguish the activations, even with toy weights."""
+    options, activation_function, _ = MEMBERS[name]
     other = "gelu" if activation_function != "gelu" else "gelu_new"
-    model = NanoGPTLMHeadModel.from_nanogpt_ckpt(FIXTURES_DIR / name, **{**said, "activation_function": other})
+    model = NanoGPTLMHeadModel.from_nanogpt_ckpt(FIXTURES_DIR / name, **{**options, "activation_function": other})
     golden = load_golden(name)
     assert (model(golden["idx"]).logits - golden["logits"]).abs().max() > 5e-5
+
+
+def test_every_format_of_the_table_has_a_member():
+    assert {read_member(name, with_optimizer=False).format for name in MEMBERS} == formats.FILE_KINDS.keys()
+
+
+def test_format_is_read_once_it_is_in_the_table(tmp_path, monkeypatch):
+    expected = read_checkpoint(CKPT_PATH)
+    added = SimpleNamespace(
+        NAME="added",
+        KIND="checkpoint of another program",
+        recognise=lambda file: file.raw.seek(0) == 0 and file.raw.read() == b"added",
+        read=lambda file, options: replace(expected, training_state=TrainingState(options.n_head)),
+    )
+    (tmp_path / "model.bin").write_bytes(b"added")
+    with pytest.raises(CheckpointError, match="got 5 bytes of something else"):
+        read_checkpoint(tmp_path / "model.bin")
+    monkeypatch.setattr(formats, "FORMATS", (added, *formats.FORMATS))
+    found = read_checkpoint(tmp_path / "model.bin", n_head=3)
+    assert (found.format, found.path, found.training_state.iter_num) == ("added", tmp_path / "model.bin", 3)
 
 
 def assert_same_moments(first, second):
@@ -117,7 +140,7 @@ def test_untied_member_is_refused_by_todays_nanogpt(name, tmp_path):
     ],
 )
 def test_moments_of_every_era_get_the_names_of_their_parameters(name, grouping):
-    """Moments are told apart by what upstream's training did: a step in the direction of exp_avg's sign."""
+    """Moments are identified by what upstream's training did: a step in the direction of exp_avg's sign."""
     checkpoint = read_member(name)
     optimizer = checkpoint.training_state.optimizer
     assert optimizer.grouping is grouping
@@ -290,10 +313,10 @@ def test_masks_without_an_optimizer_tell_the_tanh_gelu(tmp_path):
 
 @pytest.mark.parametrize("name", MEMBERS)
 def test_assumptions_say_where_the_activation_came_from_unless_it_is_given(name):
-    said = {key: value for key, value in MEMBERS[name][0].items() if key != "activation_function"}
-    assumptions = read_checkpoint(FIXTURES_DIR / name, **said).assumptions
+    options = {key: value for key, value in MEMBERS[name][0].items() if key != "activation_function"}
+    assumptions = read_checkpoint(FIXTURES_DIR / name, **options).assumptions
     assert sum("GELU" in assumption for assumption in assumptions) == 1
-    given = read_checkpoint(FIXTURES_DIR / name, **said, activation_function="gelu")
+    given = read_checkpoint(FIXTURES_DIR / name, **options, activation_function="gelu")
     assert given.assumptions == tuple(assumption for assumption in assumptions if "GELU" not in assumption)
 
 
@@ -328,7 +351,7 @@ def test_cropped_model_reads_no_further_and_survives_the_way_back(block_size, tm
     model.to_nanogpt_ckpt(tmp_path / "ckpt.pt")
     assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["model_args"]["block_size"] == block_size
     assert torch.equal(NanoGPTLMHeadModel.from_nanogpt_ckpt(tmp_path / "ckpt.pt")(idx).logits, expected)
-    assert (tmp_path / "ckpt.pt").stat().st_size < 200_000  # the cropped rows are not written along
+    assert (tmp_path / "ckpt.pt").stat().st_size < 200_000  # the cropped rows are not written
 
 
 @pytest.mark.parametrize("block_size", [0, 33])

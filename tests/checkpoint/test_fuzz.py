@@ -79,10 +79,10 @@ def truncate(data, rng) -> bytes:
 
 def flip(data, rng) -> bytes:
     damaged = bytearray(data)
-    # llm.c's format has no checksums, so that only what its header says can be told to be wrong
+    # llm.c's format has no checksums, so only a fault in its header can be found
     end = 1024 if data[:2] != b"PK" else len(data)
     for _ in range(rng.choice([1, 1, 1, 4])):
-        # half of the flips where the structure is: the pickle at the front, the directory at the back
+        # half of the flips in the structure: the pickle at the front, the directory at the back
         position = rng.choice(
             [rng.randrange(end), rng.randrange(min(end, 4000)), end - 1 - rng.randrange(min(end, 4000))]
         )
@@ -91,16 +91,16 @@ def flip(data, rng) -> bytes:
 
 
 def splice(data, rng) -> bytes:
-    """Overwrites, removes or repeats a stretch."""
+    """Overwrites, removes or repeats a range of bytes."""
     start, length = rng.randrange(len(data)), rng.randrange(1, 2000)
-    if data[:2] != b"PK":  # see flip: not a byte of a weight may change without the length changing
+    if data[:2] != b"PK":  # see flip: no byte of a weight may change unless the length changes too
         return data[:start] + data[start + length :]
     inserted = rng.choice([b"", rng.randbytes(length), data[start : start + length] * 2])
     return data[:start] + inserted + data[start + length :]
 
 
 def restructure(data, rng, canary) -> bytes:
-    """Spoils one thing in the header or in the pickle, and writes the file again."""
+    """Changes one value in the header or in the pickle, and writes the file again."""
     if data[:2] != b"PK":
         header = bytearray(data)
         position = 4 * rng.randrange(256)

@@ -10,14 +10,14 @@ from safetensors import safe_open
 from transformers.utils import logging
 
 from hugging_nano_gpt import NanoGPTConfig, NanoGPTLMHeadModel
-from hugging_nano_gpt.checkpoint import torch_file
-from hugging_nano_gpt.checkpoint.optimizer import group_by_dimension, list_parameter_shapes
+from hugging_nano_gpt.checkpoint.file import CheckpointFile
+from hugging_nano_gpt.checkpoint.moments import group_by_dimension, list_parameter_shapes
 from hugging_nano_gpt.demo import CKPT_PATH
 
 from ..helpers.processes import run_forked
 from ..helpers.tiny import TORCH_VERSION
 
-# 4 layers of width 512: 54 MB of weights, so that a copy too many stands out from the noise of an allocator.
+# 4 layers of width 512: 54 MB of weights, so that an extra copy is larger than an allocator's noise.
 ARGS = {"n_layer": 4, "n_head": 8, "n_embd": 512, "block_size": 64, "bias": True, "vocab_size": 1024, "dropout": 0.0}
 WEIGHTS_BYTES = 4 * sum(torch.Size(shape).numel() for shape in list_parameter_shapes(ARGS, is_tied=True).values())
 
@@ -30,9 +30,9 @@ def read_status(field):
 
 
 def convert(path, out):
-    """Converts a file in a process of its own, and prints by how much its memory has grown at most."""
+    """Converts a file, in a process of its own, and prints the peak growth of the memory."""
     logging.disable_progress_bar()
-    NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH).save_pretrained(out)  # what is imported late is imported now
+    NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH).save_pretrained(out)  # so that late imports are done
     Path("/proc/self/clear_refs").write_text("5")
     before = read_status("VmRSS")
     NanoGPTLMHeadModel.from_nanogpt_ckpt(path).save_pretrained(out, max_shard_size="20MB")
@@ -84,9 +84,9 @@ def test_conversion_to_shards_takes_no_more_memory_for_an_optimizer(paths, tmp_p
 @needs_offsets
 def test_each_stored_block_is_read_once_and_moments_not_at_all(paths, monkeypatch):
     read_bytes = []
-    read_block = torch_file.TorchFile._read_block
+    read_block = CheckpointFile._read_block
     monkeypatch.setattr(
-        torch_file.TorchFile,
+        CheckpointFile,
         "_read_block",
         lambda self, name, stored: read_bytes.append(stored.nbytes) or read_block(self, name, stored),
     )

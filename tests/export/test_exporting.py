@@ -1,10 +1,13 @@
-"""What every exporter refuses, whatever it writes: models that are not whole or plain, and tokenizers too large."""
+"""What every exporter refuses: models that are not whole or plain, and tokenizers too large; and their table."""
 
 import warnings
+from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
 
+import hugging_nano_gpt_cli
 from hugging_nano_gpt import (
     ConversionError,
     NanoGPTConfig,
@@ -13,10 +16,13 @@ from hugging_nano_gpt import (
     build_character_tokenizer,
     export_gguf,
     export_gpt2,
+    export_model,
     export_onnx,
     read_meta,
 )
 from hugging_nano_gpt.demo import META_PATH
+from hugging_nano_gpt.export.exporting import EXPORTS
+from hugging_nano_gpt.export.gguf import _FILE_TYPES
 
 from ..helpers.tiny import MODEL_ARGS, make_model
 
@@ -111,3 +117,14 @@ def test_tokenizer_with_more_tokens_than_rows_is_refused(export, tmp_path):
     with pytest.raises(TokenizerError, match=r"expected at most 64 tokens, as the model has rows, got 65"):
         export(make_model(vocab_size=64), tmp_path / "out", tokenizer=tokenizer)
     assert not list(tmp_path.iterdir())
+
+
+def test_command_line_and_documentation_have_the_exports_of_the_table():
+    option = get_type_hints(hugging_nano_gpt_cli.export, include_extras=True)["to"]
+    assert [each.value for each in option.__origin__] == list(EXPORTS)
+    assert option.__metadata__[0].help == "; ".join(f"{name}: {each.makes}" for name, each in EXPORTS.items()) + "."
+    assert [each.value for each in hugging_nano_gpt_cli._FileType] == list(_FILE_TYPES)
+    page = (Path(__file__).parents[2] / "docs" / "exporting.md").read_text()
+    header = next(line for line in page.splitlines() if line.startswith("| |"))
+    assert header.startswith(f"| | {' | '.join(each.column for each in EXPORTS.values())} | vLLM")
+    assert all(f'"{name}", a f' in export_model.__doc__ for name in EXPORTS)

@@ -41,7 +41,7 @@ LAYER = {
 
 
 def make_kind(*, is_tied=True, activation_function="gelu_new", **model_args) -> NanoGPTLMHeadModel:
-    """Makes a toy model; of tanh GELU, so that nothing is lost."""
+    """Makes a toy model; with the tanh GELU, so that the export keeps everything."""
     args = MODEL_ARGS | model_args
     config = NanoGPTConfig(**args, tie_word_embeddings=is_tied, activation_function=activation_function)
     model = NanoGPTLMHeadModel(config).eval()
@@ -61,7 +61,7 @@ def read_metadata(reader) -> dict:
 
 
 def name_tensors(model) -> dict[str, torch.Tensor]:
-    """Returns what the file of a model holds: zeros for biases that it has not, no output where it is tied."""
+    """Returns what a model's file contains: zeros for biases that the model lacks, no output layer if it is tied."""
     state_dict = dict(model.state_dict())
     sources = {"token_embd.weight": "transformer.wte.weight", "position_embd.weight": "transformer.wpe.weight"}
     for part in ("weight", "bias"):
@@ -80,7 +80,7 @@ def name_tensors(model) -> dict[str, torch.Tensor]:
     return {new: {**zeros, **state_dict}[old].float() for new, old in sources.items()}
 
 
-def assert_holds(reader, model):
+def assert_has_tensors(reader, model):
     """Asserts that a file of f32 has every tensor of a model, bit for bit, and no other."""
     expected = name_tensors(model)
     assert {tensor.name for tensor in reader.tensors} == expected.keys()
@@ -96,7 +96,7 @@ def test_every_fixture_is_written_bit_for_bit(name, tmp_path):
     path, (options, _, _) = FIXTURES_DIR / name, MEMBERS.get(name, ({}, None, None))
     model = export_model(CKPT_PATH if name == "demo" else path, tmp_path / "m.gguf", to="gguf", **options).model
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
-    assert_holds(reader, model)
+    assert_has_tensors(reader, model)
     config = model.config
     expected = {
         "general.architecture": "gpt2",
@@ -117,7 +117,7 @@ def test_every_fixture_is_written_bit_for_bit(name, tmp_path):
 
 
 def spoil_tensors(monkeypatch, fault):
-    """Lets the next exports mix up two layers, or transpose a weight whose shape does not show it."""
+    """Makes the next exports swap two layers, or transpose a weight whose shape does not show it."""
 
     def spoil(*args):
         tensors = select(*args)
@@ -132,10 +132,10 @@ def spoil_tensors(monkeypatch, fault):
 @pytest.mark.parametrize("fault", ["swapped", "transposed"])
 def test_wrong_tensors_show(fault, tmp_path, monkeypatch):
     model = make_kind()
-    assert_holds(export_and_read(model, tmp_path / "right.gguf"), model)
+    assert_has_tensors(export_and_read(model, tmp_path / "right.gguf"), model)
     spoil_tensors(monkeypatch, fault)
     with pytest.raises(AssertionError, match=r"blk\.0\.attn_output\.weight"):
-        assert_holds(export_and_read(model, tmp_path / "wrong.gguf"), model)
+        assert_has_tensors(export_and_read(model, tmp_path / "wrong.gguf"), model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -187,7 +187,7 @@ def test_numbers_too_large_for_a_type_are_refused(tmp_path):
     message = r"too large: transformer.h.1.mlp.c_fc.weight: expected at most 65504 for f16, got 100000; give another"
     with pytest.raises(ConversionError, match=message):
         export_gguf(model, tmp_path / "m.gguf", file_type="f16")
-    assert_holds(export_and_read(model, tmp_path / "m.gguf"), model)
+    assert_has_tensors(export_and_read(model, tmp_path / "m.gguf"), model)
     assert export_and_read(model, tmp_path / "q.gguf", file_type="q8_0").tensors
     model = make_kind().double()
     with torch.no_grad():
@@ -201,7 +201,7 @@ def test_numbers_too_large_for_a_type_are_refused(tmp_path):
 @pytest.mark.parametrize("is_tied", [True, False])
 @pytest.mark.parametrize("activation_function", ["gelu", "gelu_new"])
 def test_transformers_reads_the_same_model(bias, is_tied, activation_function, tmp_path):
-    """Its reader takes the context for n_ctx, which its GPT-2 does not use: n_positions has to be said."""
+    """Its reader reads the context length into n_ctx, which its GPT-2 does not use: n_positions has to be given."""
     model = make_kind(is_tied=is_tied, activation_function=activation_function, bias=bias)
     tokenizer = build_character_tokenizer(read_meta(META_PATH))
     export_gguf(model, tmp_path / "m.gguf", tokenizer=tokenizer)
@@ -219,9 +219,9 @@ def test_transformers_reads_the_same_model(bias, is_tied, activation_function, t
 
 
 def read_gelu_note(lost) -> list[float]:
-    """Reads the length, the logit difference and the two perplexities out of what an export says it loses."""
+    """Reads the length, the logit difference and the two perplexities in what an export says it does not keep."""
     notes = [sentence for sentence in lost if "GELU becomes" in sentence]
-    pattern = r".* on (\d+) tokens .* up to ([\d.e+-]+), and the perplexity is ([\d.]+) in place of ([\d.]+)"
+    pattern = r".* on (\d+) tokens .* up to ([\d.e+-]+), and the perplexity is ([\d.]+) instead of ([\d.]+)"
     return [float(number) for note in notes for number in re.fullmatch(pattern, note).groups()]
 
 
@@ -285,7 +285,7 @@ def test_file_is_not_overwritten_and_a_failure_leaves_nothing(tmp_path):
     with limit_file_size(100_000), pytest.raises(CheckpointError, match="cannot be written"):
         export_gguf(model, path, overwrite=True)
     assert path.read_bytes() == before
-    assert_holds(export_and_read(model, path, overwrite=True), model)
+    assert_has_tensors(export_and_read(model, path, overwrite=True), model)
     assert [each.name for each in path.parent.iterdir()] == ["m.gguf"]
     with pytest.raises(ConversionError, match="expected a file to write, got a folder"):
         export_gguf(small, path.parent, overwrite=True)

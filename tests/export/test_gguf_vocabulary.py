@@ -1,4 +1,4 @@
-"""Tokenizers in GGUF files: the same tokens under the same ids, and what llama.cpp has no equal to is refused."""
+"""Tokenizers in GGUF files: the same tokens under the same ids; what llama.cpp has no equivalent of is refused."""
 
 import json
 import re
@@ -24,7 +24,7 @@ from .test_gguf import export_and_read, make_kind, read_metadata
 
 gguf = pytest.importorskip("gguf")
 
-# Printable, control, of two to four bytes in UTF-8, and what some tokenizers of llama.cpp treat in a special way.
+# Printable, control, of two to four bytes in UTF-8, and characters that some tokenizers of llama.cpp treat specially.
 UNICODE = "\n !'aceo\\\t\r\x00\x7f\xe9\xfc\u0416\u0120\u0301\u2581\u4e2d\u6587\ufeff\u200d\U0001f642"
 
 
@@ -81,7 +81,7 @@ def test_special_tokens_of_a_character_tokenizer(tmp_path):
     found = read_metadata(export_and_read(make_kind(vocab_size=4), tmp_path / "a.gguf", tokenizer=tokenizer))
     ids = {name: value for name, value in found.items() if name.endswith("_id")}
     assert ids == {"tokenizer.ggml.eos_token_id": 0, "tokenizer.ggml.unknown_token_id": 2}
-    assert found["tokenizer.ggml.token_type"] == [1] * 4  # the newline is a character still
+    assert found["tokenizer.ggml.token_type"] == [1] * 4  # the newline is still a character
     tokenizer = build_character_tokenizer(table)
     tokenizer.add_special_tokens({"eos_token": "<|end|>"})
     tokenizer.add_tokens(["<b>"])
@@ -90,11 +90,11 @@ def test_special_tokens_of_a_character_tokenizer(tmp_path):
     assert found["tokenizer.ggml.tokens"] == [r"\x0a", "a", "b", "c", "<|end|>", "<b>"]
     assert found["tokenizer.ggml.token_type"] == [1, 1, 1, 1, 3, 4]
     assert found["tokenizer.ggml.eos_token_id"] == 4
-    assert any("the bytes '0x3c', as" in sentence for sentence in lost)  # "<" leads into a token, and is none itself
+    assert any("the bytes '0x3c', as" in sentence for sentence in lost)  # "<" begins a token, and is not a token
 
 
 def export_with_template(path, characters, template, added=()):
-    """Exports a model of characters; returns what the file says of its chat template, and what is not kept."""
+    """Exports a model of characters; returns the chat templates in the file, and what is not kept."""
     tokenizer = build_character_tokenizer(CharacterTable(tuple(characters)))
     tokenizer.add_special_tokens({"extra_special_tokens": list(added)})
     tokenizer.chat_template = template
@@ -148,12 +148,12 @@ def test_bpe_with_a_chat_template_keeps_it_and_lacks_no_characters(tmp_path):
 )
 def test_chat_that_brings_characters_the_model_lacks_is_told(tmp_path, characters, template, added, message):
     _, lost = export_with_template(tmp_path / "m.gguf", characters, template, added)
-    told = [sentence for sentence in lost if "writes a chat" in sentence]
+    notes = [sentence for sentence in lost if "writes a chat" in sentence]
     if message is None:
-        assert told == []
+        assert notes == []
     else:
-        assert len(told) == 1
-        assert re.search(message, told[0]), told
+        assert len(notes) == 1
+        assert re.search(message, notes[0]), notes
 
 
 def test_bpe_is_written_with_its_merges(tmp_path):
@@ -217,8 +217,8 @@ def make_refused() -> dict[str, tuple]:
     adding = processors.TemplateProcessing(single="a $A", special_tokens=[("a", 0)])
     unreachable = make_encoding(merges=(b"qqxzj", b"qx", b"xz", b"qxz"))
     return {
-        "cut": (build_tiktoken_tokenizer(make_encoding(PATTERNS["cl100k_base"])), "a cut of text by {'type'"),
-        "bytes": (build_tiktoken_tokenizer(merge_free), "no merges, but a cut of text"),
+        "cut": (build_tiktoken_tokenizer(make_encoding(PATTERNS["cl100k_base"])), "text split by {'type'"),
+        "bytes": (build_tiktoken_tokenizer(merge_free), "no merges, but text split by"),
         "unreachable": (build_tiktoken_tokenizer(unreachable), "tokens that no merges lead to"),
         "words": (wrap(models.BPE({"ab": 0, "c": 1}, [])), "no merges, but tokens of several characters as 'ab'"),
         "model": (wrap(models.WordLevel(characters, unk_token="a")), "a WordLevel model"),
@@ -232,9 +232,9 @@ REFUSED = make_refused()
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_tokenizer_that_llama_cpp_has_no_equal_to_is_refused(name, tmp_path):
+def test_tokenizer_without_an_equivalent_in_llama_cpp_is_refused(name, tmp_path):
     tokenizer, message = REFUSED[name]
-    with pytest.raises(TokenizerError, match=f"llama.cpp has no equal to it: .*, got {re.escape(message)}"):
+    with pytest.raises(TokenizerError, match=f"llama.cpp has no equivalent of it: .*, got {re.escape(message)}"):
         export_gguf(make_kind(vocab_size=320), tmp_path / "m.gguf", tokenizer=tokenizer)
     assert not list(tmp_path.iterdir())
 

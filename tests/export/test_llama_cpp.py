@@ -58,7 +58,7 @@ That makes calamity of so long life.
 
 @contextlib.contextmanager
 def open_llama(path, **kwargs):
-    """Loads a file with a cache of float32, as the model has; llama.cpp's own choice is float16."""
+    """Loads a file with a cache in float32, the model's dtype; llama.cpp's default is float16."""
     settings = {"n_ctx": 0, "logits_all": True, "verbose": False, "type_k": 0, "type_v": 0, "n_threads": 2}
     llama = llama_cpp.Llama(os.fspath(path), **settings | kwargs)
     try:
@@ -155,7 +155,7 @@ TOLERANCES = {"f32": (0.03, 1e-4), "f16": (0.07, 3e-4), "q8_0": (1.2, 0.01)}
 
 @pytest.mark.parametrize("file_type", TOLERANCES)
 def test_demo_keeps_its_logits_and_its_perplexity(file_type, tmp_path):
-    """On Shakespeare, which is what it learned, and on text that nanoGPT wrote with it."""
+    """On Shakespeare, its training data, and on text that nanoGPT sampled from it."""
     lost = export_gguf(Demo.exact, tmp_path / "m.gguf", tokenizer=Demo.tokenizer, file_type=file_type)
     difference, tolerance = TOLERANCES[file_type]
     for idx in (torch.tensor(Demo.tokenizer(TEXT).input_ids[:512]).view(4, 128), Demo.samples[:, :128]):
@@ -166,7 +166,7 @@ def test_demo_keeps_its_logits_and_its_perplexity(file_type, tmp_path):
         print(f"{file_type}: logits {find_difference(found, exact):.1e}, perplexity times {ratio:.6f}")
         assert find_difference(found, exact) < difference
         assert abs(np.log(ratio)) < tolerance
-        if file_type == "f32":  # what is left of the difference is the GELU's
+        if file_type == "f32":  # the rest of the difference comes from the GELU
             assert find_difference(found, exact) < 3 * read_gelu_note(lost)[1]
             assert find_difference(found, tabled) < find_difference(found, tanh) < find_difference(found, exact)
 
@@ -196,7 +196,7 @@ def test_characters_are_the_same_tokens_and_the_same_text(tmp_path):
             assert llama.detokenize(ids) == text.encode()
         assert (llama.n_vocab(), llama.token_bos(), llama.token_eos()) == (n + 11, -1, -1)
         assert llama.tokenize(b"a#c", add_bos=False) == [UNICODE.index("a"), -1, UNICODE.index("c")]
-        for unknown in "#\u00e8\u4e00\U0001f600":  # of one to four bytes, that begin as known ones do
+        for unknown in "#\u00e8\u4e00\U0001f600":  # of one to four bytes, beginning like known ones
             ids = llama.tokenize(f"a{unknown}c".encode(), add_bos=False)
             assert ids[0] == UNICODE.index("a")
             assert ids[-1] == UNICODE.index("c")
@@ -230,7 +230,7 @@ def test_file_without_a_tokenizer_takes_ids(tmp_path):
     assert tokens == expected.tolist()
 
 
-# Each ends the process, so it is another one's: with little memory, and without the debugger that ggml calls.
+# Each aborts its process, which has little memory and no debugger that ggml could call.
 CRASH = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
@@ -252,7 +252,7 @@ print("survived", flush=True)
     ids=["a token too many", "an unknown character"],
 )
 def test_what_an_export_warns_of_does_happen(first, then, message, tmp_path):
-    """When this fails, llama.cpp has become better, and the sentence can go."""
+    """When this fails, llama.cpp has improved, and the note can be removed."""
     tokenizer = build_character_tokenizer(CharacterTable(tuple(UNICODE)))
     lost = export_gguf(make_kind(vocab_size=len(UNICODE)), tmp_path / "m.gguf", tokenizer=tokenizer)
     assert any("aborts after 32 of this model" in sentence for sentence in lost)

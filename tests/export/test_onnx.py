@@ -88,7 +88,7 @@ def read_weights(graph) -> dict[str, np.ndarray]:
 
 
 def find_differences(graph, model) -> list[str]:
-    """Names the weights that a graph has not as the model has them, bit for bit."""
+    """Names the weights of a graph that differ from the model's in any bit."""
     weights, expected = read_weights(graph), {name: t.detach().numpy() for name, t in model.named_parameters()}
     assert weights.keys() == expected.keys()
     return [name for name in weights if weights[name].tobytes() != expected[name].tobytes()]
@@ -175,7 +175,7 @@ def test_padded_rows_are_the_models_with_and_without_a_cache(demo, demo_folder):
     runtime.start(3)
     pieces = [runtime.read(idx[:, a:b].numpy(), mask[:, :b].numpy()) for a, b in ((0, 4), (4, 19), (19, 20))]
     assert_close(np.concatenate(pieces, axis=1)[is_token], expected[is_token])
-    assert np.abs(runtime.compute(idx.numpy())[is_token] - expected[is_token]).max() > 0.1  # read as if not padding
+    assert np.abs(runtime.compute(idx.numpy())[is_token] - expected[is_token]).max() > 0.1  # unmasked
 
 
 def test_greedy_tokens_are_those_of_generate(demo, demo_folder):

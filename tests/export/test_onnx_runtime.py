@@ -26,7 +26,7 @@ Where is|Now,|And then|Good night|Thou art|a|Z|But soft, what light through yond
 
 
 def check_numbers(model, folder):
-    """Checks logits of rows of other lengths than the recorded one, padded ones, cached ones, and greedy tokens."""
+    """Checks logits at lengths that were not recorded, with padding and with a cache, and greedy tokens."""
     runtime, block_size = Runtime(folder), model.config.block_size
     idx, mask = make_padded_batch(3, block_size - 4)
     idx, is_token = idx % model.config.vocab_size, mask.bool().numpy()

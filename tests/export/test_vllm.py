@@ -27,7 +27,7 @@ SOURCE = ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(modeling_nano_g
 
 @pytest.fixture
 def models(monkeypatch):
-    """What the ModelRegistry of a stand-in for vLLM has registered."""
+    """What the ModelRegistry of a fake vLLM has registered."""
     models = {}
     vllm = ModuleType("vllm")
     vllm.ModelRegistry = type("ModelRegistry", (), {"register_model": staticmethod(models.__setitem__)})
@@ -52,7 +52,7 @@ def test_a_vllm_without_registry_is_told_and_not_broken(monkeypatch, caplog):
 
 
 def list_faults(source):
-    """Lists what vLLM's Transformers backend, which reads and rewrites this source, would stumble over."""
+    """Lists what vLLM's Transformers backend, which reads and rewrites this source, cannot handle."""
     tree = ast.parse(source)
     calls = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
     targets = [
@@ -69,7 +69,7 @@ def list_faults(source):
         "heads are counted by views": "(*input_shape, -1, self.head_dim)" in source,
         "the output is reshaped": ".reshape(*input_shape, -1)" in source,
     }
-    return [claim for claim, holds in claims.items() if not holds]
+    return [claim for claim, is_true in claims.items() if not is_true]
 
 
 def test_attention_source_keeps_the_shape_that_vllm_reads():

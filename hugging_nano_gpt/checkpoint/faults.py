@@ -1,6 +1,6 @@
-"""Finding what is wrong with the parts of a checkpoint: returns every fault as a sentence, raises nothing.
+"""What is wrong with the parts of a checkpoint: each function returns every fault as a sentence and raises nothing.
 
-Works on shapes and dtypes alone, so a file is refused before its tensors are read.
+Most work on names, shapes and dtypes alone, so a file is refused before its tensors are read.
 """
 
 import math
@@ -12,17 +12,17 @@ import torch
 
 from ..errors import join_some, list_some
 from ..model.configuration_nano_gpt import NanoGPTConfig
-from .tensors import MODEL_ARGS, iterate_shapes
+from .layout import MODEL_ARGS, iterate_shapes
 
-# What weights are computed with; the 8 bits of a float8 are not.
+# The dtypes that models compute with; float8 is not one of them.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# What torch.load(weights_only=True) reads back beside containers and tensors.
+# What torch.load(weights_only=True) reads back, in addition to containers and tensors.
 _PLAIN_TYPES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 def find_key_faults(what: str, found: Collection[str], required: Collection[str], known: Collection[str]) -> list[str]:
-    """Compares the keys of a dict with those it must and may have."""
+    """Finds required keys that are missing from a dict, and keys that are not known."""
     missing = [key for key in required if key not in found]
     unknown = [key for key in found if key not in known]
     faults = []
@@ -34,7 +34,7 @@ def find_key_faults(what: str, found: Collection[str], required: Collection[str]
 
 
 def find_args_faults(model_args: Mapping[str, Any]) -> list[str]:
-    """Compares model_args with the seven that nanoGPT has, and their values with what is possible."""
+    """Finds model_args that are missing, unknown, or have a value that no model can have."""
     faults = find_key_faults("model_args", model_args, MODEL_ARGS, MODEL_ARGS)
     if not faults:
         try:
@@ -45,7 +45,7 @@ def find_args_faults(model_args: Mapping[str, Any]) -> list[str]:
 
 
 def find_model_faults(model_args: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Compares tensors, by name, shape and dtype, with what nanoGPT's model of these model_args has."""
+    """Finds names, shapes and dtypes that differ from those of nanoGPT's model of these model_args."""
     faults = find_args_faults(model_args)
     if faults:
         return faults
@@ -62,33 +62,31 @@ def find_model_faults(model_args: Mapping[str, Any], tensors: Mapping[str, torch
         faults.append(f"model: wrong shapes: {join_some(wrong_shapes)}")
     dtypes = {tensor.dtype for tensor in tensors.values()}
     if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
-        found = list_some(sorted(map(str, dtypes)))
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-        faults.append(f"model: expected all tensors of one floating dtype, got {found}, of which {known} are known")
+        found = list_some(sorted(map(str, dtypes)))
+        faults.append(f"model: expected all tensors of one floating dtype ({known}), got {found}")
     return faults
 
 
 def find_number_faults(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Finds tensors with NaN or infinite numbers in them."""
-    # One NaN or infinity makes the sum so, and a sum reads each number only once. The exact test is for those alone.
-    spoilt = [name for name, tensor in tensors.items() if not math.isfinite(tensor.sum(dtype=torch.float32).item())]
-    spoilt = [name for name in spoilt if not tensors[name].isfinite().all()]
-    return [f"model: expected finite numbers, got NaN or infinity in {list_some(spoilt)}"] if spoilt else []
+    """Finds tensors that contain NaN or infinity."""
+    # One NaN or infinity makes the sum so, and a sum reads each number only once. As a sum can also overflow, tensors
+    # with such a sum are then tested number by number.
+    sums = {name: tensor.sum(dtype=torch.float32).item() for name, tensor in tensors.items()}
+    found = [name for name in sums if not math.isfinite(sums[name]) and not tensors[name].isfinite().all()]
+    return [f"model: expected finite numbers, got NaN or infinity in {list_some(found)}"] if found else []
 
 
 def is_tied(tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Tells whether lm_head and the token embedding are one tensor, or hold the same numbers."""
+    """Returns whether lm_head and the token embedding are one tensor, or two with the same numbers."""
     head, embedding = tensors["lm_head.weight"], tensors["transformer.wte.weight"]
     return head is embedding or torch.equal(head, embedding)
 
 
 def find_tying_faults(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Finds an lm_head that is not the token embedding, where only one of the two is kept."""
-    if is_tied(tensors):
-        return []
-    return [
-        "lm_head.weight: expected the numbers of transformer.wte.weight, as they are tied and one is lost, got others"
-    ]
+    """Finds an lm_head that differs from the token embedding, for formats that keep only one of the two."""
+    fault = "expected the numbers of transformer.wte.weight, as they are tied and one is lost, got others"
+    return [] if is_tied(tensors) else [f"lm_head.weight: {fault}"]
 
 
 def find_dense_faults(tensors: Mapping[str, Any]) -> list[str]:
@@ -102,7 +100,7 @@ def _is_dense(tensor: Any) -> bool:
 
 
 def find_oddity(tensor: torch.Tensor) -> str | None:
-    """Says why a tensor cannot be read as a plain block of numbers, or returns None if it can."""
+    """Returns why a tensor cannot be read as a plain block of numbers, or None if it can."""
     if tensor.layout != torch.strided:
         return str(tensor.layout)
     if tensor.is_neg() or tensor.is_conj():

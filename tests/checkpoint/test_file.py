@@ -1,4 +1,4 @@
-"""checkpoint/torch_file.py and unpickle.py: every tensor bit for bit; no damaged, crafted or odd file gets past."""
+"""checkpoint/file.py: every tensor is read bit for bit; every damaged, crafted or odd file is refused."""
 
 import os
 import pickle
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hugging_nano_gpt import CheckpointError
-from hugging_nano_gpt.checkpoint.torch_file import TorchFile
+from hugging_nano_gpt.checkpoint.file import CheckpointFile
 from hugging_nano_gpt.files import open_source
 
 from ..conftest import assert_same, limit_time, save
@@ -42,13 +42,13 @@ TENSORS = {
 
 
 @contextmanager
-def open_torch_file(path):
+def open_checkpoint(path):
     with open_source(path) as file:
-        yield TorchFile(path, file)
+        yield CheckpointFile(path, file)
 
 
 def read(path):
-    with open_torch_file(path) as file:
+    with open_checkpoint(path) as file:
         return file.read_tree(file.contents)
 
 
@@ -115,8 +115,8 @@ def test_read_tied_crops_gives_one_tensor_without_the_rest(tmp_path):
 
 def test_read_views_of_one_block_reads_it_once(tmp_path, monkeypatch):
     names = []
-    read_block = TorchFile._read_block
-    monkeypatch.setattr(TorchFile, "_read_block", lambda *args: names.append(args[1]) or read_block(*args))
+    read_block = CheckpointFile._read_block
+    monkeypatch.setattr(CheckpointFile, "_read_block", lambda *args: names.append(args[1]) or read_block(*args))
     read(
         save(
             {"whole": MATRIX, "again": MATRIX, "crop": MATRIX[1:], "transposed": MATRIX.T, "x": torch.ones(1)},
@@ -136,9 +136,10 @@ def test_read_tensors_stay_when_the_file_is_overwritten(tmp_path):
 
 @pytest.mark.parametrize("size", [500, None], ids=["shorter", "all zeros"])
 def test_read_file_that_changes_while_open_is_refused(tmp_path, size):
-    """nanoGPT's train.py saves over its file in place, whoever may be reading it."""
+    """nanoGPT's train.py overwrites its file in place, even while another program reads it."""
     path = save({"a": MATRIX}, tmp_path)
-    with open_torch_file(path) as file:
+    with open_checkpoint(path) as file:
+        assert file.contents.keys() == {"a"}
         path.write_bytes(bytes(size or path.stat().st_size))
         with pytest.raises(CheckpointError, match=r"damaged or cut off: .*(an early end|a wrong checksum)"):
             file.read_tensors(file.contents)
@@ -155,7 +156,7 @@ def test_read_tree_with_a_set_of_tensors_reads_them(tmp_path):
 
 
 def test_read_flipped_bytes_are_harmless_or_refused(tmp_path):
-    """Flips every byte of a file in turn: those between the records do not matter, all others are noticed."""
+    """Flips every byte of a file in turn: those between the records do not matter, all others are refused."""
     path = save({"a": MATRIX, "tied": MATRIX, "crop": MATRIX[1:], "b": [1, "text", torch.ones(3)]}, tmp_path)
     whole, expected, outcomes = path.read_bytes(), read(path), Counter()
     for offset in range(len(whole)):
@@ -166,7 +167,7 @@ def test_read_flipped_bytes_are_harmless_or_refused(tmp_path):
             outcomes["harmless"] += 1
         except CheckpointError:
             outcomes["refused"] += 1
-        except Exception as error:  # nothing else may come out, so list what does
+        except Exception as error:  # no other error may be raised, so list those that are
             outcomes[type(error).__name__] += 1
     assert outcomes.keys() == {"harmless", "refused"}
 
@@ -199,7 +200,7 @@ def without_checksums(tmp_path):
 
 def test_read_file_without_checksums_is_read_and_says_so(without_checksums):
     assert_same(read(without_checksums), {"a": MATRIX, "b": torch.empty(0)})
-    with open_torch_file(without_checksums) as file:
+    with open_checkpoint(without_checksums) as file:
         assert file.assumptions == (
             "every number as it was written: the file has no checksums, as torch.save was told to write none",
         )
@@ -295,7 +296,7 @@ def test_read_second_pickle_is_refused(tmp_path):
 
 
 class Storage:
-    """Stands in a pickle for the block data/0, which has 32 bytes."""
+    """Is pickled as the block data/0, which has 32 bytes."""
 
     def __init__(self, numel, kind):
         self.numel, self.kind = numel, kind
@@ -367,7 +368,7 @@ def test_read_crafted_view_in_bounds_is_read(tmp_path):
     ids=lambda view: f"{view.args[1:4]} of {view.args[0].numel} {view.args[0].kind.__name__}",
 )
 def test_read_view_out_of_bounds_is_refused(tmp_path, view, monkeypatch):
-    """By our own arithmetic: torch 2.6 lets an offset of 2**62 wrap around, as the stand-in here does."""
+    """By our own arithmetic: in torch 2.6 an offset of 2**62 wraps around, as in the function patched here."""
     monkeypatch.setattr(torch.Tensor, "as_strided", lambda block, size, *_: block.new_zeros(size))
     path = save_view(view, tmp_path)
     with pytest.raises(CheckpointError, match="damaged or cut off"):
@@ -388,7 +389,7 @@ def test_read_view_out_of_bounds_is_refused(tmp_path, view, monkeypatch):
 )
 def test_read_tensor_that_is_not_plain_is_refused(tmp_path, tensor, message):
     path = save({"a": tensor}, tmp_path)
-    with open_torch_file(path) as file, pytest.raises(CheckpointError, match=f"{re.escape(str(path))}: .*{message}"):
+    with open_checkpoint(path) as file, pytest.raises(CheckpointError, match=f"{re.escape(str(path))}: .*{message}"):
         file.read_tensors(file.contents)
 
 
@@ -425,10 +426,16 @@ def test_read_shared_lists_stay_shared(tmp_path):
     assert_same(found[0], shared)
 
 
+def make_pipe(path):
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("Windows has no pipes among files")
+    os.mkfifo(path)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (os.mkfifo, "expected a regular file, got a device, pipe or socket; give the path of a ckpt.pt"),
+        (make_pipe, "expected a regular file, got a device, pipe or socket; give the path of a ckpt.pt"),
         (os.mkdir, "expected a file, got a directory; give the path of a checkpoint file"),
         (lambda path: None, "cannot be opened: No such file or directory; check the path"),
         (lambda path: path.symlink_to("nowhere"), "cannot be opened: No such file or directory; check the path"),
@@ -453,7 +460,7 @@ def test_open_name_too_long_is_refused(tmp_path):
         read(tmp_path / ("x" * 300))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
 @pytest.mark.parametrize("locked", ["file", "folder"])
 def test_open_unreadable_file_is_refused(tmp_path, locked):
     (tmp_path / "folder").mkdir()

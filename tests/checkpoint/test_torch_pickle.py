@@ -1,9 +1,8 @@
-"""checkpoint/unpickle.py: what torch.save writes is read, in any thread; what else a pickle says does nothing."""
+"""checkpoint/torch_pickle.py: what torch.save writes is read, in any thread; anything else does nothing."""
 
 import contextlib
 import pickle
 import pickletools
-import resource
 import struct
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,13 +11,13 @@ import pytest
 import torch
 
 from hugging_nano_gpt import CheckpointError, pickles, read_checkpoint, read_meta
-from hugging_nano_gpt.checkpoint.torch_file import TorchFile
-from hugging_nano_gpt.checkpoint.unpickle import unpickle
+from hugging_nano_gpt.checkpoint.file import CheckpointFile
+from hugging_nano_gpt.checkpoint.torch_pickle import unpickle
 from hugging_nano_gpt.files import open_source
 from hugging_nano_gpt.pickles import Foreign
 from hugging_nano_gpt.tokenization.characters import read_vocab_size
 
-from ..conftest import assert_same, limit_time, save
+from ..conftest import assert_same, limit_time, measure_peak_bytes, save
 from ..helpers.tiny import FIXTURES_DIR
 
 BUILD_NANOGPT = FIXTURES_DIR / "build-nanogpt" / "model_05000.pt"
@@ -26,13 +25,13 @@ BUILD_NANOGPT = FIXTURES_DIR / "build-nanogpt" / "model_05000.pt"
 
 def read(path, **kwargs):
     with open_source(path) as file:
-        opened = TorchFile(path, file, **kwargs)
+        opened = CheckpointFile(path, file, **kwargs)
         return opened.read_tree(opened.contents)
 
 
 @pytest.mark.parametrize("n_threads", [2, 8])
 def test_build_nanogpt_files_are_read_in_threads(n_threads):
-    """The list of names that torch admits is the process's: each thread took the others' names off it."""
+    """torch's list of admitted names belongs to the process: with it, threads removed each other's names."""
     expected = read_checkpoint(BUILD_NANOGPT).state_dict
     with ThreadPoolExecutor(n_threads) as threads:
         for found in threads.map(read_checkpoint, [BUILD_NANOGPT] * 6 * n_threads):
@@ -108,7 +107,7 @@ def touch(path):
 @pytest.mark.parametrize("state", [None, {"a": 1}, [1, 2]], ids=["called", "filled", "filled with a list"])
 def test_an_unknown_name_is_refused_and_does_nothing(tmp_path, state):
     path = save({"a": Call(touch, tmp_path / "canary", state=state)}, tmp_path)
-    with pytest.raises(CheckpointError, match=r"could run code: .*got the names? .*test_unpickle.touch"):
+    with pytest.raises(CheckpointError, match=r"could run code: .*got the names? .*test_torch_pickle.touch"):
         read(path)
     assert isinstance(read(path, takes_foreign=True)["a"], Foreign)
 
@@ -119,7 +118,7 @@ KEY = b"}X" + struct.pack("<I", 10_000) + b"a" * 10_000
 NUMBERS = b"".join(b"J" + struct.pack("<I", number) for number in range(9_999))
 
 BOMBS = {
-    "memo": b"}r" + struct.pack("<I", 2**32 - 1) + b".",  # a place in the memo that C would make room up to
+    "memo": b"}r" + struct.pack("<I", 2**32 - 1) + b".",  # a place in the memo, up to which C would allocate
     "bytearray": b"c__builtin__\nbytearray\n\x8a\x05\x00\x00\x00\x00\x01\x85R.",
     "bytearray's opcode": b"\x96" + struct.pack("<Q", 2**33) + b".",
     "tensor": b"ctorch\nTensor\n\x8a\x05\x00\x00\x00\x00\x01\x85R.",
@@ -150,12 +149,12 @@ NAMING = ("bytearray", "tensor", "zeros", "repr", "bytes many times", "sets of a
 
 
 def spend_little(read, pickled):
-    """Calls `read`, which may raise, uses what it returns, and checks that it all takes neither memory nor time."""
-    peak_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Calls `read`, which may raise, uses what it returns, and checks that this takes little memory and time."""
+    peak_before = measure_peak_bytes()
     with limit_time(5), contextlib.suppress(Exception):
         contents = read(b"\x80\x02" + pickled)
         repr(contents), list(pickles.iterate_values(contents))
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_before) * 1024 < 100e6
+    assert measure_peak_bytes() - peak_before < 100e6
 
 
 @pytest.mark.parametrize("name", BOMBS)
@@ -186,7 +185,7 @@ def test_pickle_of_too_many_objects_is_refused(monkeypatch, opcode):
 
 
 def test_every_character_of_unicode_is_read_within_the_bounds():
-    """A twentieth of them, within a twentieth of the bounds: all take seconds."""
+    """A twentieth of them, within a twentieth of the bounds, because all of them take seconds."""
     characters = [chr(code) for code in range(0x10000, 0x110000, 20)]
     meta = {
         "vocab_size": len(characters),
@@ -221,7 +220,7 @@ def spell(text):
 
 @pytest.mark.parametrize("name", ["torch.save", "save", "torch.os", "torch.hub", "torch.Tensor", "torch.nothing"])
 def test_layout_is_a_layout_and_nothing_else_of_torch(tmp_path, name):
-    """torch.save could be had under the name of a layout, and called: a checkpoint could write a file when read."""
+    """A pickle could name torch.save as a layout and call it: reading a checkpoint could then write a file."""
     get_layout = b"\x80\x02ctorch.serialization\n_get_layout\n" + spell(name) + b"\x85R"
     canary = tmp_path / "canary"
     with pytest.raises(TypeError, match="a layout that torch does not have"):
@@ -248,21 +247,11 @@ def test_functions_take_only_what_torch_save_gives_them(pickled):
         unpickle(b"\x80\x02" + pickled, {"__main__.GPTConfig": GPTConfig})
 
 
-def test_no_name_stands_for_what_runs_code():
-    """Every name of the interpreter's own that a pickle may use, asked for one by one."""
-    for module in (
-        "builtins",
-        "__builtin__",
-        "os",
-        "posix",
-        "subprocess",
-        "importlib",
-        "functools",
-        "operator",
-        "torch",
-    ):
+def test_no_name_becomes_what_runs_code():
+    """Pickles that ask for names of Python's and torch's own, one by one, get Foreigns."""
+    for module in "builtins __builtin__ os posix subprocess importlib functools operator torch".split():
         for name in ("eval", "exec", "getattr", "system", "Popen", "import_module", "partial", "load", "attrgetter"):
             found, names = unpickle(f"c{module}\n{name}\n.".encode(), {})
             assert isinstance(found, Foreign)
             assert names == [f"{module}.{name}"]
-    assert len(list(pickletools.genops(b"cos\nsystem\n."))) == 2  # what is asked for above is a pickle's own spelling
+    assert len(list(pickletools.genops(b"cos\nsystem\n."))) == 2  # the names above are spelt as in a real pickle

@@ -1,8 +1,8 @@
 """The pickle in a torch.save file, read without executing anything: plain Python types, and tensors without data.
 
 torch.load(weights_only=True) is not used. Its list of admitted names belongs to the whole process, so that threads
-take names from each other, and what it makes of an odd file changes with torch. Here a name stands for something of
-this module, or for nothing at all. pickles.py reads the rest.
+take names from each other, and what it makes of an odd file changes with torch. Here a name becomes something of this
+module, or a Foreign. pickles.py reads the rest.
 """
 
 import pickle
@@ -20,12 +20,12 @@ _MOST_DIMENSIONS = 64  # torch's own limit in most of its functions
 
 
 class StoredBlock(NamedTuple):
-    """Where the numbers of a tensor lie.
+    """Where the numbers of a tensor are stored.
 
     Args:
         key: Name of the block among the file's records.
-        nbytes: Its length, as the pickle has it.
-        dtype: What its numbers are.
+        nbytes: Its length according to the pickle.
+        dtype: The dtype of its numbers.
     """
 
     key: str
@@ -38,11 +38,10 @@ def unpickle(data: bytes, admitted: Mapping[str, type]) -> tuple[Any, list[str]]
 
     Args:
         data: The pickle.
-        admitted: Classes that it may name beside tensors and plain Python types, by their full name. They must be
-            harmless to make without arguments, and to fill with attributes.
+        admitted: See Unpickler; tensors and plain Python types need not be admitted.
 
     Returns:
-        What was pickled, with tensors on the meta device that get_block and get_offset tell the place of; and the
+        What was pickled, with tensors on the meta device, whose place get_block and get_offset return; and the
         unknown names in it.
 
     Raises:
@@ -54,12 +53,12 @@ def unpickle(data: bytes, admitted: Mapping[str, type]) -> tuple[Any, list[str]]
 
 
 def get_block(tensor: torch.Tensor) -> StoredBlock | None:
-    """Returns where in the file a tensor's numbers lie; None if it was saved without any."""
+    """Returns where in the file a tensor's numbers are; None if it was saved without any."""
     return getattr(tensor, "_stored_block", None)
 
 
 def get_offset(tensor: torch.Tensor) -> int:
-    """Returns at which number of its block a tensor begins."""
+    """Returns the index of a tensor's first number in its block."""
     return getattr(tensor, "_stored_offset", 0)
 
 
@@ -68,7 +67,7 @@ class _StorageType(NamedTuple):
 
 
 class _NumpyDtype:
-    """Stands in for numpy.dtype, a plain number's."""
+    """Replaces numpy.dtype, for plain numbers."""
 
     def __init__(self, code: str, *_args: Any):
         if not re.fullmatch(r"[fiub][1248]", code):
@@ -97,7 +96,7 @@ class _Unpickler(Unpickler):
         return StoredBlock(key, numel * storage_type.dtype.itemsize, storage_type.dtype)
 
     def _make_set(self, items: list[Any]) -> set[Any]:
-        self.spend(4 * len(items))  # of a set, an item takes as much as a list
+        self.spend(4 * len(items))  # an item of a set takes as much memory as a list
         self.check_keys(items)
         return set(items)
 
@@ -117,7 +116,7 @@ def _rebuild_tensor(
     _hooks: Any = None,
     *rest: Any,
 ) -> torch.Tensor:
-    """Stands in for torch._utils._rebuild_tensor_v2, and _v3, which names the dtype too."""
+    """Replaces torch._utils._rebuild_tensor_v2, and _v3, which names the dtype too."""
     if not isinstance(block, StoredBlock):
         raise TypeError("a tensor without a block")
     dtype = rest[0] if rest and isinstance(rest[0], torch.dtype) else block.dtype
@@ -136,7 +135,7 @@ def _rebuild_tensor(
 
 
 def _check_bounds(numel: int, offset: int, size: Sequence[int], stride: Sequence[int]) -> None:
-    """Refuses a view that reaches outside its block, in exact integers: torch 2.6's own wrap around at 2**63."""
+    """Refuses a view that reaches outside its block, in exact integers: those of torch 2.6 wrap around at 2**63."""
     _check_dimensions(size)
     if any(type(number) is not int or number < 0 for number in (offset, *size, *stride)):
         raise ValueError("a tensor with sizes, strides or an offset that are not positive ints")
@@ -150,13 +149,9 @@ def _check_dimensions(size: Sequence[int]) -> None:
         raise ValueError(f"a tensor of {len(size)} dimensions")
 
 
-def _make_ordered_dict() -> OrderedDict:
-    return OrderedDict()
-
-
 def _get_layout(name: str) -> torch.layout:
     layout = getattr(torch, name.removeprefix("torch."), None)
-    if not isinstance(layout, torch.layout):  # torch.save is there too, and the pickle could call it
+    if not isinstance(layout, torch.layout):  # or a pickle could ask for torch.save, and then call it
         raise TypeError("a layout that torch does not have")
     return layout
 
@@ -187,7 +182,7 @@ def _encode(text: str, encoding: str) -> bytes:
 
 
 def _make_number(dtype: _NumpyDtype, data: bytes) -> Any:
-    """Makes a plain Python number of a numpy scalar."""
+    """Makes a plain Python number from a numpy scalar."""
     if not isinstance(dtype, _NumpyDtype) or dtype.byteorder not in ("<", ">", "=", "|"):
         raise TypeError("a number of another kind than numpy's")
     return np.frombuffer(data, np.dtype(dtype.byteorder + dtype.code), count=1)[0].item()
@@ -195,30 +190,20 @@ def _make_number(dtype: _NumpyDtype, data: bytes) -> Any:
 
 # By the names under which torch.save pickles them.
 _STORAGE_TYPES = {
-    f"{name}Storage": _StorageType(dtype)
-    for name, dtype in (
-        ("BFloat16", torch.bfloat16),
-        ("Bool", torch.bool),
-        ("Byte", torch.uint8),
-        ("Char", torch.int8),
-        ("ComplexDouble", torch.complex128),
-        ("ComplexFloat", torch.complex64),
-        ("Double", torch.float64),
-        ("Float", torch.float32),
-        ("Half", torch.float16),
-        ("Int", torch.int32),
-        ("Long", torch.int64),
-        ("Short", torch.int16),
-        ("Untyped", torch.uint8),
+    f"{name}Storage": _StorageType(getattr(torch, dtype))
+    for name, dtype in zip(
+        "Float Double Half BFloat16 Byte Char Short Int Long Bool ComplexFloat ComplexDouble Untyped".split(),
+        "float32 float64 float16 bfloat16 uint8 int8 int16 int32 int64 bool complex64 complex128 uint8".split(),
+        strict=True,
     )
 }
 
-# Nothing here may be made to take memory or time by odd arguments.
+# By full name. No arguments may make any of these take much memory or time.
 _NAMES: dict[str, Any] = {
     "__builtin__.complex": complex,
     "_codecs.encode": _encode,
     "builtins.complex": complex,
-    "collections.OrderedDict": _make_ordered_dict,
+    "collections.OrderedDict": lambda: OrderedDict(),  # and no arguments
     "numpy._core.multiarray.scalar": _make_number,
     "numpy.core.multiarray.scalar": _make_number,
     "numpy.dtype": _NumpyDtype,

@@ -1,11 +1,13 @@
-"""AdamW's state by parameter name, and the two ways in which nanoGPT has numbered its parameters.
+"""AdamW's moments by parameter name, and the ways in which files have numbered the parameters.
 
 torch.optim saves moments under numbers, and which tensor is number 7 depends on how the code of the day grouped them.
 Read by name and written in today's order, the moments of every era resume in today's train.py. A state that fits none
-of the groupings, or that does not fit by shape, is refused and never guessed.
+of the groupings, or that does not fit by shape, is refused and never guessed. torch.distributed.checkpoint turns the
+numbers into text, or saves the parameters' names.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -13,18 +15,19 @@ from typing import Any
 import torch
 
 from ..errors import join_some
-from .tensors import iterate_shapes
+from .layout import list_parameter_shapes, strip_wrappers
 
 Names = list[str]
+Grouping = Callable[[Names, Mapping[str, tuple[int, ...]]], tuple[Names, Names]]
 
-# What AdamW keeps for each parameter next to the step count, all of the parameter's shape; and with amsgrad.
+# What AdamW keeps for each parameter in addition to the step count, all of the parameter's shape; and with amsgrad.
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _AMSGRAD_MOMENTS = (*_MOMENTS, "max_exp_avg_sq")
 
 # The settings of every AdamW since torch 1.2; RAdam, NAdam and SGD lack some.
 _SETTINGS = {"lr", "betas", "eps", "weight_decay", "amsgrad"}
 
-# AdamW as nanoGPT sets it up when nothing else is said (train.py @ 3adf61e): the config's names and their defaults.
+# nanoGPT's defaults for AdamW, by their names in the config (train.py @ 3adf61e).
 _CONFIG_DEFAULTS = {"learning_rate": 6e-4, "weight_decay": 1e-1, "beta1": 0.9, "beta2": 0.95}
 
 
@@ -40,10 +43,7 @@ def group_by_module(names: Names, shapes: Mapping[str, tuple[int, ...]]) -> tupl
     return sorted(decayed), sorted(set(names) - set(decayed))
 
 
-GROUPINGS: tuple[Callable[[Names, Mapping[str, tuple[int, ...]]], tuple[Names, Names]], ...] = (
-    group_by_dimension,
-    group_by_module,
-)
+GROUPINGS: tuple[Grouping, ...] = (group_by_dimension, group_by_module)
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,18 @@ class OptimizerState:
     """The state of nanoGPT's AdamW.
 
     Args:
-        settings: lr, betas, eps, weight_decay and the rest of the two parameter groups: the decayed and the others.
-        moments: By parameter name: step (a float32 scalar), exp_avg and exp_avg_sq (of the parameter's shape). Empty
+        settings: lr, betas, eps, weight_decay and the rest, of the two parameter groups: the decayed and the others.
+        moments: step (a float32 scalar), exp_avg and exp_avg_sq (of the parameter's shape) by parameter name. Empty
             before the first update.
         grouping: How the file grouped the parameters.
     """
 
     settings: tuple[dict[str, Any], dict[str, Any]]
     moments: dict[str, dict[str, Any]]
-    grouping: Callable = group_by_dimension
+    grouping: Grouping = group_by_dimension
 
     def find_faults(self, model_args: Mapping[str, Any]) -> list[str]:
-        """Finds moments that are not of nanoGPT's model of these model_args, a sentence each."""
+        """Finds moments that do not fit nanoGPT's model of these model_args; returns a sentence for each."""
         if len(self.settings) != 2 or not all(isinstance(value, dict) for value in (*self.settings, self.moments)):
             return ["optimizer: expected settings of two groups and a dict of moments, got others"]
         shapes = list_parameter_shapes(model_args, is_tied=True)
@@ -71,25 +71,16 @@ class OptimizerState:
             expected = list_moments(self.settings[len(shapes.get(name, ())) < 2])
             found = _list_shapes(moments, expected)
             if found != [shapes.get(name)] * len(expected):
-                wrong.append(
-                    f"{name!r}: expected {', '.join(expected)} of {shapes.get(name, 'no parameter')}, got {found}"
-                )
-        wrong += [
-            f"{name!r}: expected a step, got none"
-            for name, m in self.moments.items()
-            if isinstance(m, dict) and "step" not in m
-        ]
+                shape = shapes.get(name, "no parameter")
+                wrong.append(f"{name!r}: expected {', '.join(expected)} of {shape}, got {found}")
+            elif "step" not in moments:
+                wrong.append(f"{name!r}: expected a step, got none")
         return [f"optimizer: {join_some(wrong)}"] if wrong else []
 
     def to_adamw(self, model_args: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the torch.optim.AdamW state dict for today's nanoGPT, in its groups and its order."""
         shapes = list_parameter_shapes(model_args, is_tied=True)
-        groups = group_by_dimension(list(shapes), shapes)
-        numbers = {name: number for number, name in enumerate(groups[0] + groups[1])}
-        param_groups = [
-            {**settings, "params": [numbers[name] for name in group]}
-            for settings, group in zip(self.settings, groups, strict=True)
-        ]
+        numbers, param_groups = _number_groups(group_by_dimension(list(shapes), shapes), self.settings)
         state = {numbers[name]: moments for name, moments in self.moments.items()}
         return {"state": dict(sorted(state.items())), "param_groups": param_groups}
 
@@ -104,6 +95,15 @@ def is_adamw(settings: Mapping[str, Any]) -> bool:
     if not settings.keys() >= _SETTINGS:
         return False
     return settings.get("decoupled_weight_decay", True) or settings["weight_decay"] == 0
+
+
+def _number_groups(
+    groups: tuple[Names, Names], settings: Sequence[Any]
+) -> tuple[dict[str, int], list[dict[str, Any]]]:
+    """Returns the numbers of the parameters by name, and the param_groups of a torch.optim state dict."""
+    numbers = {name: number for number, name in enumerate(chain(*groups))}
+    params = [[numbers[name] for name in group] for group in groups]
+    return numbers, [{**own, "params": each} for own, each in zip(settings, params, strict=True)]
 
 
 def _list_shapes(moments: Any, names: Sequence[str]) -> list[tuple[int, ...]]:
@@ -149,14 +149,62 @@ def from_adamw(adamw: Any, model_args: Mapping[str, Any], is_tied: bool) -> Opti
     )
 
 
+def number_parameters(adamw: Any, model_args: Mapping[str, Any], is_tied: bool) -> Any:
+    """Returns a torch.optim.AdamW state dict with its parameters under their numbers, as torch.optim saves them.
+
+    dcp_to_torch_save of torch.distributed.checkpoint turns keys into text, so the moments of parameter 0 are under
+    "0"; get_state_dict of torch.distributed.checkpoint.state_dict names the parameters as the model does. An optimizer
+    state that get_state_dict has flattened as well is not read.
+
+    Args:
+        adamw: The state dict, with parameters under numbers, under numbers as text, or under the model's names.
+        model_args: nanoGPT's.
+        is_tied: Whether lm_head is the token embedding.
+
+    Returns:
+        The same with numbers; `adamw` itself if it has another form.
+    """
+    if not isinstance(adamw, dict) or not isinstance(adamw.get("param_groups"), list):
+        return adamw
+    state, settings = adamw.get("state", {}), adamw["param_groups"]  # an empty state is not saved at all
+    if not isinstance(state, dict) or not all(isinstance(group, dict) for group in settings):
+        return adamw
+    params = [group.get("params") for group in settings]
+    if not all(isinstance(own, list) and all(isinstance(name, str) for name in own) for own in params):
+        return {**adamw, "state": _rename_keys(state, map(_read_number, state))}
+
+    def clean(name: Any) -> Any:
+        name = strip_wrappers(name) if isinstance(name, str) else name
+        return "transformer.wte.weight" if is_tied and name == "lm_head.weight" else name
+
+    found = [sorted(map(clean, own)) for own in params]
+    shapes = list_parameter_shapes(model_args, is_tied)
+    for grouping in GROUPINGS:
+        groups = grouping(list(shapes), shapes)
+        if found == [sorted(group) for group in groups]:
+            numbers, param_groups = _number_groups(groups, settings)
+            state = _rename_keys(state, [numbers.get(clean(key), key) for key in state])
+            return {"state": state, "param_groups": param_groups}
+    return adamw
+
+
+def _rename_keys(state: dict[Any, Any], keys: Iterable[Any]) -> dict[Any, Any]:
+    renamed = dict(zip(keys, state.values(), strict=True))
+    return renamed if len(renamed) == len(state) else state  # not if two keys became one
+
+
+def _read_number(key: Any) -> Any:
+    return int(key) if isinstance(key, str) and re.fullmatch(r"0|[1-9][0-9]{0,8}", key) else key
+
+
 def make_fresh_state(config: Mapping[str, Any]) -> OptimizerState:
     """Makes the state of nanoGPT's optimizer before its first update.
 
     Args:
-        config: train.py's settings; those of the optimizer are used, nanoGPT's defaults stand in for missing ones.
+        config: train.py's settings. Only the optimizer's are used; missing ones have nanoGPT's defaults.
     """
     setting = {name: config.get(name, default) for name, default in _CONFIG_DEFAULTS.items()}
-    parameters = [torch.nn.Parameter(torch.empty(0)) for _ in range(2)]  # torch fills in the settings that it has
+    parameters = [torch.nn.Parameter(torch.empty(0)) for _ in range(2)]  # torch adds the settings that it has
     groups = [
         {"params": parameters[:1], "weight_decay": setting["weight_decay"]},
         {"params": parameters[1:], "weight_decay": 0.0},
@@ -165,11 +213,3 @@ def make_fresh_state(config: Mapping[str, Any]) -> OptimizerState:
     adamw = torch.optim.AdamW(groups, lr=setting["learning_rate"], betas=betas).state_dict()
     decayed, others = ({key: v for key, v in group.items() if key != "params"} for group in adamw["param_groups"])
     return OptimizerState((decayed, others), {})
-
-
-def list_parameter_shapes(model_args: Mapping[str, Any], is_tied: bool) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the parameters in the order of named_parameters, the tied matrix once."""
-    shapes = dict(iterate_shapes(dict(model_args)))
-    if is_tied:
-        del shapes["lm_head.weight"]
-    return shapes

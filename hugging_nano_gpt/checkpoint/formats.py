@@ -1,23 +1,32 @@
-"""Reading and writing checkpoints of the nanoGPT family: picks the format, checks, never leaves a half-written file.
+"""The table of formats, and reading and writing checkpoints by it, never leaving a half-written file.
 
-Plain data in, plain data out: this module knows files and tensors but no model. convert/nanogpt.py makes models of it.
+A format is a module with NAME, KIND (in words), recognise(file) and read(file, options); one that is written has
+write(checkpoint, file). This module checks what is the same for all of them. It knows files and tensors but no model;
+convert/nanogpt.py makes models.
 """
 
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from ..errors import ConversionError
-from ..files import explain_failed_write, fail, open_atomically, open_source
+from ..errors import CheckpointError, ConversionError
+from ..files import fail, fail_to_write, open_atomically, open_source
 from ..model.configuration_nano_gpt import ACTIVATION_FUNCTIONS
 from . import build_nanogpt, llmc, mingpt, nanogpt
-from .check import find_dense_faults, find_model_faults, find_number_faults, find_plain_faults, find_tying_faults
-from .contents import Checkpoint, TrainingState
-from .optimizer import OptimizerState
-from .torch_file import TorchFile
+from .contents import Checkpoint, ReadingOptions, TrainingState
+from .faults import find_dense_faults, find_model_faults, find_number_faults, find_plain_faults, find_tying_faults
+from .file import CheckpointFile
+from .moments import OptimizerState
 
 __all__ = ["Checkpoint", "OptimizerState", "TrainingState", "read_checkpoint", "write_checkpoint"]
+
+
+# Every format that is read, in the order in which they are asked: llm.c's files are no archives of torch.save, and
+# build-nanogpt's would pass for nanoGPT's.
+FORMATS = (llmc, build_nanogpt, nanogpt, mingpt)
+
+# In words, by Checkpoint.format.
+FILE_KINDS = {each.NAME: each.KIND for each in FORMATS}
 
 _WRITERS = {nanogpt.NAME: nanogpt.write, llmc.NAME: llmc.write}
 
@@ -34,7 +43,7 @@ def read_checkpoint(
     """Reads a checkpoint of the nanoGPT family into memory: nanoGPT of any age, minGPT, build-nanogpt or llm.c.
 
     Tensors come bit for bit as they are in the file. Nothing in the file is executed, and its checksums are compared
-    (llm.c's files have none). The kind of file is recognised by its contents, not by its name.
+    (llm.c's files have none). The format is recognised by the file's contents, not by its name.
 
     Args:
         path: Path of the file.
@@ -43,22 +52,21 @@ def read_checkpoint(
         activation_function: Activation, instead of the one that follows from the file's age
             (docs/checkpoint-format.md).
         tie_word_embeddings: Whether lm_head is the token embedding; by default it is if the two are equal.
-        with_optimizer: Whether to read the optimizer state too, which is two thirds of a nanoGPT file. Without it,
-            `training_state.optimizer` is None and neither time nor memory is spent on it.
-        ignore_extra: Whether to leave out of account what a fork of nanoGPT has added to its checkpoints, and parts
-            of the training state in a form of its own. What `model` and `model_args` hold is never left out.
+        with_optimizer: Whether to read the optimizer state as well, which is two thirds of a nanoGPT file. Without
+            it, `training_state.optimizer` is None and neither time nor memory is spent on it.
+        ignore_extra: Whether to ignore what a fork of nanoGPT has added to its checkpoints, and parts of the training
+            state in a form of its own. The contents of `model` and `model_args` are never ignored.
 
     Raises:
-        CheckpointError: If the file is missing, damaged, unsafe, incomplete or holds NaN; every fault is listed.
+        CheckpointError: If the file is missing, damaged, unsafe, incomplete or contains NaN; every fault is listed.
     """
     path = Path(path)
-    with open_source(path) as file:
-        if llmc.recognise(file):
-            checkpoint = llmc.read(path, file)
-        else:
-            torch_file = TorchFile(path, file, admitted=build_nanogpt.ADMITTED, takes_foreign=ignore_extra)
-            checkpoint = _read_torch_file(torch_file, n_head, with_optimizer, ignore_extra)
-            checkpoint = replace(checkpoint, assumptions=(*checkpoint.assumptions, *torch_file.assumptions))
+    with open_source(path) as raw:
+        file = CheckpointFile(path, raw, build_nanogpt.ADMITTED, takes_foreign=ignore_extra)
+        found = next((each for each in FORMATS if each.recognise(file)), None)
+        if found is None:
+            raise _fail_unknown(file)
+        checkpoint = found.read(file, ReadingOptions(n_head, with_optimizer, ignore_extra))
     faults = find_number_faults(checkpoint.state_dict)
     if faults:
         raise fail(path, "; ".join(faults), "the run diverged before it was saved: use an earlier checkpoint")
@@ -67,22 +75,28 @@ def read_checkpoint(
         raise fail(path, f"expected n_head={recorded} as it records, got {n_head!r}", "leave out n_head (--n-head)")
     if activation_function not in (None, *ACTIVATION_FUNCTIONS):
         raise fail(path, f"expected a GELU of {ACTIVATION_FUNCTIONS}, got {activation_function!r}", "give one of them")
-    checkpoint = _settle_tying(replace(checkpoint, path=path), tie_word_embeddings)
-    if activation_function is None:
-        return checkpoint
-    assumptions = tuple(text for text in checkpoint.assumptions if "GELU" not in text)  # it is told now
-    return replace(checkpoint, activation_function=activation_function, assumptions=assumptions)
+    assumptions = checkpoint.assumptions
+    if activation_function is not None:
+        assumptions = tuple(text for text in assumptions if "GELU" not in text)  # the user has said it
+    checkpoint = replace(
+        checkpoint,
+        format=found.NAME,
+        path=path,
+        activation_function=activation_function or checkpoint.activation_function,
+        assumptions=assumptions,
+    )
+    return _settle_tying(checkpoint, path, tie_word_embeddings)
 
 
 def read_iter_num(path: str | os.PathLike[str]) -> int:
-    """Reads how many updates a nanoGPT checkpoint's weights have seen, and none of its tensors.
+    """Reads the number of updates that a nanoGPT checkpoint records, and none of its tensors.
 
     Raises:
         CheckpointError: If the file is missing, damaged, or records no number of updates.
     """
     path = Path(path)
-    with open_source(path) as file:
-        contents = TorchFile(path, file, takes_foreign=True).contents
+    with open_source(path) as raw:
+        contents = CheckpointFile(path, raw, takes_foreign=True).contents
     iter_num = contents.get("iter_num") if isinstance(contents, dict) else None
     if type(iter_num) is not int:
         raise fail(path, f"expected a checkpoint of train.py's with its iter_num, got {iter_num!r}", "give another")
@@ -100,7 +114,7 @@ def write_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str], *, to
         to: "nanogpt" or "llmc"; llm.c's .bin is float32 or bfloat16 as the tensors are.
 
     Raises:
-        ConversionError: If the format could not hold what the checkpoint holds; every reason is listed.
+        ConversionError: If the format cannot express what the checkpoint contains; every reason is listed.
         CheckpointError: If the file cannot be written.
     """
     where = os.fspath(path)
@@ -119,42 +133,30 @@ def write_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str], *, to
     try:
         with open_atomically(path) as file:
             _WRITERS[to](checkpoint, file)
-    except RuntimeError as error:  # torch.save reports a full disk so, in words about its own insides
-        raise explain_failed_write(path, "the disk is full or failed") from error
+    except RuntimeError as error:  # how torch.save reports a full disk, in words about its internals
+        raise fail_to_write(path, "the disk is full or failed") from error
 
 
-def _read_torch_file(file: TorchFile, n_head: int | None, with_optimizer: bool, ignore_extra: bool) -> Checkpoint:
-    if build_nanogpt.recognise(file.contents):
-        return build_nanogpt.read(file, ignore_extra=ignore_extra)
-    if nanogpt.recognise(file.contents):
-        return nanogpt.read(file, n_head=n_head, with_optimizer=with_optimizer, ignore_extra=ignore_extra)
-    if mingpt.recognise(file.contents):
-        return mingpt.read(file, n_head=n_head)
-    kind = type(file.contents).__name__
-    raise file.fail(
-        f"not a checkpoint of the nanoGPT family: expected a dict with 'model' and 'model_args', or a state dict, "
-        f"got {f'a dict of {len(file.contents)} other keys' if isinstance(file.contents, dict) else kind}",
-        _advise(file.contents),
-    )
-
-
-def _advise(contents: Any) -> str:
+def _fail_unknown(file: CheckpointFile) -> CheckpointError:
+    contents, advice = file.contents, "give the file that the training script wrote"
+    found = f"a dict of {len(contents)} other keys" if isinstance(contents, dict) else type(contents).__name__
     if isinstance(contents, dict) and isinstance(contents.get("state_dict"), dict):
         kind = "Lightning" if "pytorch-lightning_version" in contents else "a trainer"
-        return (
+        advice = (
             f"this is a checkpoint of {kind}: save its 'state_dict' alone, under nanoGPT's names (such as "
             f"transformer.wte.weight, with nothing before them), and give that, with n_head="
         )
-    return "give the file that the training script wrote"
+    problem = "not a checkpoint of the nanoGPT family: expected a dict with 'model' and 'model_args', or a state dict"
+    return file.fail(f"{problem}, got {found}", advice)
 
 
-def _settle_tying(checkpoint: Checkpoint, wanted: bool | None) -> Checkpoint:
-    """Makes one tensor of lm_head and the embedding where they are tied, and two where they are not."""
+def _settle_tying(checkpoint: Checkpoint, path: Path, wanted: bool | None) -> Checkpoint:
+    """Makes lm_head and the embedding one tensor if they are tied, and two if they are not."""
     state_dict, is_equal = dict(checkpoint.state_dict), checkpoint.tie_word_embeddings
     head, embedding = state_dict["lm_head.weight"], state_dict["transformer.wte.weight"]
     if wanted and not is_equal:
         raise fail(
-            checkpoint.path or Path(),
+            path,
             "lm_head and the token embedding cannot be tied: expected equal matrices, got different ones",
             "leave tie_word_embeddings out to load them untied",
         )
@@ -167,7 +169,7 @@ def _settle_tying(checkpoint: Checkpoint, wanted: bool | None) -> Checkpoint:
 
 
 def _find_state_faults(state: TrainingState) -> list[str]:
-    """Finds the parts of a training state that would not be read back as they are."""
+    """Finds the parts of a training state that would not be read back unchanged."""
     expected = {"iter_num": int, "best_val_loss": float, "config": dict}
     faults = [
         f"{name}: expected {kind.__name__}, got {type(getattr(state, name)).__name__}"

@@ -1,4 +1,4 @@
-"""checkpoint/optimizer.py: moments get the names of their parameters or are refused; only a whole state is written."""
+"""checkpoint/moments.py: moments get the names of their parameters or are refused; only a whole state is written."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -87,7 +87,7 @@ def test_write_without_optimizer_writes_a_fresh_one_with_the_settings_of_the_run
     assert read_checkpoint(path).training_state.optimizer.moments == {}
 
 
-# Reading what is wrong
+# Reading faulty states.
 
 
 def change_state(number, **values) -> Callable:
@@ -146,7 +146,7 @@ def test_read_faulty_optimizer_is_refused_but_the_model_is_read(contents, tmp_pa
         read_checkpoint(path)
 
 
-# Writing what nanoGPT could not resume from
+# Writing states that nanoGPT could not resume from.
 
 
 def change_moments(**values) -> Callable:

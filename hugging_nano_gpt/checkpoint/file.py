@@ -1,11 +1,12 @@
-"""Reading files that torch.save wrote: safely, only the tensors asked for, each once, and checked.
+"""A checkpoint file that is open for reading: safely, only the tensors asked for, each once, and checked.
 
-unpickle.py reads the pickle, without any tensor's data. The tensors wanted are then read straight into fresh memory,
-and their checksums compared with those that torch.save stored. Copying out of torch.load's memory map instead counts
-every page twice and ran at 0.4 GB/s against 2.1 (torch 2.13, 2 cores); using the map in place leaves the model at the
-mercy of a train.py that overwrites the file.
+torch_pickle.py reads the pickle that torch.save wrote, without any tensor's data. The tensors wanted are then read
+straight into fresh memory, and their checksums compared with those that torch.save stored. Copying them out of
+torch.load's memory map counts every page twice and ran at 0.4 GB/s against 2.1 (torch 2.13, 2 cores); a model that
+uses the map itself would change with a file that train.py overwrites.
 """
 
+import functools
 import os
 import re
 import struct
@@ -21,14 +22,14 @@ from typing import Any, BinaryIO, cast
 import torch
 
 from ..errors import CheckpointError, list_some
-from ..files import fail, fail_damaged, measure_bytes
+from ..files import fail, measure_bytes
 from ..pickles import LARGEST_PICKLE_BYTES, find_foreign, iterate_values
-from .check import find_oddity
-from .unpickle import StoredBlock, get_block, get_offset, unpickle
+from .faults import find_oddity
+from .torch_pickle import StoredBlock, get_block, get_offset, unpickle
 
 _ZIP_MAGIC = b"PK\x03\x04"
 
-# How other files that hold a model begin, what they are, and what to do with them.
+# How other files with a model in them begin, what they are, and what to do with them.
 _LONGEST_SIGN = 32
 _OTHER_KINDS = (
     (
@@ -44,10 +45,10 @@ _OTHER_KINDS = (
     (rb"GGUF", "a GGUF file of llama.cpp", "give the checkpoint or the folder that it was made of"),
 )
 
-# Said of what a fork of nanoGPT has added to a checkpoint.
+# Advice where a fork of nanoGPT has added something to a checkpoint.
 IGNORE_ADVICE = "; or read it without what else is in it, with ignore_extra=True (--ignore-extra)"
 
-# Said of a file that torch.save wrote under torch.serialization.set_crc32_options(False).
+# Assumed of a file that torch.save wrote under torch.serialization.set_crc32_options(False).
 _NO_CHECKSUMS = "every number as it was written: the file has no checksums, as torch.save was told to write none"
 
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a record's 30-byte header only the lengths of its name and extra field
@@ -55,37 +56,54 @@ _READ_BYTES = 4 << 20
 _N_READERS = 2  # against one: 0.20 s for 0.33 s of a 124M checkpoint on 2 cores; four were no faster
 
 
-class TorchFile:
-    """A file written by torch.save, opened without executing anything in it and without reading its tensors.
-
-    `contents` is the pickled object; its tensors have a shape and a dtype, and read_tensors fetches their data.
-    `assumptions` is what cannot be checked, a sentence each.
+class CheckpointFile:
+    """A checkpoint file, opened without executing anything in it and without reading its tensors.
 
     Args:
         path: The file.
-        file: The same, opened by open_source; it has to stay open while tensors are read.
-        admitted: Classes that its pickle may name beside tensors and plain Python types, by the name under which they
-            are pickled. They must be harmless to make without arguments and to fill with attributes.
-        takes_foreign: Whether its pickle may name anything else; refuse_foreign then has to be asked about what is
+        raw: The same, opened by open_source; it has to stay open while tensors are read.
+        admitted: Classes that its pickle may name in addition to tensors and plain Python types; see Unpickler.
+        takes_foreign: Whether its pickle may name anything else; refuse_foreign then has to be called for what is
             used of `contents`.
-
-    Raises:
-        CheckpointError: If the file is not a torch.save archive, is cut off or damaged, or its pickle names anything
-            but tensors and plain Python types.
     """
 
     def __init__(
-        self, path: Path, file: BinaryIO, admitted: Mapping[str, type] | None = None, takes_foreign: bool = False
+        self, path: Path, raw: BinaryIO, admitted: Mapping[str, type] | None = None, takes_foreign: bool = False
     ):
-        self.path = path
-        self._file = file
+        self.path, self.raw = path, raw
+        self._admitted, self._takes_foreign = admitted or {}, takes_foreign
         self._lock = threading.Lock()
-        self._check_kind()
-        self._records = self._list_records()
-        # Without checksums all are 0. In a file that has them "version" is not, so that damage cannot look like this.
-        self._has_checksums = any(info.CRC for _, info in self._records.values())
-        self.assumptions = () if self._has_checksums else (_NO_CHECKSUMS,)
-        self.contents: Any = self._unpickle(admitted or {}, takes_foreign)
+
+    @functools.cached_property
+    def contents(self) -> Any:
+        """What torch.save pickled into the file; its tensors have a shape and a dtype, and read_tensors their data.
+
+        Raises:
+            CheckpointError: If the file is not a torch.save archive, is cut off or damaged, or its pickle names
+                anything but tensors and plain Python types.
+        """
+        name, pickled = self._read_small_record("/data.pkl")
+        self._folder = name[: -len("data.pkl")]
+        _, byteorder = self._read_small_record("/byteorder", default=b"little")
+        if (order := byteorder.decode("ascii", "replace")) != sys.byteorder:
+            raise self.fail(
+                f"expected numbers in {sys.byteorder}-endian order, got {order}-endian",
+                "load and save it on a machine of that order first",
+            )
+        try:
+            contents, names = unpickle(pickled, self._admitted)
+        except Exception as error:  # damage makes pickle raise nearly any type
+            raise self.fail_damaged(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
+        if names and not self._takes_foreign:
+            is_whole = isinstance(contents, dict) and "model" in contents
+            is_extra = is_whole and not find_foreign([contents["model"], contents.get("model_args")])
+            raise self._fail_foreign(names, is_extra)
+        return contents
+
+    @property
+    def assumptions(self) -> tuple[str, ...]:
+        """What cannot be checked about a file of torch.save, one sentence each."""
+        return () if self._has_checksums else (_NO_CHECKSUMS,)
 
     def read_tensors(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Reads tensors of `contents` into memory of their own, each stored block once.
@@ -95,23 +113,20 @@ class TorchFile:
         Raises:
             CheckpointError: If a block is missing, is shorter than its tensor says, or does not match its checksum.
         """
+        stored = {name: self._find_block(name, tensor) for name, tensor in tensors.items()}
         first_names: dict[StoredBlock, str] = {}
-        for name, tensor in tensors.items():
-            if oddity := find_oddity(tensor):
-                raise self.fail(f"{name}: expected a dense tensor, got {oddity}", "save a plain state dict")
-            first_names.setdefault(self._get_block(name, tensor), name)
+        for name, block in stored.items():
+            first_names.setdefault(block, name)
         with ThreadPoolExecutor(_N_READERS) as readers:  # reads and checksums run outside Python's lock
-            blocks = dict(
-                zip(first_names, readers.map(self._read_block, first_names.values(), first_names), strict=True)
-            )
+            read = readers.map(self._read_block, first_names.values(), first_names)
+            blocks = dict(zip(first_names, read, strict=True))
 
         views: dict[tuple, torch.Tensor] = {}
         result = {}
         for name, tensor in tensors.items():
-            stored = self._get_block(name, tensor)
-            view_key = (stored, tensor.shape, tensor.stride(), get_offset(tensor))
+            view_key = (stored[name], tensor.shape, tensor.stride(), get_offset(tensor))
             if view_key not in views:
-                views[view_key] = _view_block(blocks[stored].view(tensor.dtype), tensor)
+                views[view_key] = _view_block(blocks[stored[name]].view(tensor.dtype), tensor)
             result[name] = views[view_key]
         return result
 
@@ -134,7 +149,7 @@ class TorchFile:
         return copy(tree)
 
     def refuse_foreign(self, tree: Any) -> None:
-        """Raises CheckpointError where a part of `contents` holds what was pickled under an unknown name."""
+        """Raises CheckpointError if a part of `contents` contains what was pickled under an unknown name."""
         if names := find_foreign(tree):
             raise self._fail_foreign(names, is_extra=False)
 
@@ -142,8 +157,12 @@ class TorchFile:
         """Makes the error that says what is wrong with this file and what to do."""
         return fail(self.path, problem, advice)
 
-    def _fail_damaged(self, reason: object) -> CheckpointError:
-        return fail_damaged(self.path, reason)
+    def fail_damaged(self, reason: object) -> CheckpointError:
+        """Makes the error for a file that is not as it was written."""
+        return self.fail(
+            f"damaged or cut off: expected a whole file as it was written, got {reason}",
+            "copy it again from where it was written, or use an earlier checkpoint",
+        )
 
     def _fail_foreign(self, names: list[str], is_extra: bool) -> CheckpointError:
         return self.fail(
@@ -153,75 +172,64 @@ class TorchFile:
             f"{IGNORE_ADVICE if is_extra else ''}",
         )
 
-    def _get_block(self, name: str, tensor: torch.Tensor) -> StoredBlock:
-        block = get_block(tensor)
-        if block is None:
-            raise self._fail_damaged(f"{name} without data")
+    def _find_block(self, name: str, tensor: torch.Tensor) -> StoredBlock:
+        if oddity := find_oddity(tensor):
+            raise self.fail(f"{name}: expected a dense tensor, got {oddity}", "save a plain state dict")
+        if (block := get_block(tensor)) is None:
+            raise self.fail_damaged(f"{name} without data")
         return block
 
     def _check_kind(self) -> None:
-        self._file.seek(0)
-        start = self._file.read(_LONGEST_SIGN)
+        self.raw.seek(0)
+        start = self.raw.read(_LONGEST_SIGN)
         if start.startswith(_ZIP_MAGIC):
             return
         for sign, kind, advice in _OTHER_KINDS:
             if re.match(sign, start, re.DOTALL):
                 raise self.fail(f"not a checkpoint: expected a zip archive written by torch.save, got {kind}", advice)
-        size = measure_bytes(self._file)
+        size = measure_bytes(self.raw)
         raise self.fail(
             f"not a checkpoint: expected a zip archive written by torch.save, or an llm.c .bin, got "
             f"{f'{size} bytes of something else' if size else 'an empty file'}",
             "give the file that the training script wrote, and copy it again if the copy was cut off",
         )
 
-    def _list_records(self) -> dict[str, tuple[int, zipfile.ZipInfo]]:
-        """Returns where the data of each record begins, and what the archive says about it, by its name."""
+    @functools.cached_property
+    def _records(self) -> dict[str, tuple[int, zipfile.ZipInfo]]:
+        """Where the data of each record begins, and what the archive says about it, by its name."""
+        self._check_kind()
         records = {}
         end = 0
         try:
-            for info in sorted(zipfile.ZipFile(self._file).infolist(), key=lambda info: info.header_offset):
-                self._file.seek(info.header_offset)
-                offset = info.header_offset + 30 + sum(_LOCAL_HEADER.unpack(self._file.read(30)))
+            for info in sorted(zipfile.ZipFile(self.raw).infolist(), key=lambda info: info.header_offset):
+                self.raw.seek(info.header_offset)
+                offset = info.header_offset + 30 + sum(_LOCAL_HEADER.unpack(self.raw.read(30)))
                 if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-                    raise self._fail_damaged(f"a compressed record {info.filename!r}")
+                    raise self.fail_damaged(f"a compressed record {info.filename!r}")
                 if info.header_offset < end:
-                    raise self._fail_damaged(f"overlapping records at {info.filename!r}")
+                    raise self.fail_damaged(f"overlapping records at {info.filename!r}")
                 end = offset + info.file_size
                 records[info.filename] = (offset, info)
         except CheckpointError:
             raise
         except Exception as error:  # zipfile meets damage with many types: BadZipFile, UnicodeDecodeError, ...
-            raise self._fail_damaged(error) from error
-        if end > measure_bytes(self._file):
-            raise self._fail_damaged("records longer than the file")
+            raise self.fail_damaged(error) from error
+        if end > measure_bytes(self.raw):
+            raise self.fail_damaged("records longer than the file")
         return records
 
-    def _unpickle(self, admitted: Mapping[str, type], takes_foreign: bool) -> Any:
-        name, pickled = self._read_small_record("/data.pkl")
-        self._folder = name[: -len("data.pkl")]
-        _, byteorder = self._read_small_record("/byteorder", default=b"little")
-        if (order := byteorder.decode("ascii", "replace")) != sys.byteorder:
-            raise self.fail(
-                f"expected numbers in {sys.byteorder}-endian order, got {order}-endian",
-                "load and save it on a machine of that order first",
-            )
-        try:
-            contents, names = unpickle(pickled, admitted)
-        except Exception as error:  # damage makes pickle raise nearly any type
-            raise self._fail_damaged(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
-        if names and not takes_foreign:
-            is_whole = isinstance(contents, dict) and "model" in contents
-            is_extra = is_whole and not find_foreign([contents["model"], contents.get("model_args")])
-            raise self._fail_foreign(names, is_extra)
-        return contents
+    @functools.cached_property
+    def _has_checksums(self) -> bool:
+        """Whether any checksum differs from 0. "version" has one that does, so damage cannot make all of them 0."""
+        return any(info.CRC for _, info in self._records.values())
 
     def _read_small_record(self, suffix: str, default: bytes | None = None) -> tuple[str, bytes]:
-        """Returns the name and the contents of the one record whose name ends so, with its checksum compared."""
+        """Returns the name and the contents of the one record with this suffix, after comparing its checksum."""
         found = [info for name, (_, info) in self._records.items() if name.lower().endswith(suffix)]
         if not found and default is not None:
             return "", default
         if len(found) != 1 or found[0].file_size > LARGEST_PICKLE_BYTES:
-            raise self._fail_damaged(f"{len(found)} records named *{suffix} of up to {LARGEST_PICKLE_BYTES} bytes")
+            raise self.fail_damaged(f"{len(found)} records named *{suffix} of up to {LARGEST_PICKLE_BYTES} bytes")
         data = bytearray(found[0].file_size)
         self._read_record(memoryview(data), found[0].filename, found[0].filename)
         return found[0].filename, bytes(data)
@@ -232,7 +240,7 @@ class TorchFile:
         _, info = self._records.get(record, (0, None))
         if info is None or info.file_size != stored.nbytes:
             found = f"no record data/{stored.key}" if info is None else f"{info.file_size} bytes"
-            raise self._fail_damaged(f"{found} where {name} of {stored.nbytes} bytes should be")
+            raise self.fail_damaged(f"{found} where {name} of {stored.nbytes} bytes should be")
         block = torch.empty(stored.nbytes, dtype=torch.uint8)
         self._read_record(memoryview(cast(Any, block.numpy())), record, name)
         return block
@@ -248,23 +256,23 @@ class TorchFile:
             except OSError as error:
                 raise self.fail(f"cannot be read: {error.strerror}", "check the disk, or copy it again") from error
             if n_read != len(piece):
-                raise self._fail_damaged("an early end of the file")
+                raise self.fail_damaged("an early end of the file")
             checksum = zlib.crc32(piece, checksum)
         if len(buffer) and self._has_checksums and checksum != info.CRC:
-            raise self._fail_damaged(f"a wrong checksum of {name}")
+            raise self.fail_damaged(f"a wrong checksum of {name}")
 
     def _read_at(self, piece: memoryview, offset: int) -> int:
         if hasattr(os, "preadv"):
-            return os.preadv(self._file.fileno(), [piece], offset)
-        with self._lock:  # Windows has no reading that leaves the file's position alone
-            self._file.seek(offset)
-            return self._file.readinto(piece)  # type: ignore[attr-defined]
+            return os.preadv(self.raw.fileno(), [piece], offset)
+        with self._lock:  # Windows cannot read without moving the file's position
+            self.raw.seek(offset)
+            return self.raw.readinto(piece)  # type: ignore[attr-defined]
 
 
 def _view_block(block: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_contiguous() and tensor.numel() == block.numel() and get_offset(tensor) == 0:
         return block.view(tensor.shape)
-    # A view of part of a block, such as a cropped position table: copied, so that the rest can be freed.
+    # A view of a part of a block, such as a cropped position table, is copied so that the rest can be freed.
     return block.as_strided(tensor.shape, tensor.stride(), get_offset(tensor)).clone(
         memory_format=torch.contiguous_format
     )
