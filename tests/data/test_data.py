@@ -11,8 +11,9 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import DataLoader
 
 from hugging_nano_gpt import DataError, NanoGPTError
-from hugging_nano_gpt.training import FixedOffsetSampler, RandomOffsetSampler, TokenDataset, collate_windows
-from hugging_nano_gpt.training.data import SharedBatches, check_ids
+from hugging_nano_gpt.data.dataset import check_ids
+from hugging_nano_gpt.data.offsets import SharedBatches
+from hugging_nano_gpt.training import RandomOffsetSampler, TokenDataset, collate_windows
 
 MAGIC, VERSION = 20240520, 1
 BLOCK_SIZE = 8
@@ -124,14 +125,12 @@ def test_random_offsets_reach_the_first_window_and_the_last(tmp_path):
     assert {offset for batch in RandomOffsetSampler(dataset, 8, 20) for offset in batch} == {0, 1, 2}
 
 
-def test_fixed_offsets_come_as_given_every_time(dataset):
+def test_batches_of_given_offsets_come_as_given_every_time(dataset):
     batches = [[5, 0, 5], (491,), range(3)]
-    sampler = FixedOffsetSampler(batches)
-    assert len(sampler) == 3
+    loader = make_loader(dataset, batches)
     for _ in range(2):
-        assert list(sampler) == [[5, 0, 5], [491], [0, 1, 2]]
-    for batch, offsets in zip(make_loader(dataset, sampler), batches, strict=True):
-        assert_batch_holds(batch, offsets)
+        for batch, offsets in zip(loader, batches, strict=True):
+            assert_batch_holds(batch, offsets)
 
 
 @WRITERS
@@ -154,7 +153,7 @@ def test_batches_with_or_without_workers_are_get_batchs(tmp_path, write, n_worke
 )
 def test_batches_are_shared_out_as_by_plain_trainer(n_batches, shares):
     """Accelerate's own sampler, which plain Trainer's loaders have, gives each process the same batches."""
-    batches = FixedOffsetSampler([[number] for number in range(n_batches)])
+    batches = [[number] for number in range(n_batches)]
     for rank, share in enumerate(shares):
         shared = SharedBatches(batches, rank, world_size=2)
         assert list(shared) == [[number] for number in share]

@@ -9,7 +9,6 @@ from transformers import TrainingArguments
 from hugging_nano_gpt import ConversionError, NanoGPTLMHeadModel, TrainingState
 from hugging_nano_gpt.training import (
     TRAIN_DEFAULTS,
-    FixedOffsetSampler,
     NanoGPTTrainer,
     TokenDataset,
     arguments,
@@ -197,7 +196,7 @@ def test_epochs_asked_for_go_over_max_iters(tmp_path):
 
 def test_epochs_of_given_batches_are_trainers_own(tmp_path):
     args = make_arguments(tmp_path, max_steps=-1, num_train_epochs=2)
-    sampler = FixedOffsetSampler([[0, 1], [2, 3], [4, 5]])
+    sampler = [[0, 1], [2, 3], [4, 5]]
     trainer = make_trainer(make_model(vocab_size=31), args, train_batch_sampler=sampler)
     trainer.train()
     assert trainer.state.global_step == 6

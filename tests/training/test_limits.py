@@ -8,7 +8,7 @@ import torch
 
 from hugging_nano_gpt import ConversionError, DeviceError, read_checkpoint
 from hugging_nano_gpt.training import TRAIN_DEFAULTS, compute_lr, training_arguments_from_nanogpt
-from hugging_nano_gpt.training.limits import check_settings
+from hugging_nano_gpt.training.train_settings import check_settings
 
 from ..helpers.toy_run import SETTINGS, train
 
