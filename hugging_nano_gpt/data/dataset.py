@@ -20,7 +20,7 @@ from .token_file import measure_token_file
 
 
 class Window(UserDict[str, torch.Tensor]):
-    """input_ids and shift_labels. It is no dict, because plain Trainer would remove shift_labels from a dict."""
+    """input_ids and shift_labels. Plain Trainer would remove shift_labels from a dict, which this is not."""
 
 
 class TokenDataset(Dataset):
@@ -42,17 +42,13 @@ class TokenDataset(Dataset):
         self.path = Path(path)
         self.block_size = block_size
         self._layout = measure_token_file(self.path)
+        self.n_tokens = self._layout.n_tokens
         if self.n_tokens <= block_size:
             raise DataError(
                 f"{self.path}: too short: expected more than block_size={block_size} tokens, got {self.n_tokens}; "
                 f"give a longer file or a smaller block_size"
             )
         self._descriptor: int | None = None
-
-    @property
-    def n_tokens(self) -> int:
-        """Number of tokens in the file."""
-        return self._layout.n_tokens
 
     def __len__(self) -> int:
         """Returns the number of windows: nanoGPT samples its offsets below it."""
@@ -113,13 +109,8 @@ def load_windows(dataset: Dataset, offsets: Sequence[int], vocab_size: int) -> d
 def check_ids(batch: Mapping[str, torch.Tensor], vocab_size: int, where: object) -> None:
     """Checks the ids of a batch of windows on the CPU, because a GPU reports no error for an id that is too large.
 
-    Args:
-        batch: input_ids and shift_labels.
-        vocab_size: Rows of the model's embedding.
-        where: The place that the windows are from, for the error.
-
     Raises:
-        DataError: If there are ids that the model does not have.
+        DataError: If an id is not below vocab_size; it names where the windows are from.
     """
     lowest, highest = (int(id_) for id_ in batch["input_ids"].aminmax())
     highest = max(highest, int(batch["shift_labels"].max()))

@@ -18,21 +18,19 @@ def draw_offsets(dataset: Sized, batch_size: int, generator: torch.Generator | N
     Args:
         dataset: Its length is the number of windows.
         batch_size: Windows of a batch, on this process.
-        generator: Draws the random numbers; by default torch's global generator, as in nanoGPT.
+        generator: By default torch's global generator, as in nanoGPT.
     """
     return torch.randint(len(dataset), (batch_size,), generator=generator).tolist()
 
 
 class RandomOffsetSampler(Sampler[list[int]]):
-    """A batch sampler that yields draw_offsets of a generator of its own, one list of offsets for each micro-step.
-
-    They are the offsets that get_batch draws after torch.manual_seed(seed + rank).
+    """A batch sampler over draw_offsets: yields what get_batch draws after torch.manual_seed(seed + rank).
 
     Args:
         dataset: See draw_offsets.
         batch_size: See draw_offsets.
         n_batches: Number of batches; None for batches without end.
-        seed: Seed of the generator.
+        seed: Seed of the sampler's own generator.
         rank: Added to the seed, so that each process draws other offsets, as in nanoGPT.
     """
 
@@ -58,12 +56,7 @@ class SharedBatches(Sampler[list[int]]):
     """One process's share of a batch sampler's batches: process r takes every world_size-th one, as in plain Trainer.
 
     If their number is not a multiple of world_size, the first batches are used again, so that every process makes the
-    same number of steps.
-
-    Args:
-        batches: Batches of offsets, the same in every process.
-        rank: Rank of the process.
-        world_size: Number of processes.
+    same number of steps. The batches have to be the same in every process.
     """
 
     def __init__(self, batches: Any, rank: int, world_size: int):

@@ -88,7 +88,7 @@ def training_arguments_from_nanogpt(
     values = {ours: settings[theirs] for theirs, ours in _RENAMED.items()}
     values |= _apply_rules(settings, iter_num)
     values |= {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": values["eval_steps"]}
-    values["save_total_limit"] = 1  # train.py keeps one file
+    values["save_total_limit"] = 1  # as train.py keeps one file
     if "num_train_epochs" in overrides:
         del values["max_steps"]
     left = {
@@ -105,13 +105,8 @@ def complete_arguments(
 ) -> TrainingArguments:
     """Returns arguments with train.py's settings of the optimizer where they are Transformers' defaults.
 
-    Arguments that training_arguments_from_nanogpt made keep theirs. Without max_steps, num_train_epochs=1 draws as
-    many tokens as the file has.
-
-    Args:
-        args: Any TrainingArguments.
-        config: train.py's settings; missing ones are train.py's defaults.
-        dataset: The data set to draw from; None if the batches are given, and with them the length of an epoch.
+    Those that training_arguments_from_nanogpt made keep theirs. Without max_steps, num_train_epochs=1 draws as many
+    tokens as a data set has; without a data set the batches are given, and with them the length of an epoch.
     """
     changes: dict[str, Any] = {}
     if not isinstance(args, NanoGPTArguments):

@@ -25,30 +25,22 @@ _A100_FLOPS = 312e12
 _SETTLING_UPDATES = 5
 
 
-class DrawingCallback(TrainerCallback):
-    """Begins to draw batches when training begins.
+class NumbersCallback(TrainerCallback):
+    """Begins train.py's drawing, and counts an update that fp16 skips in the schedule, as train.py does.
+
+    As in train.py, moments bring settings of their own. A warning says so, and checkpoints record what is used.
 
     Args:
-        begin: Draws the first batch.
+        trainer: The trainer to which it is added.
+        begin_drawing: Draws the first batch.
     """
 
-    def __init__(self, begin: Callable[[], None]):
-        self.begin = begin
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.begin()
-
-
-class SettingsCallback(TrainerCallback):
-    """Counts an update that fp16 skips in the schedule, as train.py does, and warns where the moments decide.
-
-    As in train.py, moments bring settings of their own, and the config that checkpoints record is what is used.
-    """
-
-    def __init__(self, trainer: Any):
+    def __init__(self, trainer: Any, begin_drawing: Callable[[], None]):
         self.trainer = trainer
+        self.begin_drawing = begin_drawing
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begin_drawing()
         group = self.trainer.optimizer.param_groups[0]
         asked = {"weight_decay": args.weight_decay, "betas": (args.adam_beta1, args.adam_beta2)}
         for name, value in asked.items():
@@ -131,7 +123,10 @@ class TrainPyCallback(TrainerCallback):
         self._superseded = beginning.superseded
         self._is_ckpt_due = beginning.is_ckpt_due
         self._n_updates = 0
-        self._n_parameters = trainer.model.num_parameters()
+        args, config = trainer.args, trainer.model.config
+        n_parameters = trainer.model.num_parameters() - config.block_size * config.n_embd
+        n_tokens = config.block_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
+        self._n_flops = (6 * n_parameters + 12 * config.n_layer * config.n_embd * config.block_size) * n_tokens
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         used = {name: self.trainer.config[name] for name in ("weight_decay", "beta1", "beta2")}
@@ -201,15 +196,7 @@ class TrainPyCallback(TrainerCallback):
     def _say_update(self, iter_num: int, seconds: float) -> None:
         loss = self.trainer.micro_loss.item()
         if self._n_updates >= _SETTLING_UPDATES:
-            mfu = self._estimate_mfu(seconds)
+            mfu = self._n_flops / seconds / _A100_FLOPS
             self.mfu = mfu if math.isnan(self.mfu) else 0.9 * self.mfu + 0.1 * mfu
         percent = -100.0 if math.isnan(self.mfu) else 100 * self.mfu  # -100 before the first estimate, as in train.py
         self.say(f"iter {iter_num}: loss {loss:.4f}, time {1000 * seconds:.2f}ms, mfu {percent:.2f}%")
-
-    def _estimate_mfu(self, seconds: float) -> float:
-        """Estimates which share of an A100's operations an update made."""
-        args, config = self.trainer.args, self.trainer.model.config
-        n_parameters = self._n_parameters - config.block_size * config.n_embd
-        of_attention = 12 * config.n_layer * config.n_embd * config.block_size
-        tokens = config.block_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
-        return (6 * n_parameters + of_attention) * tokens / seconds / _A100_FLOPS

@@ -50,32 +50,25 @@ class DrawnBatches:
         dataset: The data set to draw from.
         config: The model's.
         args: The trainer's, with batch size, device and rank.
-        random_state: See NanoGPTTrainer.
+        state: State of torch's CPU generator when the run begins; None for make_random_state's.
     """
 
     def __init__(
-        self,
-        dataset: TokenDataset,
-        config: NanoGPTConfig,
-        args: TrainingArguments,
-        random_state: torch.Tensor | None = None,
+        self, dataset: TokenDataset, config: NanoGPTConfig, args: TrainingArguments, state: torch.Tensor | None = None
     ):
         self.offsets: list[int] = []
         self._batch: dict[str, torch.Tensor] = {}
-        self._dataset, self._config, self._args, self._random_state = dataset, config, args, random_state
+        self._dataset, self._config, self._args, self._state = dataset, config, args, state
 
     def begin(self, folder: Path | None) -> None:
-        """Draws train.py's first batch, or takes the one that was drawn when Trainer saved a checkpoint.
-
-        Args:
-            folder: The checkpoint that is resumed from, whose generators Trainer itself restores; None for a new run.
-        """
+        """Draws train.py's first batch, or takes the one that a checkpoint of Trainer's contains."""
         rank = self._args.process_index
         if folder is None:
             torch.manual_seed(NANOGPT_SEED + rank)  # the accelerator's generators, for dropout
             self._rewind_generator()
             self.draw()
             return
+        # Trainer itself restores the generators
         offsets = read_next_batch(folder, rank, self._args.world_size)
         if len(offsets) == self._args.per_device_train_batch_size and max(offsets) < len(self._dataset):
             self.choose(offsets)  # else batch size or data set have changed, and take() draws one
@@ -105,9 +98,9 @@ class DrawnBatches:
         return self._batch
 
     def _rewind_generator(self) -> None:
-        if self._random_state is None:
-            self._random_state = make_random_state(self._config, self._args.process_index)
-        torch.set_rng_state(self._random_state)
+        if self._state is None:
+            self._state = make_random_state(self._config, self._args.process_index)
+        torch.set_rng_state(self._state)
 
 
 class BatchesInTurn:

@@ -30,7 +30,7 @@ class Beginning(NamedTuple):
     Args:
         folder: The checkpoint of Trainer's that it resumes from, or None.
         init_from: What it begins from if folder is None, in train.py's words.
-        superseded: Folders checkpoint-N of an earlier run, which are removed when this run saves for the first time.
+        superseded: Folders checkpoint-N of an earlier run, to remove when this run first saves.
         is_ckpt_due: Whether the earlier run was killed after it had written the folder and before ckpt.pt.
     """
 
@@ -38,11 +38,6 @@ class Beginning(NamedTuple):
     init_from: str
     superseded: tuple[Path, ...] = ()
     is_ckpt_due: bool = False
-
-    @property
-    def is_going_on(self) -> bool:
-        """Whether the run continues one that has trained in out_dir."""
-        return self.folder is not None or self.init_from == "resume"
 
 
 def choose_beginning(settings: Mapping[str, Any], resume: bool, force: bool) -> Beginning:
@@ -62,7 +57,9 @@ def choose_beginning(settings: Mapping[str, Any], resume: bool, force: bool) -> 
     out_dir, init_from = Path(settings["out_dir"]), settings["init_from"]
     ckpt_path = out_dir / "ckpt.pt"
     has_ckpt = os.path.lexists(ckpt_path)
-    last, folders = _find_last_checkpoint(out_dir), tuple(list_checkpoints(out_dir))
+    folders, last = tuple(list_checkpoints(out_dir)), None
+    with contextlib.suppress(CheckpointError):
+        last = choose_checkpoint(True, out_dir)
     if resume and last is not None:
         made, kept = _read_iter_nums(ckpt_path if has_ckpt else None, last)
         if made > kept:
@@ -119,13 +116,6 @@ def lock_out_dir(out_dir: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _find_last_checkpoint(out_dir: Path) -> Path | None:
-    try:
-        return choose_checkpoint(True, out_dir)
-    except CheckpointError:
-        return None
 
 
 def _read_iter_nums(ckpt_path: Path | None, folder: Path) -> tuple[int, int]:

@@ -53,7 +53,8 @@ def refuse_ignored(args: TrainingArguments, parameters: Mapping[str, Any]) -> No
         parameters: Parameters of Trainer by name.
 
     Raises:
-        ConversionError: If there is any, and it names all of them; if eval_dataset is a dict of data sets.
+        ConversionError: If there is any, and it names all of them; if eval_dataset is a dict of data sets, or several
+            GPUs are visible to one process.
     """
     defaults = {field.name: field.default for field in fields(args)}
     same: dict[str, list[Any]] = {
@@ -75,6 +76,11 @@ def refuse_ignored(args: TrainingArguments, parameters: Mapping[str, Any]) -> No
             f"{join_some([f'{name}={asked[name]!r} ({advice[name]})' for name in ignored])}"
         )
     refuse_several(parameters.get("eval_dataset"))
+    if args.n_gpu > 1:  # Trainer would split each batch over them by DataParallel, which nanoGPT never does
+        raise ConversionError(
+            f"NanoGPTTrainer: several GPUs in one process: expected one, got {args.n_gpu}; start it with "
+            f"`torchrun --nproc-per-node={args.n_gpu}`, or set CUDA_VISIBLE_DEVICES to one of them"
+        )
     if args.metric_for_best_model in ("train/loss", "eval_train/loss"):
         raise ConversionError(
             f"NanoGPTTrainer: metric_for_best_model: expected the validation loss, 'loss', got "

@@ -81,8 +81,9 @@ def run_training(
     is_evaluation = settings["eval_only"]
     with contextlib.nullcontext() if is_evaluation or rank else lock_out_dir(Path(settings["out_dir"])):
         beginning = choose_beginning(settings, resume, force)
+        is_continued = beginning.folder is not None or beginning.init_from == "resume"
         if folder is not None and not is_evaluation:
-            check_folder(Path(folder), overwrite=force or beginning.is_going_on)
+            check_folder(Path(folder), overwrite=force or is_continued)
         data_dir = Path("data") / settings["dataset"]
         train, val = (TokenDataset(data_dir / f"{split}.bin", settings["block_size"]) for split in ("train", "val"))
         model, state, random_state = start_run(settings, beginning, data_dir, rank, say)

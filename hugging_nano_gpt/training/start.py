@@ -7,7 +7,7 @@ it; a setting that asks for something else is refused, or a line says that it do
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -33,17 +33,9 @@ _SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout")
 _FIXED = ("n_layer", "n_head", "n_embd", "bias")
 
 
-class Start(NamedTuple):
-    """What a run starts with; see NanoGPTTrainer for the three."""
-
-    model: NanoGPTLMHeadModel
-    training_state: TrainingState
-    random_state: torch.Tensor
-
-
 def start_run(
     settings: Mapping[str, Any], beginning: Beginning, data_dir: Path, rank: int, say: Callable[[str], None]
-) -> Start:
+) -> tuple[NanoGPTLMHeadModel, TrainingState, torch.Tensor]:
     """Makes what a run starts with: a new model, GPT-2, ckpt.pt, or a checkpoint of Trainer's that then loads into it.
 
     Args:
@@ -52,6 +44,9 @@ def start_run(
         data_dir: Folder of the data set; its meta.pkl says the vocabulary size of a new model.
         rank: Rank of this process. New weights are the first one's, as DDP broadcasts them.
         say: Prints train.py's lines.
+
+    Returns:
+        model, training_state and random_state of NanoGPTTrainer.
 
     Raises:
         ConversionError: If init_from is unknown, the batches are longer than the model can read, or a setting asks for
@@ -86,7 +81,7 @@ def start_run(
     random_state = torch.get_rng_state() if is_new and rank == 0 else make_random_state(model.config, rank)
     if block_size < longest:
         model.crop_block_size(block_size)
-    return Start(model.train(), state, random_state)
+    return model.train(), state, random_state
 
 
 def _make_new_model(settings: Mapping[str, Any], data_dir: Path, say: Callable[[str], None]) -> NanoGPTLMHeadModel:

@@ -25,11 +25,10 @@ from ..checkpoint.contents import TrainingState
 from ..convert.nanogpt import remember_training_state, save_model
 from ..data.dataset import TokenDataset, collate_checked, collate_windows
 from ..data.offsets import RandomOffsetSampler, SharedBatches
-from ..errors import ConversionError
 from ..tokenization.vocabulary import fit_vocabulary
 from .adamw import load_moments, make_optimizer, read_optimizer
 from .arguments import complete_arguments
-from .callbacks import DrawingCallback, SettingsCallback
+from .callbacks import NumbersCallback
 from .drawing import BatchesInTurn, DrawnBatches, send, write_next_batch
 from .evaluation import estimate_losses
 from .loggers import name_logs
@@ -46,18 +45,15 @@ class NanoGPTTrainer(Trainer):
 
     Args:
         model: A NanoGPTLMHeadModel.
-        args: TrainingArguments, such as training_arguments_from_nanogpt returns. max_steps counts updates from now. In
-            others, a learning rate, weight decay, betas and clipping at Transformers' defaults become those of config.
+        args: TrainingArguments; max_steps counts updates from now. If training_arguments_from_nanogpt did not make
+            them, learning rate, weight decay, betas and clipping at Transformers' defaults become those of config.
         train_dataset: Windows of train.bin.
         eval_dataset: Windows of val.bin; with it, evaluate() estimates both losses as nanoGPT does.
-        training_state: Where the run stands: iter_num, best_val_loss, config, and the optimizer's moments, without
-            which AdamW begins afresh. By default what the model remembers, without moments, with the config that args
-            were made from. Settings that config lacks are train.py's defaults.
-        train_batch_sampler: Yields the offsets of each micro-step's batch, the same in every process: processes share
-            them out in turn, as plain Trainer's do. A list of lists will do. By default the offsets are drawn as in
-            train.py, from torch's global generator.
-        random_state: State of torch's CPU generator when the run begins; by default train.py's after it has seeded the
-            generator and made a model of this configuration: see make_random_state.
+        training_state: iter_num, best_val_loss, config and the moments, without which AdamW begins afresh. By default
+            what the model remembers, with the config that args were made from. Other settings are train.py's defaults.
+        train_batch_sampler: Batches of offsets, one for each micro-step, the same in every process: processes take
+            them in turn, as plain Trainer's do. By default they are drawn as in train.py, from torch's generator.
+        random_state: State of torch's CPU generator when the run begins; by default see make_random_state.
         **kwargs: Passed to Trainer. generate follows a tokenizer as processing_class: see fit_vocabulary.
     """
 
@@ -96,14 +92,8 @@ class NanoGPTTrainer(Trainer):
             **{**kwargs, "data_collator": collate_windows},
         )
         self.label_names = ["shift_labels"]  # of the windows, for predict()
-        if self.args.n_gpu > 1:  # Trainer would split each batch over them by DataParallel, which nanoGPT never does
-            raise ConversionError(
-                f"NanoGPTTrainer: several GPUs in one process: expected one, got {self.args.n_gpu}; start it with "
-                f"`torchrun --nproc-per-node={self.args.n_gpu}`, or set CUDA_VISIBLE_DEVICES to one of them"
-            )
         self._batches = DrawnBatches(train_dataset, model.config, self.args, random_state)
-        self.add_callback(DrawingCallback(self._begin_drawing))
-        self.add_callback(SettingsCallback(self))
+        self.add_callback(NumbersCallback(self, begin_drawing=self._begin_drawing))
 
     @property
     def iter_num(self) -> int:
@@ -114,11 +104,8 @@ class NanoGPTTrainer(Trainer):
     def best_val_loss(self) -> float:
         """Validation loss in nats per token, as train.py keeps it: the lowest, or the last if it saves at each."""
         n_updates = self.state.global_step - self._n_taken_back
-        losses = [
-            entry["val/loss"]
-            for entry in self.state.log_history
-            if "val/loss" in entry and entry.get("step", 0) <= n_updates
-        ]
+        entries = [entry for entry in self.state.log_history if entry.get("step", 0) <= n_updates]
+        losses = [entry["val/loss"] for entry in entries if "val/loss" in entry]
         if losses and self.config.get("always_save_checkpoint", True):
             return losses[-1]
         return min([self.training_state.best_val_loss, *losses])  # NaN is never lower
@@ -129,15 +116,12 @@ class NanoGPTTrainer(Trainer):
         return self.training_state.config
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trains as Trainer does, with random numbers drawn as in train.py, by each process its own.
-
-        A second call continues where the first one ended, for max_steps updates more.
+        """Trains as Trainer does, with train.py's random numbers; called again, for max_steps updates more.
 
         Args:
             resume_from_checkpoint: One of Trainer's own checkpoints, or True for the last whole one in output_dir.
                 Weights, moments and random numbers come from it; learning rate and schedule are those asked for now.
-            *args: Passed to Trainer.
-            **kwargs: Passed to Trainer.
+            *args, **kwargs: Passed to Trainer.
 
         Raises:
             CheckpointError: If the checkpoint is not whole, or none is.
@@ -157,14 +141,14 @@ class NanoGPTTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Serves the given batches. For drawn batches it only says their number: get_batch_samples serves them."""
-        args = self.args
+        args, dataset = self.args, self.train_dataset
         n_batches = args.max_steps * args.gradient_accumulation_steps
-        sampler: Any = RandomOffsetSampler(self.train_dataset, args.per_device_train_batch_size, n_batches)
+        sampler: Any = RandomOffsetSampler(dataset, args.per_device_train_batch_size, n_batches)
         if self._train_batch_sampler is not None:
             sampler = SharedBatches(self._train_batch_sampler, args.process_index, args.world_size)
-        where, vocab_size = getattr(self.train_dataset, "path", self.train_dataset), self.model.config.vocab_size
+        vocab_size, where = self.model.config.vocab_size, getattr(dataset, "path", dataset)
         return DataLoader(
-            self.train_dataset,
+            dataset,
             batch_sampler=sampler,
             collate_fn=partial(collate_checked, vocab_size=vocab_size, where=where),
             generator=torch.Generator(),  # without one, iterating would draw a seed from the global generator
@@ -187,9 +171,9 @@ class NanoGPTTrainer(Trainer):
         return loss
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Makes the accelerator as Trainer does, with FSDP on a CPU too, where Accelerate would make DDP of it.
+        """Makes the accelerator as Trainer does, with FSDP on a CPU too, and with float32 parameters and gradients.
 
-        Parameters and gradients stay in float32 under FSDP, where Accelerate would round them to the half precision.
+        Accelerate would make DDP of FSDP on a CPU, and round both to half precision on a GPU.
         """
         super().create_accelerator_and_postprocess()
         if self.args.fsdp:
@@ -235,15 +219,12 @@ class NanoGPTTrainer(Trainer):
         are those of train.py's first evaluation, and torch's generator is restored. Every process has to call this.
 
         Args:
-            eval_dataset: Another data set than the trainer's own, which does not count in best_val_loss.
+            eval_dataset: A data set other than the trainer's own; it does not count in best_val_loss.
             ignore_keys: Not read.
-            metric_key_prefix: Prefix of the metric; with another one than "eval", nothing counts in best_val_loss.
+            metric_key_prefix: Prefix of the metric; nothing counts in best_val_loss if it is not "eval".
 
         Returns:
             eval_loss, and for the trainer's own data sets train/loss and val/loss too; in nats per token.
-
-        Raises:
-            ConversionError: If several data sets are given.
         """
         refuse_several(eval_dataset)
         is_own = metric_key_prefix == "eval" and (eval_dataset is None or eval_dataset is self.eval_dataset)
@@ -266,12 +247,11 @@ class NanoGPTTrainer(Trainer):
 
     def save_nanogpt_ckpt(self, path: str | os.PathLike[str]) -> None:
         """Writes a checkpoint from which nanoGPT's train.py resumes; under torchrun every process has to call this."""
-        kept = self.training_state.optimizer
-        is_made = self.optimizer is not None and (kept is None or any(self.optimizer.state.values()))
-        # first, as it shards again what an evaluation has left whole
-        optimizer = read_optimizer(self.optimizer, self.model) if is_made else kept
-        counts: dict[str, Any] = {"iter_num": self.iter_num, "best_val_loss": self.best_val_loss}
+        optimizer = self.training_state.optimizer
+        if self.optimizer is not None and (optimizer is None or any(self.optimizer.state.values())):
+            optimizer = read_optimizer(self.optimizer, self.model)  # shards again what an evaluation has left whole
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        counts: dict[str, Any] = {"iter_num": self.iter_num, "best_val_loss": self.best_val_loss}
         save_model(model, path, optimizer=optimizer, config=self.config, **counts)
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:

@@ -42,13 +42,10 @@ _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG, 112)
 
 
 class TrainerCounts(NamedTuple):
-    """Updates that a checkpoint's weights have seen: by Trainer's count, and by nanoGPT's if that is recorded.
+    """Updates that a checkpoint's weights have seen, and whether the loss of its evaluation was the lowest."""
 
-    is_best is whether the checkpoint was made at an evaluation whose loss was the lowest.
-    """
-
-    global_step: int
-    iter_num: int | None
+    global_step: int  # Trainer's
+    iter_num: int | None  # nanoGPT's, if it is recorded
     is_best: bool
 
 
@@ -61,8 +58,7 @@ def choose_checkpoint(resume_from_checkpoint: object, output_dir: str | os.PathL
     if resume_from_checkpoint is None or resume_from_checkpoint is False:
         return None
     if resume_from_checkpoint is not True:
-        folder = Path(str(resume_from_checkpoint))
-        if faults := find_faults(folder):
+        if faults := find_faults(folder := Path(str(resume_from_checkpoint))):
             raise CheckpointError(
                 f"{folder}: not a whole checkpoint of Trainer's: expected {', '.join(_PARTS)}, got "
                 f"{', '.join(faults)}; give another, or resume_from_checkpoint=True for the last whole one"
