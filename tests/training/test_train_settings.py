@@ -1,4 +1,4 @@
-"""training/limits.py: what train.py cannot run with is refused by name, and what it can run with is taken."""
+"""Values of settings that train.py cannot run with are refused by name, and those that it can run with are taken."""
 
 import math
 
