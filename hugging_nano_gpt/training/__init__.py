@@ -1,25 +1,26 @@
-"""Training with nanoGPT's numbers: optimizer state, schedule, data and a Trainer, which alone needs accelerate."""
+"""Training with nanoGPT's numbers: settings, optimizer, schedule, data, and a Trainer, which needs accelerate."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ..data.dataset import TokenDataset, collate_windows
+from ..data.offsets import RandomOffsetSampler
 from ..errors import MissingDependencyError
+from .adamw import load_moments, make_optimizer, read_optimizer
 from .arguments import training_arguments_from_nanogpt
-from .configurator import TRAIN_DEFAULTS, read_settings
-from .data import FixedOffsetSampler, RandomOffsetSampler, TokenDataset, collate_windows
+from .configurator import read_settings
 from .drawing import make_random_state
 from .interruption import leave_processes
-from .optimizer import load_moments, make_optimizer, read_optimizer
 from .schedule import NanoGPTSchedule, compute_lr
+from .train_settings import TRAIN_DEFAULTS
 
 if TYPE_CHECKING:
+    from .callbacks import NanoGPTCheckpointCallback
     from .run import run_training
-    from .saving import NanoGPTCheckpointCallback
     from .trainer import NanoGPTTrainer
 
 __all__ = [
     "TRAIN_DEFAULTS",
-    "FixedOffsetSampler",
     "NanoGPTCheckpointCallback",
     "NanoGPTSchedule",
     "NanoGPTTrainer",
@@ -37,11 +38,11 @@ __all__ = [
     "training_arguments_from_nanogpt",
 ]
 
-_OF_TRAINER = {"NanoGPTCheckpointCallback": ".saving", "NanoGPTTrainer": ".trainer", "run_training": ".run"}
+_OF_TRAINER = {"NanoGPTCheckpointCallback": ".callbacks", "NanoGPTTrainer": ".trainer", "run_training": ".run"}
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what Trainer is needed for when it is asked for: evaluating needs the data alone."""
+    """Imports what needs Trainer on first use; nothing else needs accelerate."""
     if name not in _OF_TRAINER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

@@ -11,14 +11,13 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_tf32_available, logging
 
+from ..data.dataset import TokenDataset
 from ..errors import ConversionError
-from .configurator import complete_settings
-from .data import TokenDataset
-from .limits import check_settings
+from .train_settings import check_settings, complete_settings
 
 logger = logging.get_logger(__name__)
 
-# train.py's settings that TrainingArguments has under another name (train.py @ 3adf61e).
+# train.py's settings (@ 3adf61e), and what they are called in TrainingArguments.
 _RENAMED = {
     "out_dir": "output_dir",
     "eval_interval": "eval_steps",
@@ -33,17 +32,16 @@ _RENAMED = {
     "compile": "torch_compile",
 }
 
-# Those that are mapped by a rule below.
+# Settings that _apply_rules maps.
 _RULED = ("max_iters", "gradient_accumulation_steps", "wandb_log", "device", "dtype", "backend")
 
-_READ_BY_TRAINER = "NanoGPTTrainer reads it from config"
 _READ_FROM_CONFIG = ("decay_lr", "warmup_iters", "lr_decay_iters", "min_lr", "eval_iters")
-_IN_THE_MODEL = "it is in the model's config"
+_OF_MODEL = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout")
 
-# Those without a counterpart, and where they are instead.
+# Settings without a counterpart, and where they are instead.
 _WITHOUT_COUNTERPART = {
-    **dict.fromkeys(_READ_FROM_CONFIG, _READ_BY_TRAINER),
-    **dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout"), _IN_THE_MODEL),
+    **dict.fromkeys(_READ_FROM_CONFIG, "NanoGPTTrainer reads it from config"),
+    **dict.fromkeys(_OF_MODEL, "it is in the model's config"),
     "eval_only": "call trainer.evaluate()",
     "always_save_checkpoint": "every save writes a checkpoint",
     "init_from": "from_nanogpt_ckpt resumes, a new NanoGPTLMHeadModel starts from scratch",
@@ -54,10 +52,10 @@ _WITHOUT_COUNTERPART = {
 
 @dataclass
 class NanoGPTArguments(TrainingArguments):
-    """TrainingArguments in which every setting is meant: the run's own or train.py's default.
+    """TrainingArguments whose every setting is intended: the run's own or train.py's default.
 
     Args:
-        nanogpt_config: The run's settings that they were made of.
+        nanogpt_config: The run's settings that they were made from.
     """
 
     nanogpt_config: dict[str, Any] = field(default_factory=dict)
@@ -69,35 +67,35 @@ def training_arguments_from_nanogpt(
     """Maps train.py's settings to TrainingArguments.
 
     Args:
-        config: train.py's settings, such as a checkpoint's `config`. What it lacks is train.py's default; but where
-            no CUDA GPU is, the device is then the one that Trainer takes, which may be the CPU.
+        config: train.py's settings, such as a checkpoint's `config`. Missing ones are train.py's defaults, but without
+            a CUDA GPU a missing device is the one that Trainer chooses, which may be the CPU.
         iter_num: Number of updates already made: the run ends when nanoGPT's iter_num reaches max_iters.
         **overrides: Arguments of TrainingArguments that take precedence; num_train_epochs over max_iters too.
 
     Returns:
-        The arguments, which NanoGPTTrainer asks for the rest of config too where it is given no training state; and
-        the settings of config without a counterpart in them, each with the reason or the place to go.
+        The arguments, from which NanoGPTTrainer reads all of config if it is given no training state; and the settings
+        of config without a counterpart in them, each with the reason or the place to go.
 
     Raises:
-        ConversionError: If a setting has a value that train.py cannot run with, the micro-steps do not divide among
-            the processes, or device is "mps" where torch has no MPS.
+        ConversionError: If a setting has a value that train.py cannot run with, the micro-steps cannot be divided by
+            the number of processes, or device is "mps" and torch has no MPS.
     """
     settings = complete_settings(config)
-    if "device" not in config and not torch.cuda.is_available():  # the device that Trainer takes
+    if "device" not in config and not torch.cuda.is_available():  # the device that Trainer chooses
         gpu = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         settings["device"] = "cpu" if gpu is None else gpu.type
     check_settings(settings, [*_RENAMED, *_RULED, *_READ_FROM_CONFIG])
     values = {ours: settings[theirs] for theirs, ours in _RENAMED.items()}
     values |= _apply_rules(settings, iter_num)
     values |= {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": values["eval_steps"]}
-    values["save_total_limit"] = 1  # train.py keeps one file
+    values["save_total_limit"] = 1  # as train.py keeps one file
     if "num_train_epochs" in overrides:
         del values["max_steps"]
     left = {
         key: _WITHOUT_COUNTERPART.get(key, "unknown to nanoGPT") for key in config if key not in {*_RENAMED, *_RULED}
     }
     _, _, index = str(config.get("device", "")).partition("cuda:")
-    if index not in ("", "0") and "LOCAL_RANK" not in os.environ:  # under torchrun, train.py does not read it either
+    if index not in ("", "0") and "LOCAL_RANK" not in os.environ:  # train.py does not read it under torchrun either
         left["device"] = f"Trainer takes the first GPU that it sees: set CUDA_VISIBLE_DEVICES={index}"
     return NanoGPTArguments(**{**values, **overrides}, nanogpt_config=dict(config)), left
 
@@ -105,15 +103,10 @@ def training_arguments_from_nanogpt(
 def complete_arguments(
     args: TrainingArguments, config: Mapping[str, Any], dataset: TokenDataset | None
 ) -> TrainingArguments:
-    """Returns arguments with train.py's settings of the optimizer where they were left at Transformers' default.
+    """Returns arguments with train.py's settings of the optimizer where they are Transformers' defaults.
 
-    Those that training_arguments_from_nanogpt made stay as they are. Where no max_steps is given, num_train_epochs
-    says how many times as many tokens are drawn as the file has.
-
-    Args:
-        args: Any TrainingArguments.
-        config: train.py's settings; its defaults stand in for missing ones.
-        dataset: What is drawn from; None where the batches are given, and with them the length of an epoch.
+    Those that training_arguments_from_nanogpt made keep theirs. Without max_steps, num_train_epochs=1 draws as many
+    tokens as a data set has; without a data set the batches are given, and with them the length of an epoch.
     """
     changes: dict[str, Any] = {}
     if not isinstance(args, NanoGPTArguments):
@@ -131,7 +124,7 @@ def complete_arguments(
     if args.max_steps < 0 and dataset is not None:
         n_windows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         changes["max_steps"] = math.ceil(args.num_train_epochs * dataset.n_tokens / (n_windows * dataset.block_size))
-    if args.metric_for_best_model in ("val/loss", "eval_val/loss"):  # its name in Trainer, which puts eval_ before it
+    if args.metric_for_best_model in ("val/loss", "eval_val/loss"):  # in Trainer, which adds eval_ to the name
         changes["metric_for_best_model"] = "eval_loss"
     completed = copy(args)
     for name, value in changes.items():
@@ -140,7 +133,7 @@ def complete_arguments(
 
 
 def _apply_rules(config: Mapping[str, Any], iter_num: int) -> dict[str, Any]:
-    # A loss that is no number is reported as such, as nanoGPT does; looking for one would wait for the GPU each time.
+    # A loss of NaN is logged as NaN, as in nanoGPT; Trainer's filter would wait for the GPU at each update.
     values: dict[str, Any] = {"remove_unused_columns": False, "logging_nan_inf_filter": False}
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     values["max_steps"] = max(config["max_iters"] - iter_num, 1)
@@ -153,20 +146,20 @@ def _apply_rules(config: Mapping[str, Any], iter_num: int) -> dict[str, Any]:
     values["gradient_accumulation_steps"] = micro_steps
     values["report_to"] = "wandb" if config["wandb_log"] else "none"
     is_cpu, is_mps = (str(config["device"]).startswith(kind) for kind in ("cpu", "mps"))
-    if is_mps and not torch.backends.mps.is_available():  # Trainer would train on the CPU without a word
+    if is_mps and not torch.backends.mps.is_available():  # Trainer would train on the CPU and not say so
         raise ConversionError(
             f"config: device: expected a GPU of Apple's for {config['device']!r}, got a torch that finds no MPS; give "
             f"--device=cpu, which is config['device'] = 'cpu' in Python"
         )
     if is_mps:
-        values["dataloader_pin_memory"] = False  # torch does not have it there
+        values["dataloader_pin_memory"] = False  # which torch does not support for MPS
     if is_cpu:
         values["use_cpu"] = True
     elif is_torch_tf32_available():
-        values["tf32"] = True  # train.py's two switches
+        values["tf32"] = True  # as train.py's two lines allow
     if not (is_cpu or is_mps) and config["dtype"] in ("bfloat16", "float16"):  # train.py autocasts on CUDA alone
         values["bf16" if config["dtype"] == "bfloat16" else "fp16"] = True
     if world_size > 1:
         values["ddp_backend"] = "gloo" if is_cpu else config["backend"]  # nanoGPT's nccl needs GPUs
-        values["ddp_find_unused_parameters"] = False  # all are used, and looking for others costs time
+        values["ddp_find_unused_parameters"] = False  # all are used, and the search takes time
     return values

@@ -5,31 +5,28 @@ its evaluations take turns as in train.py (@ 3adf61e): one batch before the loop
 at each evaluation, one after each forward pass.
 """
 
+import contextlib
 import json
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainingArguments
 
 from ..checkpoint.layout import MODEL_ARGS
+from ..data.dataset import TokenDataset, load_windows
+from ..data.offsets import NANOGPT_SEED, draw_offsets
 from ..errors import CheckpointError
 from ..files import open_atomically
 from ..model.configuration_nano_gpt import NanoGPTConfig
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
-from .data import NANOGPT_SEED, TokenDataset, collate_checked
-
-if TYPE_CHECKING:
-    from .trainer import NanoGPTTrainer
 
 
 def make_random_state(config: NanoGPTConfig, rank: int = 0) -> torch.Tensor:
-    """Returns the state of torch's CPU generator that train.py has when it draws its first batch.
+    """Returns the state of torch's CPU generator in which train.py draws its first batch.
 
-    train.py seeds it with 1337 and the rank, and makes a new model, whatever weights it then takes. This does too; the
-    generator itself stays as it is.
+    train.py seeds the generator with 1337 plus the rank and makes a new model, even if it then loads other weights.
+    This does the same and restores the generator.
 
     Args:
         config: The model that train.py makes, before it crops it to another block_size.
@@ -41,62 +38,73 @@ def make_random_state(config: NanoGPTConfig, rank: int = 0) -> torch.Tensor:
         return torch.get_rng_state()
 
 
-def draw_offsets(dataset: TokenDataset, batch_size: int, generator: torch.Generator | None = None) -> list[int]:
-    """Draws a batch of offsets as nanoGPT's get_batch does: over all windows, with replacement."""
-    return torch.randint(len(dataset), (batch_size,), generator=generator).tolist()
-
-
-def load_windows(dataset: TokenDataset, offsets: list[int], vocab_size: int) -> dict[str, torch.Tensor]:
-    """Reads input_ids and shift_labels, (B, block_size) int64 each, of the windows at some offsets.
-
-    Raises:
-        DataError: If there are ids that the model does not have.
-    """
-    return collate_checked([dataset[offset] for offset in offsets], vocab_size, getattr(dataset, "path", dataset))
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copies a tensor from the CPU to a GPU as train.py does: from pinned memory, without waiting."""
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class DrawnBatches:
-    """The batch that comes next: drawn, read, and on its way to the device while the model is still busy.
+    """The next batch: drawn, read, and on its way to the device while the model still computes.
 
     Args:
-        dataset: What to draw from.
-        batch_size: Windows of a batch, on this process.
-        vocab_size: Rows of the model's embedding.
-        device: Device of the batches; a GPU gets them from pinned memory, without waiting, as in train.py.
+        dataset: The data set to draw from.
+        config: The model's.
+        args: The trainer's, with batch size, device and rank.
+        state: State of torch's CPU generator when the run begins; None for make_random_state's.
     """
 
-    def __init__(self, dataset: TokenDataset, batch_size: int, vocab_size: int, device: torch.device):
-        self.device = device
+    def __init__(
+        self, dataset: TokenDataset, config: NanoGPTConfig, args: TrainingArguments, state: torch.Tensor | None = None
+    ):
         self.offsets: list[int] = []
-        self._dataset, self._batch_size = dataset, batch_size
-        self._draw = partial(draw_offsets, dataset, batch_size)
-        self._load = partial(load_windows, dataset, vocab_size=vocab_size)
         self._batch: dict[str, torch.Tensor] = {}
+        self._dataset, self._config, self._args, self._state = dataset, config, args, state
+
+    def begin(self, folder: Path | None) -> None:
+        """Draws train.py's first batch, or takes the one that a checkpoint of Trainer's contains."""
+        rank = self._args.process_index
+        if folder is None:
+            torch.manual_seed(NANOGPT_SEED + rank)  # the accelerator's generators, for dropout
+            self._rewind_generator()
+            self.draw()
+            return
+        # Trainer itself restores the generators
+        offsets = read_next_batch(folder, rank, self._args.world_size)
+        if len(offsets) == self._args.per_device_train_batch_size and max(offsets) < len(self._dataset):
+            self.choose(offsets)  # else batch size or data set have changed, and take() draws one
+
+    @contextlib.contextmanager
+    def rewound(self) -> Iterator[None]:
+        """Sets torch's CPU generator to where train.py's first evaluation begins, and restores it."""
+        with torch.random.fork_rng(devices=[]):
+            self._rewind_generator()
+            draw_offsets(self._dataset, self._args.per_device_train_batch_size)  # train.py's first batch
+            yield
 
     def draw(self) -> None:
         """Draws the next batch from torch's global generator."""
-        self.choose(self._draw())
-
-    def can_choose(self, offsets: list[int]) -> bool:
-        """Returns whether a batch at these offsets is one of this data set and of this batch size."""
-        return len(offsets) == self._batch_size and max(offsets) < len(self._dataset)
+        self.choose(draw_offsets(self._dataset, self._args.per_device_train_batch_size))
 
     def choose(self, offsets: list[int]) -> None:
         """Makes the windows at some offsets the next batch."""
-        self.offsets, batch = offsets, self._load(offsets)
-        if self.device.type == "cuda":
-            batch = {name: tensor.pin_memory().to(self.device, non_blocking=True) for name, tensor in batch.items()}
-        self._batch = batch
+        self.offsets, self._batch = offsets, load_windows(self._dataset, offsets, self._config.vocab_size)
+        if self._args.device.type == "cuda":
+            self._batch = {name: send(tensor, self._args.device) for name, tensor in self._batch.items()}
 
     def take(self) -> dict[str, torch.Tensor]:
-        """Returns the next batch; draws it if none has been drawn, as after another batch size was resumed from."""
+        """Returns the next batch; draws it if there is none."""
         if not self._batch:
             self.draw()
         return self._batch
 
+    def _rewind_generator(self) -> None:
+        if self._state is None:
+            self._state = make_random_state(self._config, self._args.process_index)
+        torch.set_rng_state(self._state)
+
 
 class BatchesInTurn:
-    """The batches of an update, each given when its turn comes and not before: Trainer asks for a list."""
+    """The batches of an update, each taken when it is needed and not before; Trainer needs their number."""
 
     def __init__(self, batches: DrawnBatches, count: int):
         self.batches = batches
@@ -109,52 +117,35 @@ class BatchesInTurn:
         return (self.batches.take() for _ in range(self.count))
 
 
-class DrawingCallback(TrainerCallback):
-    """Begins a run with train.py's random numbers, or goes on with the batch that was drawn when Trainer saved."""
-
-    def __init__(self, trainer: "NanoGPTTrainer"):
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        if trainer._resumed_from is not None:  # Trainer itself sets the generators' states
-            offsets = read_next_batch(trainer._resumed_from, args.process_index, args.world_size)
-            if trainer._train_batch_sampler is None and trainer._batches.can_choose(offsets):
-                trainer._batches.choose(offsets)
-            return
-        torch.manual_seed(NANOGPT_SEED + args.process_index)  # the accelerator's generators, for dropout
-        trainer._begin_drawing()
-
-
 def write_next_batch(folder: Path, offsets: list[int], rank: int, world_size: int) -> None:
-    """Writes the batch that a process has drawn and not used next to the rest of a checkpoint of Trainer's.
+    """Adds to a checkpoint of Trainer's the batch that a process has drawn and not used yet.
 
-    And the state of MPS's generator, from which dropout draws there: Trainer keeps those of other devices only.
+    And the state of MPS's generator, which dropout uses there: Trainer saves those of other devices only.
     """
     kept = {"offsets": offsets, "world_size": world_size}
     if torch.backends.mps.is_available():
         kept["mps_generator"] = torch.mps.get_rng_state().tolist()
-    with open_atomically(folder / _name_file(rank)) as file:
+    with open_atomically(_get_path(folder, rank)) as file:
         file.write(json.dumps(kept).encode())
 
 
 def read_next_batch(folder: Path, rank: int, world_size: int) -> list[int]:
-    """Returns the offsets that write_next_batch wrote in a whole checkpoint, and sets MPS's generator where it is.
+    """Returns the offsets that write_next_batch wrote, and restores MPS's generator if it was written.
 
     Raises:
-        CheckpointError: If there were more or fewer processes.
+        CheckpointError: If the run had another number of processes.
     """
-    kept = json.loads((folder / _name_file(0)).read_text(encoding="utf-8"))
+    kept = json.loads(_get_path(folder, 0).read_text(encoding="utf-8"))
     if kept["world_size"] != world_size:
         raise CheckpointError(
             f"{folder}: expected as many processes as the run had, {kept['world_size']}, got {world_size}; start as "
             f"many"
         )
-    kept = json.loads((folder / _name_file(rank)).read_text(encoding="utf-8"))
+    kept = json.loads(_get_path(folder, rank).read_text(encoding="utf-8"))
     if "mps_generator" in kept and torch.backends.mps.is_available():
         torch.mps.set_rng_state(torch.tensor(kept["mps_generator"], dtype=torch.uint8))
     return kept["offsets"]
 
 
-def _name_file(rank: int) -> str:
-    return f"nanogpt_next_batch_{rank}.json"
+def _get_path(folder: Path, rank: int) -> Path:
+    return folder / f"nanogpt_next_batch_{rank}.json"

@@ -1,6 +1,6 @@
-"""How a run ends before its last update: Ctrl-C and SIGTERM are noted at once, and acted on after the update.
+"""How a run ends before its last update: Ctrl-C and SIGTERM are noted at once and acted on after the update.
 
-Several processes agree, so that all stop after the same update.
+Several processes agree on it, so that all of them stop after the same update.
 """
 
 import contextlib
@@ -12,17 +12,17 @@ from types import FrameType
 
 import torch
 
-# A second signal within this time is the first one again: torchrun passes on what the terminal has sent already.
+# A second signal within this time is the first one again: torchrun passes on what the terminal has already sent.
 _REPEAT_S = 1.0
 
-# gloo's threads let go of a gathered tensor after everybody has it. A process that ends before that aborts: without
-# this time, 5 of 60 runs of two processes did on a busy machine (torch 2.13).
+# gloo's threads release a gathered tensor after every process has it, and a process that ends before that aborts:
+# without this wait, 5 of 60 runs of two processes did on a busy machine (torch 2.13).
 _RELEASE_S = 0.3
 
 
 @contextlib.contextmanager
 def leave_processes() -> Iterator[None]:
-    """Ends the process group when a run has ended or was stopped, as train.py does; after an error that could hang."""
+    """Destroys the process group after a run has ended or stopped, as train.py does; after an error it could hang."""
     try:
         yield
     except SystemExit:
@@ -47,7 +47,7 @@ class Interruption:
     """The signal that asks a run to stop, if one has come.
 
     Args:
-        device: Where a tensor of the processes' own backend lies; several processes tell each other of the signal.
+        device: A device for the tensor by which several processes tell each other of the signal.
     """
 
     def __init__(self, device: torch.device):
@@ -61,7 +61,7 @@ class Interruption:
         before = {}
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
-                with contextlib.suppress(ValueError):  # only the main thread gets signals
+                with contextlib.suppress(ValueError):  # only the main thread receives signals
                     before[number] = signal.signal(number, self._note)
             yield
         finally:
@@ -69,7 +69,7 @@ class Interruption:
                 signal.signal(number, handler)
 
     def agree(self) -> int | None:
-        """Returns the signal that a process has noted, the same in every process; all call it after each update."""
+        """Returns the signal that any process has noted, the same in each; all have to call it after every update."""
         if not _is_distributed():
             return self._noted
         highest = torch.tensor(self._noted or 0, device=self.device)
@@ -78,10 +78,10 @@ class Interruption:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self._noted is not None and now - self._noted_at > _REPEAT_S:
-            raise SystemExit(128 + number)
         if self._noted is None:
             self._noted, self._noted_at = number, now
             name = signal.Signals(number).name
             text = f"{name}: stopping after this update; a second {name} stops at once\n"
-            os.write(2, text.encode())  # print would fail where the signal has interrupted a print
+            os.write(2, text.encode())  # print would fail if the signal has interrupted a print
+        elif now - self._noted_at > _REPEAT_S:
+            raise SystemExit(128 + number)

@@ -1,8 +1,8 @@
-"""A run's out_dir: what an earlier run left there, where a run may begin without losing it, and who may train there.
+"""A run's out_dir: what an earlier run left in it, where a run begins without losing that, and who may train in it.
 
-train.py keeps ckpt.pt in it, Trainer the folders checkpoint-N. Either can be the newer one, because train.py goes on
-from ckpt.pt and knows nothing of the folders. nanoGPT's iter_num says which one it is, and a run that would overwrite
-the newer one is refused.
+train.py saves ckpt.pt there, Trainer the folders checkpoint-N. Either can be the newer one, because train.py continues
+from ckpt.pt and does not know the folders. nanoGPT's iter_num decides, and a run that would overwrite the newer one is
+refused.
 """
 
 import contextlib
@@ -29,9 +29,9 @@ class Beginning(NamedTuple):
 
     Args:
         folder: The checkpoint of Trainer's that it resumes from, or None.
-        init_from: What it begins from without one, in train.py's words.
-        superseded: Folders checkpoint-N of an earlier run, which go when this run saves for the first time.
-        is_ckpt_due: Whether a kill came when the folder was written and ckpt.pt was not.
+        init_from: What it begins from if folder is None, in train.py's words.
+        superseded: Folders checkpoint-N of an earlier run, to remove when this run first saves.
+        is_ckpt_due: Whether the earlier run was killed after it had written the folder and before ckpt.pt.
     """
 
     folder: Path | None
@@ -39,22 +39,17 @@ class Beginning(NamedTuple):
     superseded: tuple[Path, ...] = ()
     is_ckpt_due: bool = False
 
-    @property
-    def is_going_on(self) -> bool:
-        """Whether the run continues one that has trained in out_dir."""
-        return self.folder is not None or self.init_from == "resume"
-
 
 def choose_beginning(settings: Mapping[str, Any], resume: bool, force: bool) -> Beginning:
     """Chooses what a run begins from, given what is in its out_dir.
 
     Args:
         settings: All of train.py's settings.
-        resume: Whether to go on: from the last whole checkpoint of Trainer's, or else from ckpt.pt.
+        resume: Whether to continue: from the last whole checkpoint of Trainer's, or else from ckpt.pt.
         force: Whether what an earlier run left may be overwritten.
 
     Raises:
-        ConversionError: If an earlier run would be overwritten, or the newer of its two checkpoints.
+        ConversionError: If an earlier run, or the newer of its two checkpoints, would be overwritten.
         CheckpointError: If a ckpt.pt that has to be compared cannot be read.
     """
     if resume and force:
@@ -62,32 +57,32 @@ def choose_beginning(settings: Mapping[str, Any], resume: bool, force: bool) -> 
     out_dir, init_from = Path(settings["out_dir"]), settings["init_from"]
     ckpt_path = out_dir / "ckpt.pt"
     has_ckpt = os.path.lexists(ckpt_path)
-    last, folders = find_last_checkpoint(out_dir), tuple(list_checkpoints(out_dir))
+    folders, last = tuple(list_checkpoints(out_dir)), None
+    with contextlib.suppress(CheckpointError):
+        last = choose_checkpoint(True, out_dir)
     if resume and last is not None:
-        if has_ckpt:
-            _refuse_newer_ckpt(ckpt_path, last)
-        return Beginning(
-            last, init_from, is_ckpt_due=_is_ckpt_due(ckpt_path, last, settings["always_save_checkpoint"])
-        )
+        made, kept = _read_iter_nums(ckpt_path if has_ckpt else None, last)
+        if made > kept:
+            raise _fail_newer(ckpt_path, made, last, kept, "--init_from=resume without --resume")
+        is_ckpt_due = made < kept and (settings["always_save_checkpoint"] or read_counts(last).is_best)
+        return Beginning(last, init_from, is_ckpt_due=is_ckpt_due)
     if resume and has_ckpt:
         init_from = "resume"
     elif init_from == "resume" and has_ckpt and last is not None and not force:
-        _refuse_newer_folder(ckpt_path, last)
-    elif not (resume or force or init_from == "resume" or settings["eval_only"]):
-        _refuse_earlier_run(out_dir, [*folders, *([ckpt_path] if has_ckpt else [])])
+        kept, made = _read_iter_nums(ckpt_path, last)
+        if made > kept:
+            raise _fail_newer(last, made, ckpt_path, kept, "--resume")
+    elif not (resume or force or init_from == "resume" or settings["eval_only"]) and (folders or has_ckpt):
+        found = [*(folder.name for folder in folders), *(["ckpt.pt"] if has_ckpt else [])]
+        raise ConversionError(
+            f"{out_dir}: an earlier run is here: expected --resume to go on, another --out_dir, or --force to "
+            f"overwrite it at the first save, got none of them and {list_some(found)}; add one"
+        )
     return Beginning(None, init_from, folders)
 
 
-def find_last_checkpoint(out_dir: Path) -> Path | None:
-    """Returns the last whole checkpoint of Trainer's, or None if none is whole."""
-    try:
-        return choose_checkpoint(True, os.fspath(out_dir))
-    except CheckpointError:
-        return None
-
-
 def remove_superseded(folders: tuple[Path, ...]) -> None:
-    """Removes checkpoints of Trainer's; one that a kill leaves half removed no longer has its own name."""
+    """Removes checkpoints of Trainer's, renamed first, so that a kill leaves none half removed under its own name."""
     for folder in folders:
         gone = folder.with_name(f".removing-{folder.name}")
         with contextlib.suppress(FileNotFoundError):
@@ -96,7 +91,7 @@ def remove_superseded(folders: tuple[Path, ...]) -> None:
 
 
 @contextlib.contextmanager
-def hold_out_dir(out_dir: Path) -> Iterator[None]:
+def lock_out_dir(out_dir: Path) -> Iterator[None]:
     """Keeps other runs out of an out_dir while this one trains there. The lock ends with the process, killed or not.
 
     Raises:
@@ -123,47 +118,18 @@ def hold_out_dir(out_dir: Path) -> Iterator[None]:
         lock.release()
 
 
-def _refuse_newer_ckpt(ckpt_path: Path, folder: Path) -> None:
-    made, kept = _read_ckpt_iter_num(ckpt_path, folder), _read_folder_iter_num(folder)
-    if made > kept:
-        raise ConversionError(
-            f"{ckpt_path}: is newer than {folder}: expected at most iteration {kept}, got {made}, which --resume "
-            f"would overwrite; give --init_from=resume without --resume to go on from {ckpt_path.name}, or move "
-            f"{ckpt_path.name} elsewhere to go back to {folder.name}"
-        )
-
-
-def _refuse_newer_folder(ckpt_path: Path, folder: Path) -> None:
-    made, kept = _read_folder_iter_num(folder), _read_ckpt_iter_num(ckpt_path, folder)
-    if made > kept:
-        raise ConversionError(
-            f"{folder}: is newer than {ckpt_path}: expected at most iteration {kept}, got {made}; give --resume to go "
-            f"on from {folder.name}, or move {folder.name} elsewhere to go back to {ckpt_path.name}"
-        )
-
-
-def _is_ckpt_due(ckpt_path: Path, folder: Path, keeps_all: bool) -> bool:
-    """Returns whether ckpt.pt should hold what a checkpoint of Trainer's holds, and is missing or older."""
-    if ckpt_path.exists() and read_iter_num(ckpt_path) >= _read_folder_iter_num(folder):
-        return False
-    return keeps_all or read_counts(folder).is_best
-
-
-def _refuse_earlier_run(out_dir: Path, found: list[Path]) -> None:
-    if found:
-        raise ConversionError(
-            f"{out_dir}: an earlier run is here: expected --resume to go on, another --out_dir, or --force to "
-            f"overwrite it at the first save, got none of them and {list_some([path.name for path in found])}; add one"
-        )
-
-
-def _read_ckpt_iter_num(ckpt_path: Path, folder: Path) -> int:
+def _read_iter_nums(ckpt_path: Path | None, folder: Path) -> tuple[int, int]:
+    """Returns the updates that a ckpt.pt and a checkpoint of Trainer's have seen; -1 for no ckpt.pt."""
+    counts = read_counts(folder)
+    kept = counts.global_step if counts.iter_num is None else counts.iter_num
     try:
-        return read_iter_num(ckpt_path)
+        return -1 if ckpt_path is None else read_iter_num(ckpt_path), kept
     except CheckpointError as error:
         raise CheckpointError(f"{error}; or move it elsewhere to go on from {folder} alone") from error
 
 
-def _read_folder_iter_num(folder: Path) -> int:
-    counts = read_counts(folder)
-    return counts.global_step if counts.iter_num is None else counts.iter_num
+def _fail_newer(newer: Path, made: int, older: Path, kept: int, flags: str) -> ConversionError:
+    return ConversionError(
+        f"{newer}: is newer than {older}: expected at most iteration {kept}, got {made}, which would be overwritten; "
+        f"give {flags} to go on from {newer.name}, or move {newer.name} elsewhere to go back to {older.name}"
+    )

@@ -1,7 +1,7 @@
 """What Trainer takes and NanoGPTTrainer would ignore, because train.py has its own way: refused by name.
 
-The batches, the loss, the optimizer, the schedule, the evaluation and the random numbers are train.py's, so Trainer's
-settings of them are not read.
+Batches, loss, optimizer, schedule, evaluation and random numbers are train.py's, so Trainer's settings of them are not
+read.
 """
 
 from collections.abc import Mapping
@@ -10,9 +10,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ..errors import ConversionError, join_some
-from .data import collate_windows
-from .drawing import NANOGPT_SEED
+from ..data.dataset import collate_windows
+from ..data.offsets import NANOGPT_SEED
+from ..errors import ConversionError, join_some, list_some
 
 _LOSS = "the loss is nanoGPT's cross-entropy; use plain Trainer"
 _METRICS = "evaluate() computes the losses alone; use plain Trainer"
@@ -30,26 +30,17 @@ _PARAMETERS = {
     "optimizer_cls_and_kwargs": "the optimizer is nanoGPT's AdamW; give optimizers=(optimizer, None)",
 }
 
-# Settings of TrainingArguments, which are at their default unless somebody asks for more. Some releases lack some.
+# Settings of TrainingArguments. Some releases of Transformers lack some.
 _SETTINGS = {
     "label_smoothing_factor": _LOSS,
-    "train_sampling_strategy": _BATCHES,
-    "group_by_length": _BATCHES,
-    "auto_find_batch_size": _BATCHES,
+    **dict.fromkeys(("train_sampling_strategy", "group_by_length", "auto_find_batch_size"), _BATCHES),
     "split_batches": _BATCHES,  # in accelerator_config
     "per_device_eval_batch_size": "train.py evaluates in batches of per_device_train_batch_size; set that",
     "bf16_full_eval": "evaluations compute as training does; set bf16",
     "fp16_full_eval": "evaluations compute as training does; set fp16",
-    "optim": _OPTIMIZER,
-    "optim_args": _OPTIMIZER,
-    "optim_target_modules": _OPTIMIZER,
-    "adam_epsilon": _OPTIMIZER,
-    "lr_scheduler_type": _SCHEDULE,
-    "lr_scheduler_kwargs": _SCHEDULE,
-    "warmup_steps": _SCHEDULE,
-    "warmup_ratio": _SCHEDULE,
-    "seed": _SEED,
-    "data_seed": _SEED,
+    **dict.fromkeys(("optim", "optim_args", "optim_target_modules", "adam_epsilon"), _OPTIMIZER),
+    **dict.fromkeys(("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio"), _SCHEDULE),
+    **dict.fromkeys(("seed", "data_seed"), _SEED),
     "parallelism_config": "each process draws batches of its own; use DDP, or fsdp=True",
 }
 
@@ -62,8 +53,8 @@ def refuse_ignored(args: TrainingArguments, parameters: Mapping[str, Any]) -> No
         parameters: Parameters of Trainer by name.
 
     Raises:
-        ConversionError: If a setting or a parameter would be ignored, or a data set to evaluate is not one; it names
-            all of them.
+        ConversionError: If there is any, and it names all of them; if eval_dataset is a dict of data sets, or several
+            GPUs are visible to one process.
     """
     defaults = {field.name: field.default for field in fields(args)}
     same: dict[str, list[Any]] = {
@@ -85,6 +76,11 @@ def refuse_ignored(args: TrainingArguments, parameters: Mapping[str, Any]) -> No
             f"{join_some([f'{name}={asked[name]!r} ({advice[name]})' for name in ignored])}"
         )
     refuse_several(parameters.get("eval_dataset"))
+    if args.n_gpu > 1:  # Trainer would split each batch over them by DataParallel, which nanoGPT never does
+        raise ConversionError(
+            f"NanoGPTTrainer: several GPUs in one process: expected one, got {args.n_gpu}; start it with "
+            f"`torchrun --nproc-per-node={args.n_gpu}`, or set CUDA_VISIBLE_DEVICES to one of them"
+        )
     if args.metric_for_best_model in ("train/loss", "eval_train/loss"):
         raise ConversionError(
             f"NanoGPTTrainer: metric_for_best_model: expected the validation loss, 'loss', got "
@@ -93,14 +89,10 @@ def refuse_ignored(args: TrainingArguments, parameters: Mapping[str, Any]) -> No
 
 
 def refuse_several(eval_dataset: Any) -> None:
-    """Refuses several data sets to evaluate, by name, where train.py has one.
-
-    Raises:
-        ConversionError: If it is a dict of data sets.
-    """
+    """Raises ConversionError if eval_dataset is a dict of data sets, where train.py has one data set."""
     if isinstance(eval_dataset, dict):
         raise ConversionError(
             f"NanoGPTTrainer: eval_dataset: expected one data set, train.py's val.bin, got a dict of "
-            f"{join_some([repr(name) for name in eval_dataset])}; evaluate others by trainer.evaluate(dataset, "
+            f"{list_some(eval_dataset)}; evaluate others by trainer.evaluate(dataset, "
             f"metric_key_prefix=name)"
         )

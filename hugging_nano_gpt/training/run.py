@@ -1,30 +1,30 @@
 """A run of nanoGPT's train.py (@ 3adf61e) inside NanoGPTTrainer, from its settings to its last checkpoint.
 
-What train.py computes comes out bit for bit; what it lacks is Trainer's: going on after a kill as if nothing had
-happened, loggers, and this package's savings of memory.
+It computes train.py's bits. What train.py lacks is Trainer's or this package's: resuming as if the run had never
+stopped, loggers, and ways to save memory.
 """
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import PrinterCallback, TrainingArguments
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from ..convert.nanogpt import remember_training_state
 from ..convert.source import choose_device
-from ..errors import ConversionError, MissingDependencyError, list_some
+from ..data.dataset import TokenDataset
+from ..errors import ConversionError
 from ..files import check_folder
-from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from .arguments import training_arguments_from_nanogpt
-from .data import TokenDataset
-from .limits import check_settings
-from .out_dir import Beginning, choose_beginning, hold_out_dir
-from .progress import BarCallback, TrainPyCallback, is_complete, say
-from .start import start_again, start_run
+from .callbacks import BarCallback, TrainPyCallback, is_complete
+from .loggers import list_loggers
+from .out_dir import Beginning, choose_beginning, lock_out_dir
+from .start import start_run
+from .train_settings import check_settings
 from .trainer import NanoGPTTrainer
 
 
@@ -43,25 +43,24 @@ def run_training(
 ) -> NanoGPTTrainer:
     """Does what train.py does with these settings, and prints its lines.
 
-    It writes out_dir/ckpt.pt whenever train.py would, and next to it, at every evaluation, one checkpoint of Trainer's
-    to resume from. Under torchrun every process calls this.
+    It writes out_dir/ckpt.pt whenever train.py would, and at every evaluation one checkpoint of Trainer's to resume
+    from. Under torchrun every process calls this.
 
     After Ctrl-C or SIGTERM it finishes the update, writes both checkpoints and ends the process; a second signal ends
     it at once.
 
     Args:
-        settings: All of train.py's settings, as read_settings makes them. data/<dataset> is looked for in the working
-            directory, as train.py does.
-        resume: Go on from the last whole checkpoint of Trainer's in out_dir, as if nothing had happened; if there is
-            none, from out_dir/ckpt.pt as init_from="resume" does; if that does not exist either, begin as init_from
-            says.
+        settings: All of train.py's settings, as read_settings returns them. As in train.py, data/<dataset> is a folder
+            in the working directory.
+        resume: Resume from the last whole checkpoint of Trainer's in out_dir, as if the run had never stopped; if none
+            exists, from out_dir/ckpt.pt as init_from="resume" does; without that either, begin as init_from says.
         force: Overwrite what an earlier run left in out_dir, or what is in folder.
         report_to: Names of Trainer's loggers, such as "tensorboard" or "trackio". wandb_log adds "wandb".
         folder: Folder for Transformers to write with every ckpt.pt.
         loss_chunk_size: See NanoGPTConfig; changes the numbers a little.
         gradient_checkpointing: Compute activations again instead of keeping them; changes no number.
         bf16: Compute in bfloat16, on a CPU too, where train.py does not.
-        fsdp: Split parameters and moments between the processes (FSDP2) instead of keeping them in each (DDP).
+        fsdp: Shard parameters and moments between the processes (FSDP2) instead of keeping them in each (DDP).
         has_bar: Show a progress bar on standard error.
 
     Returns:
@@ -73,30 +72,29 @@ def run_training(
             neither resume nor force is given.
         SystemExit: With code 130 after Ctrl-C or 143 after SIGTERM, once the checkpoints are written.
     """
-    _check_settings(settings, fsdp)
-    loggers = _list_loggers(settings, report_to)
+    _check(settings, fsdp)
+    loggers = list_loggers(settings, report_to)
     rank = int(os.environ.get("RANK", "0"))
-    tell = say if rank == 0 else _say_nothing
+    say: Callable[[str], None] = tqdm.write if rank == 0 else lambda line: None  # above a progress bar
     n_tokens = settings["gradient_accumulation_steps"] * settings["batch_size"] * settings["block_size"]
-    tell(f"tokens per iteration will be: {n_tokens:,}")
+    say(f"tokens per iteration will be: {n_tokens:,}")
     is_evaluation = settings["eval_only"]
-    with contextlib.nullcontext() if is_evaluation or rank else hold_out_dir(Path(settings["out_dir"])):
+    with contextlib.nullcontext() if is_evaluation or rank else lock_out_dir(Path(settings["out_dir"])):
         beginning = choose_beginning(settings, resume, force)
+        is_continued = beginning.folder is not None or beginning.init_from == "resume"
         if folder is not None and not is_evaluation:
-            check_folder(Path(folder), overwrite=force or beginning.is_going_on)
+            check_folder(Path(folder), overwrite=force or is_continued)
         data_dir = Path("data") / settings["dataset"]
-        train_dataset, eval_dataset = (
-            TokenDataset(data_dir / f"{split}.bin", settings["block_size"]) for split in ("train", "val")
-        )
-        start_from = start_run if beginning.folder is None else start_again
-        model, state, random_state = start_from(settings, beginning, data_dir, rank, tell)
+        train, val = (TokenDataset(data_dir / f"{split}.bin", settings["block_size"]) for split in ("train", "val"))
+        model, state, random_state = start_run(settings, beginning, data_dir, rank, say)
         remember_training_state(model, state)
-        _save_memory(model, loss_chunk_size, gradient_checkpointing)
+        model.config.loss_chunk_size = loss_chunk_size
+        if gradient_checkpointing:  # renamed in Transformers 5.23
+            enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable()
         args = _make_arguments(settings, state.iter_num, beginning.folder is not None, loggers, bf16, fsdp)
-        trainer = NanoGPTTrainer(
-            model, args, train_dataset, eval_dataset, training_state=state, random_state=random_state
-        )
-        callback = TrainPyCallback(trainer, settings, beginning, None if folder is None else Path(folder), tell)
+        trainer = NanoGPTTrainer(model, args, train, val, state, random_state=random_state)
+        callback = TrainPyCallback(trainer, settings, beginning, None if folder is None else Path(folder), say)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(callback)
         if has_bar and rank == 0:
@@ -109,7 +107,7 @@ def run_training(
 
 
 def _train(trainer: NanoGPTTrainer, callback: TrainPyCallback, beginning: Beginning) -> None:
-    """Trains to the end, or until a signal has come, and then ends the process as the signal would."""
+    """Trains to the end, or until a signal comes; then it ends the process as the signal would."""
     settings, iter_num = trainer.config, trainer.iter_num
     if iter_num > 0 and is_complete(settings, iter_num):
         callback.say(
@@ -124,15 +122,10 @@ def _train(trainer: NanoGPTTrainer, callback: TrainPyCallback, beginning: Beginn
         raise SystemExit(128 + callback.stop_signal)
 
 
-def _save_memory(model: NanoGPTLMHeadModel, loss_chunk_size: int | None, gradient_checkpointing: bool) -> None:
-    model.config.loss_chunk_size = loss_chunk_size
-    if gradient_checkpointing:
-        enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable()  # renamed in Transformers 5.23
-
-
-def _check_settings(settings: Mapping[str, Any], fsdp: bool) -> None:
-    if fsdp and "LOCAL_RANK" not in os.environ:
+def _check(settings: Mapping[str, Any], fsdp: bool) -> None:
+    """Refuses settings and devices that cannot be used, before anything is read."""
+    is_of_torchrun = "LOCAL_RANK" in os.environ
+    if fsdp and not is_of_torchrun:
         raise ConversionError(
             "fsdp: expected the processes that torchrun starts, got a process alone; start it with `torchrun "
             "--nproc-per-node=N --no-python hugging-nano-gpt train ...`, or leave fsdp out"
@@ -144,33 +137,17 @@ def _check_settings(settings: Mapping[str, Any], fsdp: bool) -> None:
             f"device: expected a GPU for {settings['device']!r}, as train.py's default asks, got none; give "
             f"--device=cpu --compile=False"
         )
-    if not (is_cuda and "LOCAL_RANK" in os.environ):  # torchrun's processes take a GPU each, as train.py's do
+    if not (is_cuda and is_of_torchrun):  # whose processes use one GPU each, as train.py's do
         choose_device(str(settings["device"]))
-
-
-def _list_loggers(settings: Mapping[str, Any], report_to: str | list[str]) -> list[str]:
-    names = [report_to] if isinstance(report_to, str) else report_to
-    wanted = [*names, "wandb"] if settings["wandb_log"] else names
-    loggers = [name for name in dict.fromkeys(wanted) if name != "none"]
-    unknown = [name for name in loggers if name not in INTEGRATION_TO_CALLBACK]
-    if unknown:
-        raise ConversionError(
-            f"report_to: expected names of Trainer's loggers, got {list_some(unknown)}; give tensorboard, wandb or "
-            f"trackio"
-        )
-    missing = [name for name in loggers if name not in get_available_reporting_integrations()]
-    if missing:
-        raise MissingDependencyError(f"report_to: {missing[0]} is not installed; pip install {missing[0]}")
-    return loggers
 
 
 def _make_arguments(
     settings: Mapping[str, Any], iter_num: int, is_resumed: bool, loggers: list[str], bf16: bool, fsdp: bool
 ) -> TrainingArguments:
-    """Makes Trainer's arguments: it logs to its loggers alone; TrainPyCallback says when to evaluate and save."""
+    """Makes Trainer's arguments: it logs to its loggers only, TrainPyCallback decides when to evaluate and save."""
     if "wandb" in loggers:
         os.environ.setdefault("WANDB_PROJECT", settings["wandb_project"])
-    # train.py makes one update after its last evaluation; of a run that is complete, it makes that one again
+    # train.py makes one update after its last evaluation; resuming a complete run makes that update again
     end = iter_num if is_resumed and is_complete(settings, iter_num) else int(settings["max_iters"])
     args, _ = training_arguments_from_nanogpt(
         settings,
@@ -187,7 +164,3 @@ def _make_arguments(
         **({"bf16": True, "fp16": False} if bf16 else {}),
     )
     return args
-
-
-def _say_nothing(line: str) -> None:
-    pass

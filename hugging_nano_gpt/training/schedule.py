@@ -8,7 +8,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..errors import ConversionError
-from .configurator import TRAIN_DEFAULTS
+from .train_settings import TRAIN_DEFAULTS
 
 
 def compute_lr(iter_num: int, config: Mapping[str, Any]) -> float:
@@ -16,10 +16,11 @@ def compute_lr(iter_num: int, config: Mapping[str, Any]) -> float:
 
     Args:
         iter_num: Number of updates already made.
-        config: train.py's settings; nanoGPT's defaults are taken for missing ones.
+        config: train.py's settings learning_rate, decay_lr, warmup_iters, lr_decay_iters and min_lr; missing ones are
+            train.py's defaults.
 
     Raises:
-        ConversionError: If warmup_iters, lr_decay_iters and iter_num are one number, where train.py divides by zero.
+        ConversionError: If warmup_iters, lr_decay_iters and iter_num are equal, where train.py divides by zero.
     """
     setting = {**TRAIN_DEFAULTS, **config}
     highest, lowest = setting["learning_rate"], setting["min_lr"]
@@ -41,18 +42,19 @@ def compute_lr(iter_num: int, config: Mapping[str, Any]) -> float:
 class NanoGPTSchedule(LRScheduler):
     """nanoGPT's learning rate as a torch scheduler, for Trainer or a loop that steps it after every update.
 
-    The learning rate of every parameter group is set outright, not multiplied, so that it equals nanoGPT's.
+    It sets the learning rate of every parameter group, where other schedulers multiply the group's own, so that it
+    equals nanoGPT's.
 
     Args:
-        optimizer: Any optimizer; its own learning rates are not read.
-        config: train.py's settings: learning_rate, decay_lr, warmup_iters, lr_decay_iters, min_lr.
-        iter_num: Number of updates already made, for a run that goes on.
+        optimizer: Any optimizer.
+        config: See compute_lr.
+        iter_num: Number of updates already made, for a run that continues.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: Mapping[str, Any], iter_num: int = 0):
         self.config = dict(config)
         for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])  # LRScheduler asks for it when it does not begin at 0
+            group.setdefault("initial_lr", group["lr"])  # LRScheduler needs it if it does not begin at 0
         super().__init__(optimizer, last_epoch=iter_num - 1)
 
     def set_iter_num(self, iter_num: int) -> None:
@@ -63,7 +65,7 @@ class NanoGPTSchedule(LRScheduler):
             group["lr"] = lr
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the number of updates alone; the settings are those asked for now, as when train.py resumes."""
+        """Loads the number of updates only; the settings stay those asked for now, as when train.py resumes."""
         super().load_state_dict({**state_dict, "config": self.config})
         self.set_iter_num(self.last_epoch)
 

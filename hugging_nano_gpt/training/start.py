@@ -1,13 +1,13 @@
 """Where a run of train.py's starts: a model, a training state and the state of the generator.
 
-init_from names it, or the checkpoint of Trainer's that is resumed from. What a checkpoint decides is taken from it; a
-setting that asks for something else is refused or told.
+init_from names it, or the checkpoint of Trainer's that the run resumes from. What a checkpoint decides is taken from
+it; a setting that asks for something else is refused, or a line says that it does not count.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -15,16 +15,16 @@ from ..checkpoint.contents import TrainingState
 from ..checkpoint.formats import read_checkpoint
 from ..convert.gpt2 import import_gpt2
 from ..convert.nanogpt import make_model
+from ..data.offsets import NANOGPT_SEED
 from ..errors import ConversionError
 from ..model.configuration_nano_gpt import NanoGPTConfig
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from ..tokenization.characters import read_vocab_size
-from .configurator import TRAIN_DEFAULTS
-from .data import NANOGPT_SEED
 from .drawing import make_random_state
 from .out_dir import Beginning
+from .train_settings import TRAIN_DEFAULTS
 
-# GPT-2's 50257 tokens, rounded up for speed, where the data set names no size (train.py @ 3adf61e).
+# GPT-2's 50257 tokens, rounded up for speed, for a data set without meta.pkl (train.py @ 3adf61e).
 _PADDED_GPT2_VOCAB_SIZE = 50304
 
 _SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout")
@@ -33,68 +33,91 @@ _SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout")
 _FIXED = ("n_layer", "n_head", "n_embd", "bias")
 
 
-class Start(NamedTuple):
-    """What a run starts with; see NanoGPTTrainer for the three."""
-
-    model: NanoGPTLMHeadModel
-    training_state: TrainingState
-    random_state: torch.Tensor
-
-
 def start_run(
     settings: Mapping[str, Any], beginning: Beginning, data_dir: Path, rank: int, say: Callable[[str], None]
-) -> Start:
-    """Makes what the run begins from: a new model, the last ckpt.pt, or GPT-2.
+) -> tuple[NanoGPTLMHeadModel, TrainingState, torch.Tensor]:
+    """Makes what a run starts with: a new model, GPT-2, ckpt.pt, or a checkpoint of Trainer's that then loads into it.
 
     Args:
         settings: All of train.py's settings.
         beginning: What the run begins from.
-        data_dir: Folder of the data set, whose meta.pkl names the size of a new model's vocabulary.
-        rank: Rank of this process. New weights are those of the first one, as DDP shares them.
-        say: Takes train.py's lines.
+        data_dir: Folder of the data set; its meta.pkl says the vocabulary size of a new model.
+        rank: Rank of this process. New weights are the first one's, as DDP broadcasts them.
+        say: Prints train.py's lines.
+
+    Returns:
+        model, training_state and random_state of NanoGPTTrainer.
 
     Raises:
-        ConversionError: If init_from is none of the three, the batches are longer than the model reads, or a setting
-            asks for another model than the checkpoint's.
+        ConversionError: If init_from is unknown, the batches are longer than the model can read, or a setting asks for
+            another model than the checkpoint's.
         CheckpointError: If there is no whole checkpoint, or no GPT-2.
         TokenizerError: If the meta.pkl cannot be read.
     """
-    init_from = beginning.init_from
-    if init_from == "scratch":
+    init_from, block_size = beginning.init_from, settings["block_size"]
+    state = TrainingState(config=dict(settings))
+    if beginning.folder is not None:
+        model, state = _load_folder(settings, beginning.folder, data_dir, say)
+    elif init_from == "scratch":
         say("Initializing a new model from scratch")
-        start = _start_from_scratch(settings, data_dir, rank, say)
+        model = _make_new_model(settings, data_dir, say)
     elif init_from == "resume":
         say(f"Resuming training from {settings['out_dir']}")
-        start = _start_from_checkpoint(settings, data_dir, rank, say)
+        model, state = _load_ckpt(settings, data_dir, say)
     elif init_from.startswith("gpt2"):
         say(f"Initializing from OpenAI GPT-2 weights: {init_from}")
-        start = _start_from_gpt2(settings, init_from, rank)
+        model = _load_gpt2(settings, init_from)
     else:
         raise ConversionError(
             f"init_from: expected 'scratch', 'resume' or a name that begins with 'gpt2', got {init_from!r}; change it"
         )
-    model, longest = start.model, start.model.config.block_size
-    if settings["block_size"] > longest:
+    longest = model.config.block_size
+    if block_size > longest:
         raise ConversionError(
             f"block_size: expected at most the {longest} tokens that the model of init_from={init_from!r} reads, got "
-            f"{settings['block_size']}; give --block_size={longest}"
+            f"{block_size}; give --block_size={longest}"
         )
-    if settings["block_size"] < longest:
-        model.crop_block_size(settings["block_size"])
-    return Start(model.train(), start.training_state, start.random_state)
+    is_new = beginning.folder is None and init_from == "scratch"  # and has just been made from train.py's seed
+    random_state = torch.get_rng_state() if is_new and rank == 0 else make_random_state(model.config, rank)
+    if block_size < longest:
+        model.crop_block_size(block_size)
+    return model.train(), state, random_state
 
 
-def start_again(
-    settings: Mapping[str, Any], beginning: Beginning, data_dir: Path, rank: int, say: Callable[[str], None]
-) -> Start:
-    """Makes the model of a checkpoint of Trainer's, which then gives it its weights, and where its run began.
+def _make_new_model(settings: Mapping[str, Any], data_dir: Path, say: Callable[[str], None]) -> NanoGPTLMHeadModel:
+    meta_path = data_dir / "meta.pkl"
+    if meta_path.exists():
+        vocab_size = read_vocab_size(meta_path)
+        say(f"found vocab_size = {vocab_size} (inside {meta_path})")
+    else:
+        vocab_size = _PADDED_GPT2_VOCAB_SIZE
+        say("defaulting to vocab_size of GPT-2 to 50304 (50257 rounded up for efficiency)")
+    torch.manual_seed(NANOGPT_SEED)
+    return NanoGPTLMHeadModel(NanoGPTConfig(vocab_size=vocab_size, **{name: settings[name] for name in _SHAPE}))
 
-    Raises:
-        ConversionError: If a setting asks for another model than the checkpoint's.
-    """
-    folder = beginning.folder
-    assert folder is not None
-    model = NanoGPTLMHeadModel.from_pretrained(folder, dropout=settings["dropout"]).train()
+
+def _load_gpt2(settings: Mapping[str, Any], name: str) -> NanoGPTLMHeadModel:
+    gpt2 = import_gpt2(name, dropout=settings["dropout"])
+    shape = {name: getattr(gpt2.config, name) for name in (*_SHAPE, "vocab_size")}
+    model = NanoGPTLMHeadModel(NanoGPTConfig(**shape))  # with the exact GELU, which train.py computes here too
+    model.load_state_dict(gpt2.state_dict())
+    return model
+
+
+def _load_ckpt(
+    settings: Mapping[str, Any], data_dir: Path, say: Callable[[str], None]
+) -> tuple[NanoGPTLMHeadModel, TrainingState]:
+    path = Path(settings["out_dir"]) / "ckpt.pt"
+    checkpoint = read_checkpoint(path)
+    model = make_model(NanoGPTLMHeadModel, path, checkpoint, dropout=settings["dropout"])
+    config = _keep_shape(settings, model.config, path, data_dir, say)
+    return model, replace(checkpoint.training_state, config=config)
+
+
+def _load_folder(
+    settings: Mapping[str, Any], folder: Path, data_dir: Path, say: Callable[[str], None]
+) -> tuple[NanoGPTLMHeadModel, TrainingState]:
+    model = NanoGPTLMHeadModel.from_pretrained(folder, dropout=settings["dropout"])
     state, block_size = model.nanogpt_training_state, model.config.block_size
     say(f"Resuming training from {folder} (iteration {state.iter_num})")
     if settings["block_size"] != block_size:
@@ -102,16 +125,16 @@ def start_again(
             f"{folder}: block_size cannot change: expected {block_size}, got {settings['block_size']}; give "
             f"--block_size={block_size}"
         )
-    config = _keep_model(settings, model.config, folder, data_dir, say)
-    return Start(model, replace(state, config=config), make_random_state(model.config, rank))
+    return model, replace(state, config=_keep_shape(settings, model.config, folder, data_dir, say))
 
 
-def _keep_model(
+def _keep_shape(
     settings: Mapping[str, Any], config: NanoGPTConfig, path: Path, data_dir: Path, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Returns the settings with the checkpoint's shape. train.py takes it too, whatever its flags say.
+    """Returns the settings with the checkpoint's shape, which train.py uses too, regardless of its flags.
 
-    A value that is train.py's default may not have been given at all: so it is told, where others are refused.
+    Other values are refused, except train.py's defaults: they may not have been given at all, so a line says what the
+    checkpoint has.
     """
     kept = {name: getattr(config, name) for name in _FIXED}
     other = {name: settings[name] for name in kept if settings[name] != kept[name]}
@@ -129,36 +152,3 @@ def _keep_model(
     if other:
         say(f"{', '.join(f'{name}={kept[name]}' for name in other)}, as {path} has it")
     return {**settings, **kept}
-
-
-def _start_from_scratch(settings: Mapping[str, Any], data_dir: Path, rank: int, say: Callable[[str], None]) -> Start:
-    meta_path = data_dir / "meta.pkl"
-    if meta_path.exists():
-        vocab_size = read_vocab_size(meta_path)
-        say(f"found vocab_size = {vocab_size} (inside {meta_path})")
-    else:
-        vocab_size = _PADDED_GPT2_VOCAB_SIZE
-        say("defaulting to vocab_size of GPT-2 to 50304 (50257 rounded up for efficiency)")
-    config = NanoGPTConfig(vocab_size=vocab_size, **{name: settings[name] for name in _SHAPE})
-    torch.manual_seed(NANOGPT_SEED)
-    model = NanoGPTLMHeadModel(config)
-    random_state = torch.get_rng_state() if rank == 0 else make_random_state(config, rank)
-    return Start(model, TrainingState(config=dict(settings)), random_state)
-
-
-def _start_from_checkpoint(
-    settings: Mapping[str, Any], data_dir: Path, rank: int, say: Callable[[str], None]
-) -> Start:
-    path = Path(settings["out_dir"]) / "ckpt.pt"
-    checkpoint = read_checkpoint(path)
-    model = make_model(NanoGPTLMHeadModel, path, checkpoint, dropout=settings["dropout"])
-    config = _keep_model(settings, model.config, path, data_dir, say)
-    return Start(model, replace(checkpoint.training_state, config=config), make_random_state(model.config, rank))
-
-
-def _start_from_gpt2(settings: Mapping[str, Any], name: str, rank: int) -> Start:
-    gpt2 = import_gpt2(name, dropout=settings["dropout"])
-    shape = {name: getattr(gpt2.config, name) for name in (*_SHAPE, "vocab_size")}
-    model = NanoGPTLMHeadModel(NanoGPTConfig(**shape))  # with the exact GELU, which train.py computes here too
-    model.load_state_dict(gpt2.state_dict())
-    return Start(model, TrainingState(config=dict(settings)), make_random_state(model.config, rank))

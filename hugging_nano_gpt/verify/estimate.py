@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from ..checkpoint.contents import TrainingState
+from ..data.dataset import TokenDataset, check_ids, collate_windows
+from ..data.offsets import RandomOffsetSampler
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from .report import to_json_number
 
@@ -105,8 +107,6 @@ def compute_losses(model: NanoGPTLMHeadModel, batch: dict[str, torch.Tensor], wh
     Raises:
         DataError: If there are ids that the model does not have.
     """
-    from ..training.data import check_ids  # here, as few commands need it
-
     check_ids(batch, model.config.vocab_size, where)
     n_rows = max(1, _MOST_LOGITS // (batch["input_ids"].shape[1] * model.config.vocab_size))
     pieces = (batch[name].to(model.device).split(n_rows) for name in ("input_ids", "shift_labels"))
@@ -121,10 +121,8 @@ def compute_losses(model: NanoGPTLMHeadModel, batch: dict[str, torch.Tensor], wh
 def _iterate_batches(
     path: Path, block_size: int, batch_size: int, n_batches: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    from ..training.data import NANOGPT_SEED, RandomOffsetSampler, TokenDataset, collate_windows
-
     dataset = TokenDataset(path, block_size)
-    for offsets in RandomOffsetSampler(dataset, batch_size, n_batches, NANOGPT_SEED):
+    for offsets in RandomOffsetSampler(dataset, batch_size, n_batches):
         yield collate_windows([dataset[offset] for offset in offsets])
 
 

@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from ..checkpoint.contents import NO_VAL_LOSS, TrainingState
 from ..convert.source import choose_device, load_source
+from ..data.dataset import TokenDataset
 from ..errors import DataError
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from ..tokenization.find import find_tokenizer_or_reason, load_tokenizer
@@ -201,8 +202,6 @@ def _open_windows(
     """Opens a file, and finds the tokenizer of its tokens, or the reason that there is none."""
     block_size = model.config.block_size
     if path.suffix in _TOKEN_SUFFIXES:
-        from ..training.data import TokenDataset  # here, as few commands need it
-
         windows = TokenDataset(path, block_size)
         tokenizer, reasons = find_tokenizer_or_reason(model, source, **asked)
         return windows, tokenizer, [f"no bits per byte or character: {reason}" for reason in reasons]

@@ -21,7 +21,7 @@ from hugging_nano_gpt import (
     verify_models,
 )
 from hugging_nano_gpt.demo import CKPT_PATH
-from hugging_nano_gpt.training.configurator import TRAIN_DEFAULTS
+from hugging_nano_gpt.training import TRAIN_DEFAULTS
 
 from ..conftest import assert_same, save
 from ..helpers.tiny import FIXTURES_DIR

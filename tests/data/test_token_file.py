@@ -1,4 +1,4 @@
-"""training/token_file.py: token files of several kinds are read with the same tokens; what is none is refused."""
+"""Token files of every kind give the tokens that were written; files that are no token files are refused."""
 
 import gzip
 import io
@@ -60,13 +60,13 @@ def test_tokens_of_every_known_file_are_those_written(tmp_path, tokens, data):
 
 @pytest.mark.parametrize("n_tokens", [9, 63, 64, 500])
 @pytest.mark.parametrize("vocab_size", [2, 16, 65, 256, 50257, 65536])
-def test_plain_tokens_of_any_vocabulary_are_not_taken_for_something_else(tmp_path, n_tokens, vocab_size):
+def test_plain_tokens_of_any_vocabulary_are_not_refused(tmp_path, n_tokens, vocab_size):
     tokens = np.random.default_rng(n_tokens).integers(0, vocab_size, n_tokens)
     assert read_tokens(tmp_path / "train.bin", tokens.astype("<u2").tobytes())[1] == n_tokens
 
 
 @pytest.mark.parametrize("tokens", [[7], [0], [3, 1], [1, 0], [64, 5], [300, 2, 40]])
-def test_regular_tokens_are_not_taken_for_something_else(tmp_path, tokens):
+def test_regular_tokens_are_not_refused(tmp_path, tokens):
     assert read_tokens(tmp_path / "train.bin", np.resize(tokens, 600).astype("<u2").tobytes())[1] == 600
 
 
@@ -104,14 +104,14 @@ SPACED = {
 
 
 @pytest.mark.parametrize("name", SPACED)
-def test_symbols_with_spaces_between_are_not_taken_for_wider_tokens(tmp_path, name):
+def test_symbols_with_spaces_between_are_not_refused_as_wider_tokens(tmp_path, name):
     tokens = encode(SPACED[name])
     assert read_tokens(tmp_path / "train.bin", tokens.astype("<u2").tobytes())[1] == len(tokens)
 
 
-# A text whose first character comes late, as a tab in a program: its tokens of 4 bytes have no 0 for long.
+# A text whose first character, such as a tab, comes late: its tokens of 4 bytes have no 0 for long.
 LATE = encode(draw_symbols(AMINO_ACIDS, 50_000) + "\t" + draw_symbols(AMINO_ACIDS, 50_000))
-SPREAD = RANDOM.zipf(1.2, 50_000)  # as tokens of a vocabulary are: mostly the first ones
+SPREAD = RANDOM.zipf(1.2, 50_000)  # as in a real vocabulary: mostly the first ids
 
 WIDER = {
     "a late first character": LATE,
@@ -142,7 +142,7 @@ TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n" * 20
 WIDE = r"got every second one below 4, as in tokens of 4 or 8 bytes; np\.save the tokens to a \.npy file"
 ROW = "expected one row of integers, got"
 
-# Each was read as uint16 tokens once.
+# Earlier versions read each of these as uint16 tokens.
 OTHERS = {
     "uint32": (SMALL.astype("<u4").tobytes(), WIDE),
     "uint32 of Llama 3": (LARGE.astype("<u4").tobytes(), WIDE),
@@ -176,7 +176,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_is_no_token_file_is_refused_with_what_to_do(tmp_path, name):
+def test_other_file_is_refused_with_advice(tmp_path, name):
     data, message = OTHERS[name]
     with pytest.raises(DataError, match=rf"train\.bin: .*{message}") as caught:
         read_tokens(tmp_path / "train.bin", data)
@@ -189,7 +189,7 @@ def test_empty_npy_is_too_short(tmp_path):
 
 
 def test_advice_for_wider_tokens_works(tmp_path):
-    """np.save of what was refused is read, as uint16 too."""
+    """Tokens that were refused are read after np.save, as uint16 too."""
     for dtype in ("<u4", "<u2"):
         np.save(tmp_path / "train.npy", SMALL.astype(dtype))
         assert TokenDataset(tmp_path / "train.npy", BLOCK_SIZE)[3]["input_ids"].tolist() == SMALL[3:11].tolist()

@@ -1,8 +1,8 @@
 """One process of test_distributed.py: makes updates together with its peers, then writes a checkpoint.
 
-processes.py calls main in each of two. In the folder FOLDER/STRATEGY the checkpoint is ckpt-0.pt, as the first
-process alone writes; held.pt is what the processes hold, gathered by torch's own functions and not by ours. The
-strategies that begin with `train` are toy runs of train.py's settings, in out/.
+processes.py calls main in each of two processes. In the folder FOLDER/STRATEGY, ckpt-0.pt is the checkpoint, which
+only the first process writes, and state.pt has their parameters and moments, gathered by torch's own functions.
+The strategies that begin with `train` are toy runs of train.py's settings, in out/.
 """
 
 import signal
@@ -27,16 +27,16 @@ from .trace import CONFIG, START, STEPS, load_start, make_trainer, train_by_hand
 
 N_UPDATES = 20
 
-# Of the toy run of two processes, which have no dropout masks in common with one. And no biases: that of the keys has
-# a gradient of rounding errors alone, which AdamW divides by their own size.
+# For the toy run of two processes, whose dropout masks would differ from those of one. And without biases: the
+# gradient of the keys' bias consists of rounding errors, which AdamW divides by their own size.
 CHANGES = {"dropout": 0.0, "bias": False, "max_iters": N_UPDATES, "eval_interval": 10, "lr_decay_iters": N_UPDATES}
 
-# Its first updates once more, with memory saved.
+# Its first updates once more, with settings that save memory.
 WAYS = {"lean": {"loss_chunk_size": 7, "gradient_checkpointing": True}, "bf16": {"bf16": True}}
 SHORT = {**CHANGES, "max_iters": 4, "eval_interval": 4}
 LONGER = {**SHORT, "max_iters": 8}
 
-# Before, Transformers loads several CPU processes' moments of DDP to a "cpu:0" that torch does not know.
+# Older Transformers load the moments of several CPU processes under DDP to "cpu:0", which torch does not know.
 CAN_RESUME = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 19)
 
 # Long enough for a busy machine, short enough that a process without peers does not outlive the tests.
@@ -44,11 +44,11 @@ TIMEOUT_S = 60
 
 
 def train_with_ddp(folder: Path, rank: int, world_size: int) -> None:
-    """Makes the updates through NanoGPTTrainer, which gives each process one of the two micro-steps."""
+    """Makes the updates with NanoGPTTrainer, which gives each process one of the two micro-steps."""
     trainer = make_trainer(folder, load_start(), STEPS[:N_UPDATES], ddp_timeout=TIMEOUT_S, logging_strategy="no")
     trainer.train()
     assert dist.get_world_size() == world_size
-    save_held(folder, trainer.model, trainer.optimizer.optimizer)
+    save_state(folder, trainer.model, trainer.optimizer.optimizer)
     trainer.evaluate()
     trainer.save_nanogpt_ckpt(folder / f"ckpt-{rank}.pt")
 
@@ -63,7 +63,7 @@ def train_with_fsdp2(folder: Path, rank: int, world_size: int) -> None:
     optimizer = make_optimizer(model, state=START.training_state.optimizer)
     share = CONFIG["batch_size"] // world_size
     train_by_hand(model, optimizer, STEPS[:N_UPDATES], slice(rank * share, (rank + 1) * share))
-    save_held(folder, model, optimizer)
+    save_state(folder, model, optimizer)
 
     with torch.no_grad():  # an evaluation, after which FSDP2 leaves the root's parameters whole
         model.eval()(**collate_windows([{name: torch.arange(8) for name in ("input_ids", "shift_labels")}]))
@@ -72,7 +72,7 @@ def train_with_fsdp2(folder: Path, rank: int, world_size: int) -> None:
 
 
 def assert_amsgrad_is_sharded_and_gathered(model: torch.nn.Module) -> None:
-    """Asserts that AdamW's third moment, which nanoGPT's own lacks, comes back whole."""
+    """Asserts that AdamW's third moment, which nanoGPT does not use, is gathered too."""
     state = START.training_state.optimizer
     moments = {name: {**kept, "max_exp_avg_sq": 2 * kept["exp_avg_sq"]} for name, kept in state.moments.items()}
     settings = ({**state.settings[0], "amsgrad": True}, {**state.settings[1], "amsgrad": True})
@@ -86,7 +86,7 @@ def assert_amsgrad_is_sharded_and_gathered(model: torch.nn.Module) -> None:
 
 
 def run_toy(folder: Path, fsdp: bool) -> None:
-    """Makes the toy run, stopped by a signal to one process, and resumed; sharded, its first updates in every way."""
+    """Makes the toy run, stopped by a signal to one process and resumed; with FSDP also its first updates in WAYS."""
     if CAN_RESUME or fsdp:
         is_signalled = dist.get_rank() == 1
         with signalled(signal.SIGTERM, 13) if is_signalled else nullcontext(), pytest.raises(SystemExit) as stopped:
@@ -107,12 +107,12 @@ def run_compiled_toy(folder: Path) -> None:
         train(folder, fsdp=True, compile=True, resume=True, **LONGER)
 
 
-def save_held(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def save_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Saves parameters and moments by name."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     parameters, state = get_state_dict(model, optimizer, options=options)
     if dist.get_rank() == 0:
-        torch.save({"parameters": parameters, "moments": state["state"]}, folder / "held.pt")
+        torch.save({"parameters": parameters, "moments": state["state"]}, folder / "state.pt")
 
 
 STRATEGIES: dict[str, Callable[[Path, int, int], None]] = {

@@ -11,7 +11,7 @@ import torch
 
 from hugging_nano_gpt import read_checkpoint
 from hugging_nano_gpt.training import TRAIN_DEFAULTS, NanoGPTTrainer, run_training
-from hugging_nano_gpt.training.progress import TrainPyCallback
+from hugging_nano_gpt.training.callbacks import TrainPyCallback
 
 from .trace import TRACE_DIR
 

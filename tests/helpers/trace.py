@@ -13,7 +13,6 @@ from torch import nn
 
 from hugging_nano_gpt import NanoGPTLMHeadModel, read_checkpoint
 from hugging_nano_gpt.training import (
-    FixedOffsetSampler,
     NanoGPTSchedule,
     NanoGPTTrainer,
     TokenDataset,
@@ -69,7 +68,7 @@ def make_trainer(
         TokenDataset(TRACE_DIR / "train.bin", BLOCK_SIZE),
         TokenDataset(TRACE_DIR / "val.bin", BLOCK_SIZE),
         training_state=START.training_state,
-        train_batch_sampler=FixedOffsetSampler(list_offsets(steps)),
+        train_batch_sampler=list_offsets(steps),
     )
 
 

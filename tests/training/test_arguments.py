@@ -1,4 +1,4 @@
-"""training/arguments.py: what a config lacks is train.py's default, in every way of making a trainer."""
+"""Settings that a config lacks are train.py's defaults, in every way of making a trainer."""
 
 import math
 
@@ -9,7 +9,6 @@ from transformers import TrainingArguments
 from hugging_nano_gpt import ConversionError, NanoGPTLMHeadModel, TrainingState
 from hugging_nano_gpt.training import (
     TRAIN_DEFAULTS,
-    FixedOffsetSampler,
     NanoGPTTrainer,
     TokenDataset,
     arguments,
@@ -25,7 +24,7 @@ OTHERS = {"learning_rate": 1e-3, "weight_decay": 0.2, "beta1": 0.8, "beta2": 0.9
 
 
 def make_arguments(folder, **settings):
-    """Makes Trainer's arguments as its users do."""
+    """Makes TrainingArguments as Trainer's users do."""
     quiet = {"max_steps": 2, "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
     return TrainingArguments(str(folder), use_cpu=True, remove_unused_columns=False, **{**quiet, **settings})
 
@@ -34,8 +33,8 @@ def make_trainer(model, args, **kwargs):
     return NanoGPTTrainer(model, args, TokenDataset(TRACE_DIR / "train.bin", 32), **kwargs)
 
 
-def list_settings(trainer):
-    """Lists what the optimizer and the clipping have."""
+def get_settings(trainer):
+    """Returns the settings of the optimizer and of clipping."""
     optimizer = trainer.create_optimizer()
     decayed, others = optimizer.param_groups
     assert others["weight_decay"] == 0.0
@@ -47,7 +46,7 @@ def list_settings(trainer):
 # training_arguments_from_nanogpt
 
 
-def test_empty_config_is_train_pys_defaults():
+def test_empty_config_gives_train_pys_defaults():
     args, left = training_arguments_from_nanogpt({})
     assert {name: getattr(args, name) for name in DEFAULTS} == DEFAULTS
     assert (args.output_dir, args.run_name, args.report_to) == ("out", "gpt2", [])
@@ -59,7 +58,7 @@ def test_empty_config_is_train_pys_defaults():
 
 @pytest.mark.parametrize("name", [name for name in TRAIN_DEFAULTS if name not in ("device", "dtype")])
 def test_setting_that_is_missing_is_train_pys_default(monkeypatch, name):
-    """Each alone, beside a config that has all others."""
+    """One at a time, with all others in the config."""
     monkeypatch.setattr(arguments, "NanoGPTArguments", dict)
     without = {key: value for key, value in CONFIG.items() if key != name}
     found, _ = training_arguments_from_nanogpt(without)
@@ -108,16 +107,16 @@ def test_arguments_of_trainers_own_get_the_configs_settings_or_train_pys(tmp_pat
     args = make_arguments(tmp_path)
     trainer = make_trainer(model, args, training_state=state if is_given else None)
     names = dict(zip(OTHERS, DEFAULTS, strict=True))
-    assert list_settings(trainer) == {**DEFAULTS, **{names[name]: value for name, value in config.items()}}
+    assert get_settings(trainer) == {**DEFAULTS, **{names[name]: value for name, value in config.items()}}
     assert "weight_decay=" in caplog.text
     assert "Transformers' defaults count as not given" in caplog.text
-    assert (args.weight_decay, args.adam_beta2) == (0.0, 0.999)  # the user's own stay
+    assert (args.weight_decay, args.adam_beta2) == (0.0, 0.999)  # the user's object is not changed
 
 
 def test_arguments_that_are_given_count(tmp_path, caplog):
     given = {"learning_rate": 1e-4, "weight_decay": 0.3, "adam_beta1": 0.7, "adam_beta2": 0.98, "max_grad_norm": 2.0}
     trainer = make_trainer(make_model(vocab_size=31), make_arguments(tmp_path, **given))
-    assert list_settings(trainer) == given
+    assert get_settings(trainer) == given
     assert "count as not given" not in caplog.text
 
 
@@ -129,7 +128,7 @@ def test_mapped_arguments_count_at_transformers_defaults_too(tmp_path, caplog, c
     args, _ = training_arguments_from_nanogpt(config, eval_strategy="no", **changes)
     names = dict(zip(OTHERS, DEFAULTS, strict=True))
     expected = {names[name]: value for name, value in OTHERS.items()} | changes
-    assert list_settings(make_trainer(make_model(vocab_size=31), args)) == expected
+    assert get_settings(make_trainer(make_model(vocab_size=31), args)) == expected
     assert "count as not given" not in caplog.text
 
 
@@ -151,7 +150,7 @@ def load_remembering():
     return NanoGPTLMHeadModel.from_nanogpt_ckpt(TRACE_DIR / "ckpt_100.pt")
 
 
-def test_given_state_has_the_last_word_on_the_config(tmp_path):
+def test_config_of_a_given_state_is_used(tmp_path):
     args, _ = training_arguments_from_nanogpt({**CONFIG, "warmup_iters": 150, "out_dir": str(tmp_path)})
     trainer = make_trainer(
         load_remembering(),
@@ -184,7 +183,7 @@ def test_epochs_are_as_many_tokens_as_the_file_has(tmp_path, epochs, sizes):
     assert trainer.state.global_step == trainer.iter_num == expected
 
 
-def test_epochs_asked_for_go_over_max_iters(tmp_path):
+def test_epochs_asked_for_override_max_iters(tmp_path):
     config = {**CONFIG, "out_dir": str(tmp_path)}
     quiet = {"eval_strategy": "no", "save_strategy": "no"}
     dataset = TokenDataset(TRACE_DIR / "train.bin", 32)
@@ -197,7 +196,7 @@ def test_epochs_asked_for_go_over_max_iters(tmp_path):
 
 def test_epochs_of_given_batches_are_trainers_own(tmp_path):
     args = make_arguments(tmp_path, max_steps=-1, num_train_epochs=2)
-    sampler = FixedOffsetSampler([[0, 1], [2, 3], [4, 5]])
+    sampler = [[0, 1], [2, 3], [4, 5]]
     trainer = make_trainer(make_model(vocab_size=31), args, train_batch_sampler=sampler)
     trainer.train()
     assert trainer.state.global_step == 6

@@ -1,7 +1,8 @@
-"""Training in two processes on the CPU, held against one process: DDP and FSDP2, each 20 updates.
+"""Training in two processes on the CPU, compared with one process: DDP and FSDP2, 20 updates each.
 
-Those of the recorded run from nanoGPT's checkpoint with its moments: DDP by NanoGPTTrainer, FSDP2 in a plain loop. And
-those of a toy run of train.py's settings from scratch, as the command makes it: stopped, and resumed.
+Once the updates of the recorded run from nanoGPT's checkpoint with its moments: DDP with NanoGPTTrainer, FSDP2 in a
+plain loop. And once those of a toy run of train.py's settings from scratch, as the command makes it, stopped and
+resumed.
 """
 
 import shutil
@@ -43,7 +44,7 @@ STRATEGIES = ["ddp", "train", *(["fsdp2", "train-fsdp2"] if TORCH_VERSION >= (2,
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Where two processes left a checkpoint for each strategy, and in held.pt what they held."""
+    """The folder in which two processes left, for each strategy, a checkpoint and their own state, state.pt."""
     folder = tmp_path_factory.mktemp("distributed")
     for name in STRATEGIES:
         (folder / name).mkdir()
@@ -89,27 +90,27 @@ def test_one_process_with_one_thing_wrong_ends_elsewhere(expected, wrong):
     assert find_largest_difference(train_alone(**wrong)[0], expected[0]) > 100 * TOLERANCE
 
 
-def test_checkpoint_of_two_processes_holds_what_they_held(folder):
-    checkpoint, held = read_checkpoint(folder / CKPT), torch.load(folder / "held.pt", weights_only=True)
-    assert_same(checkpoint.state_dict, dict(held["parameters"]))
+def test_checkpoint_of_two_processes_contains_their_state(folder):
+    checkpoint, state = read_checkpoint(folder / CKPT), torch.load(folder / "state.pt", weights_only=True)
+    assert_same(checkpoint.state_dict, dict(state["parameters"]))
     found = checkpoint.training_state.optimizer.moments
-    assert found.keys() == held["moments"].keys()
-    for name, moments in held["moments"].items():
+    assert found.keys() == state["moments"].keys()
+    for name, moments in state["moments"].items():
         assert_same(found[name], {key: moments[key] for key in found[name]})
 
 
-def test_checkpoint_of_two_processes_says_where_the_run_stands(folder):
+def test_checkpoint_of_two_processes_records_the_run(folder):
     checkpoint = read_checkpoint(folder / CKPT)
     state = checkpoint.training_state
     assert (state.iter_num, state.config) == (100 + N_UPDATES, CONFIG)
     assert {int(moments["step"]) for moments in state.optimizer.moments.values()} == {100 + N_UPDATES}
-    # torch 2.6 lacks one setting of the torch that wrote the recording
+    # torch 2.6 lacks a setting of the torch that made the recording
     assert state.optimizer.settings[0].keys() <= START.training_state.optimizer.settings[0].keys()
     assert checkpoint.model_args == START.model_args
 
 
 def test_of_two_processes_only_the_first_writes(folder):
-    assert {path.name for path in folder.iterdir()} == {CKPT, "held.pt"}
+    assert {path.name for path in folder.iterdir()} == {CKPT, "state.pt"}
 
 
 @pytest.mark.nanogpt
@@ -126,7 +127,7 @@ def test_train_py_goes_on_from_two_processes_as_from_one(folder, tmp_path):
 
 
 def run_toy_alone(n_processes=2, **changes):
-    """Makes the toy run in one process, with the batches of several."""
+    """Makes the toy run in one process, with the batches of several processes."""
     settings = {**TOY_SETTINGS, **CHANGES, **changes}
     return flatten_saved(ReferenceRun(settings, TRACE_DIR, VOCAB_SIZE, n_processes=n_processes).run())
 
@@ -134,7 +135,7 @@ def run_toy_alone(n_processes=2, **changes):
 def test_toy_run_of_two_processes_stopped_and_resumed_ends_where_one_does(toy_folder):
     expected = run_toy_alone()
     assert find_largest_difference(flatten_checkpoint(toy_folder / "out" / "ckpt.pt"), expected) <= TOLERANCE
-    for wrong in ({"n_processes": 1}, {"max_iters": 19, "eval_interval": 19}):  # or it could not fail
+    for wrong in ({"n_processes": 1}, {"max_iters": 19, "eval_interval": 19}):  # shows that the comparison can fail
         assert find_largest_difference(run_toy_alone(**wrong), expected) > 100 * TOLERANCE
 
 
@@ -148,7 +149,7 @@ def test_toy_run_leaves_a_whole_ckpt_pt_and_one_checkpoint_of_trainers(toy_folde
 # The sums of chunks are rounded in another order; bfloat16 keeps 8 bits.
 @needs_newer_torch
 @pytest.mark.parametrize(("way", "least", "most"), [("lean", 0.0, TOLERANCE), ("bf16", 1e-4, 0.05)])
-def test_sharded_toy_run_with_memory_saved_ends_near_one_without(folders, way, least, most):
+def test_sharded_toy_run_that_saves_memory_ends_near_one_that_does_not(folders, way, least, most):
     found = flatten_checkpoint(folders / "train-fsdp2" / way / "ckpt.pt")
     assert least < find_largest_difference(found, run_toy_alone(**SHORT)) < most
 
@@ -166,7 +167,7 @@ def test_sharded_and_compiled_toy_run_stopped_and_resumed_ends_where_one_does(tm
 @pytest.mark.nanogpt
 @skip_without_nanogpt
 def test_train_py_resumes_the_toy_run_of_two_processes(toy_folder, tmp_path):
-    """As the command does in one process, from the same ckpt.pt."""
+    """With the result of the command in one process, from the same ckpt.pt."""
     changes = {**CHANGES, "init_from": "resume", "max_iters": 24, "eval_interval": 4}
     theirs = tmp_path / "theirs"
     theirs.mkdir()

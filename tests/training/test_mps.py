@@ -1,6 +1,7 @@
 """What a Mac's GPU is asked for, seen without one: float32 and no pinned memory, as in train.py, and its generator."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,7 +54,8 @@ def test_mps_is_computed_on_only_by_name(mps):
 
 def test_batches_for_mps_are_not_pinned(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", None)
-    batches = drawing.DrawnBatches(TokenDataset(TRACE_DIR / "train.bin", 32), 2, 65, torch.device("mps"))
+    dataset, args = TokenDataset(TRACE_DIR / "train.bin", 32), SimpleNamespace(device=torch.device("mps"))
+    batches = drawing.DrawnBatches(dataset, make_model().config, args)
     batches.choose([0, 1])
     assert {tensor.device.type for tensor in batches.take().values()} == {"cpu"}  # Trainer moves them
 

@@ -10,7 +10,7 @@ import torch
 
 from hugging_nano_gpt import CheckpointError, ConversionError, DataError, read_checkpoint, write_checkpoint
 from hugging_nano_gpt.training import TokenDataset
-from hugging_nano_gpt.training.out_dir import hold_out_dir
+from hugging_nano_gpt.training.out_dir import lock_out_dir
 
 from ..helpers.programs import run_command
 from ..helpers.reference_run import ReferenceRun, flatten_saved
@@ -46,8 +46,8 @@ def read_iter_nums(out_dir):
 def test_resume_with_a_newer_ckpt_pt_is_refused_and_both_ways_go_on(tmp_path, out_dir, capsys):
     before = go_on_elsewhere(out_dir, 8)
     message = (
-        r"ckpt\.pt: is newer than out/checkpoint-4: expected at most iteration 4, got 8, which --resume would "
-        r"overwrite; give --init_from=resume without --resume to go on from ckpt\.pt, or move ckpt\.pt elsewhere"
+        r"ckpt\.pt: is newer than out/checkpoint-4: expected at most iteration 4, got 8, which would be "
+        r"overwritten; give --init_from=resume without --resume to go on from ckpt\.pt, or move ckpt\.pt elsewhere"
     )
     with pytest.raises(ConversionError, match=message):
         train(tmp_path, resume=True)
@@ -70,7 +70,10 @@ def test_resume_with_the_newer_ckpt_pt_moved_away_goes_back(tmp_path, out_dir):
 
 def test_init_from_resume_with_a_newer_checkpoint_of_trainers_is_refused(tmp_path, out_dir):
     before = go_on_elsewhere(out_dir, 2)
-    message = r"out/checkpoint-4: is newer than out/ckpt\.pt: expected at most iteration 2, got 4; give --resume"
+    message = (
+        r"out/checkpoint-4: is newer than out/ckpt\.pt: expected at most iteration 2, got 4, which would be "
+        r"overwritten; give --resume to go on from checkpoint-4, or move checkpoint-4 elsewhere to go back to ckpt\.pt"
+    )
     with pytest.raises(ConversionError, match=message):
         train(tmp_path, init_from="resume")
     assert (out_dir / "ckpt.pt").read_bytes() == before
@@ -259,7 +262,7 @@ time.sleep(600)
 
 def test_second_run_in_an_out_dir_is_refused_while_the_first_lives(tmp_path):
     with (
-        hold_out_dir(tmp_path / "out"),
+        lock_out_dir(tmp_path / "out"),
         pytest.raises(ConversionError, match="out: another run trains here: expected"),
     ):
         train(tmp_path, **SHORT)

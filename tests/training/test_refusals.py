@@ -4,7 +4,7 @@ import pytest
 from transformers import TrainingArguments
 
 from hugging_nano_gpt import ConversionError
-from hugging_nano_gpt.training import FixedOffsetSampler, NanoGPTTrainer, TokenDataset, collate_windows
+from hugging_nano_gpt.training import NanoGPTTrainer, TokenDataset, collate_windows
 from hugging_nano_gpt.training.refusals import _PARAMETERS, _SETTINGS
 
 from ..helpers.tiny import make_model
@@ -78,7 +78,7 @@ def test_all_that_would_be_ignored_is_named_at_once(tmp_path):
 
 def test_what_changes_nothing_is_taken(tmp_path):
     same = {"data_collator": collate_windows, "compute_metrics": None, "seed": 1337, "optim": "adamw_torch"}
-    sampler = FixedOffsetSampler([[0]])
+    sampler = [[0]]
     trainer = make_trainer(tmp_path, per_device_eval_batch_size=4, train_batch_sampler=sampler, **same)
     assert trainer.data_collator is collate_windows
     assert make_trainer(tmp_path, data_collator=None).data_collator is collate_windows

@@ -12,7 +12,6 @@ from transformers import TrainerCallback
 
 from hugging_nano_gpt import CheckpointError, NanoGPTLMHeadModel, read_checkpoint
 from hugging_nano_gpt.training import (
-    FixedOffsetSampler,
     NanoGPTSchedule,
     compute_lr,
     drawing,
@@ -164,7 +163,7 @@ def test_train_called_again_goes_on_where_it_ended(tmp_path, n_updates):
     rates, done = [], 0
     for number in n_updates:
         trainer.args.max_steps = number
-        trainer._train_batch_sampler = FixedOffsetSampler(list_offsets(STEPS[done : done + number]))
+        trainer._train_batch_sampler = list_offsets(STEPS[done : done + number])
         trainer.train()
         rates += list_rates(trainer)
         done += number
@@ -189,11 +188,11 @@ def test_checkpoint_saved_before_training_has_the_moments_of_the_training_state(
 
 def test_train_called_again_after_an_interruption_counts_what_was_done(tmp_path):
     trainer = make_trainer(tmp_path, load_start(), STEPS[:4])
-    trainer._train_batch_sampler = FixedOffsetSampler([*list_offsets(STEPS[:3]), [10**9], [0]])
+    trainer._train_batch_sampler = [*list_offsets(STEPS[:3]), [10**9], [0]]
     with pytest.raises(IndexError):
         trainer.train()
     assert trainer.iter_num == 103
-    trainer._train_batch_sampler = FixedOffsetSampler(list_offsets(STEPS[:4]))
+    trainer._train_batch_sampler = list_offsets(STEPS[:4])
     trainer.train()
     trainer.save_nanogpt_ckpt(tmp_path / "ckpt.pt")
     assert list_steps(trainer) == {trainer.iter_num} == {107}
@@ -256,7 +255,7 @@ def test_best_model_comes_with_its_moments_and_its_count(tmp_path, best_at_two, 
 
     trainer.args.max_steps = 2
     trainer.args.load_best_model_at_end = False
-    trainer._train_batch_sampler = FixedOffsetSampler(list_offsets(STEPS[2:4]))
+    trainer._train_batch_sampler = list_offsets(STEPS[2:4])
     trainer.train()
     assert_written_together(trainer, tmp_path, 104)
     assert list_rates(trainer) == [compute_lr(iter_num, CONFIG) for iter_num in (102, 103)]

@@ -11,7 +11,7 @@ from transformers.integrations import integration_utils
 
 from hugging_nano_gpt import ConversionError, MissingDependencyError, read_checkpoint
 from hugging_nano_gpt.model.modeling_nano_gpt import NanoGPTMLP
-from hugging_nano_gpt.training import arguments, compute_lr, run, run_training
+from hugging_nano_gpt.training import arguments, compute_lr, loggers, run, run_training
 
 from ..helpers.programs import run_command
 from ..helpers.reference_run import ReferenceRun
@@ -83,7 +83,7 @@ class NoteLogs(TrainerCallback):
 def logger(monkeypatch):
     monkeypatch.setattr(NoteLogs, "logs", [])
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "trackio", NoteLogs)
-    monkeypatch.setattr(run, "get_available_reporting_integrations", lambda: ["trackio"])
+    monkeypatch.setattr(loggers, "get_available_reporting_integrations", lambda: ["trackio"])
     return NoteLogs
 
 
@@ -118,7 +118,7 @@ class NoteScalars(integration_utils.TensorBoardCallback):
 def test_tensorboard_shows_train_pys_names_and_the_history_keeps_trainers(tmp_path, monkeypatch):
     """Through Trainer's own callback, whose names are wandb's, trackio's and others' too."""
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", NoteScalars)
-    monkeypatch.setattr(run, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr(loggers, "get_available_reporting_integrations", lambda: ["tensorboard"])
     trainer = train(tmp_path, **SHORT, report_to="tensorboard")
     (scalars,) = (each.scalars for each in trainer.callback_handler.callbacks if isinstance(each, NoteScalars))
     steps = {name: [step for shown, step in scalars if shown == name] for name, _ in scalars}
@@ -132,13 +132,13 @@ def test_tensorboard_shows_train_pys_names_and_the_history_keeps_trainers(tmp_pa
 
 
 def test_wandb_is_one_logger_with_train_pys_project_however_it_is_asked_for(monkeypatch):
-    monkeypatch.setattr(run, "get_available_reporting_integrations", lambda: ["wandb"])
+    monkeypatch.setattr(loggers, "get_available_reporting_integrations", lambda: ["wandb"])
     monkeypatch.setattr(arguments, "NanoGPTArguments", dict)
     for wandb_log, report_to in ((True, "none"), (False, ["wandb"]), (True, "wandb")):
         monkeypatch.delenv("WANDB_PROJECT", raising=False)
         settings = {**SETTINGS, "wandb_log": wandb_log, "wandb_project": "toys", "wandb_run_name": "first"}
-        loggers = run._list_loggers(settings, report_to)
-        args = run._make_arguments(settings, 0, False, loggers, bf16=False, fsdp=False)
+        names = loggers.list_loggers(settings, report_to)
+        args = run._make_arguments(settings, 0, False, names, bf16=False, fsdp=False)
         assert (args["report_to"], args["run_name"], os.environ["WANDB_PROJECT"]) == (["wandb"], "first", "toys")
 
 
@@ -159,7 +159,7 @@ def test_trackio_has_train_pys_project(monkeypatch):
     ],
 )
 def test_logger_that_is_not_there_is_refused_before_the_run(tmp_path, monkeypatch, report_to, error, message):
-    monkeypatch.setattr(run, "get_available_reporting_integrations", list)
+    monkeypatch.setattr(loggers, "get_available_reporting_integrations", list)
     with pytest.raises(error, match=message), contextlib.chdir(make_workplace(tmp_path)):
         run_training(SETTINGS, report_to=report_to)
     assert not (tmp_path / "out").exists()

@@ -4,7 +4,7 @@ import pytest
 from transformers import Trainer
 
 from hugging_nano_gpt import CheckpointError
-from hugging_nano_gpt.training import saving
+from hugging_nano_gpt.training.trainer_checkpoint import explain_full_disk
 
 from ..conftest import limit_file_size
 from ..helpers.programs import run_command
@@ -39,7 +39,7 @@ def test_full_disk_while_the_model_alone_is_saved_is_named(saved, tmp_path):
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error"), PermissionError(13, "Permission denied")], ids=str)
 def test_other_errors_while_saving_stay_what_they_are(error):
-    with pytest.raises(type(error), match=r"CUDA error|Permission denied"), saving.explain_full_disk("out"):
+    with pytest.raises(type(error), match=r"CUDA error|Permission denied"), explain_full_disk("out"):
         raise error
 
 

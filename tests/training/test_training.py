@@ -14,7 +14,6 @@ from torch import nn
 from hugging_nano_gpt import ConversionError, DataError, NanoGPTLMHeadModel, read_checkpoint
 from hugging_nano_gpt.demo import CKPT_PATH
 from hugging_nano_gpt.training import (
-    FixedOffsetSampler,
     NanoGPTCheckpointCallback,
     NanoGPTSchedule,
     NanoGPTTrainer,
@@ -270,7 +269,7 @@ def test_ids_that_the_model_does_not_have_are_refused_before_they_train(tmp_path
     np.save(tmp_path / "tokens.npy", tokens)
     trainer = make_trainer(tmp_path, load_start(), STEPS[:1])
     trainer.train_dataset = TokenDataset(tmp_path / "tokens.npy", 32)
-    trainer._train_batch_sampler = FixedOffsetSampler([[0, 60], [18, 60]])
+    trainer._train_batch_sampler = [[0, 60], [18, 60]]
     message = r"tokens\.npy: does not fit the model: expected token ids below vocab_size=31, got 31; give the data"
     with pytest.raises(DataError, match=message):
         trainer.train()

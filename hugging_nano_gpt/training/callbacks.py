@@ -1,42 +1,91 @@
-"""What train.py does between its updates (@ 3adf61e): its lines, when it evaluates, what it saves and when."""
+"""What happens between updates, as callbacks of Trainer: train.py's lines, evaluations and saves (@ 3adf61e)."""
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback
+from transformers.utils import logging
 
 from ..convert.folder import convert_to_folder
 from .interruption import Interruption
 from .out_dir import Beginning, remove_superseded
+from .schedule import NanoGPTSchedule
 
-if TYPE_CHECKING:
-    from .trainer import NanoGPTTrainer
+logger = logging.get_logger(__name__)
 
-# bfloat16 operations a second of an A100, by which nanoGPT measures (model.py @ 3adf61e, estimate_mfu).
+# bfloat16 operations a second of an A100, which nanoGPT measures by (model.py @ 3adf61e, estimate_mfu).
 _A100_FLOPS = 312e12
 
-# The first updates are slower, and train.py leaves them out of its mean.
+# The first updates are slower, and train.py does not count them in its mean.
 _SETTLING_UPDATES = 5
 
 
+class NumbersCallback(TrainerCallback):
+    """Begins train.py's drawing, and counts an update that fp16 skips in the schedule, as train.py does.
+
+    As in train.py, moments bring settings of their own. A warning says so, and checkpoints record what is used.
+
+    Args:
+        trainer: The trainer to which it is added.
+        begin_drawing: Draws the first batch.
+    """
+
+    def __init__(self, trainer: Any, begin_drawing: Callable[[], None]):
+        self.trainer = trainer
+        self.begin_drawing = begin_drawing
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begin_drawing()
+        group = self.trainer.optimizer.param_groups[0]
+        asked = {"weight_decay": args.weight_decay, "betas": (args.adam_beta1, args.adam_beta2)}
+        for name, value in asked.items():
+            if name in group and group[name] != value:
+                logger.warning(
+                    f"optimizer: {name}: the arguments ask for {value}, the moments come with {group[name]}, which "
+                    f"counts, as in train.py; set it in trainer.optimizer.param_groups to change it"
+                )
+        used = {"weight_decay": group.get("weight_decay")}
+        used |= dict(zip(("beta1", "beta2"), group.get("betas", ()), strict=False))
+        start = self.trainer.training_state
+        changed = {name: value for name, value in used.items() if start.config.get(name, value) != value}
+        self.trainer.training_state = replace(start, config={**start.config, **changed})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        schedule = self.trainer.lr_scheduler
+        if self.trainer.accelerator.optimizer_step_was_skipped and isinstance(schedule, NanoGPTSchedule):
+            schedule.set_iter_num(schedule.last_epoch + 1)
+
+
+class NanoGPTCheckpointCallback(TrainerCallback):
+    """Writes a nanoGPT checkpoint whenever Trainer saves one of its own.
+
+    Args:
+        trainer: The trainer to which it is added.
+        path: The ckpt.pt to write; it is replaced each time, as train.py replaces its own.
+    """
+
+    def __init__(self, trainer: Any, path: str | os.PathLike[str]):
+        self.trainer = trainer
+        self.path = path
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.save_nanogpt_ckpt(self.path)
+
+
 class BarCallback(ProgressCallback):
-    """A progress bar alone: Trainer's own prints what it logs too."""
+    """A progress bar alone: Trainer's own prints the logs too."""
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         pass
 
 
-def say(line: str) -> None:
-    """Prints a line to standard output, above a progress bar if there is one."""
-    tqdm.write(line)
-
-
 def is_complete(settings: Mapping[str, Any], iter_num: int) -> bool:
-    """Returns whether train.py would save nothing more after this many updates: it saves at evaluations alone."""
+    """Returns whether train.py would save nothing more after iter_num updates; it saves only when it evaluates."""
     interval = settings["eval_interval"]
     return (iter_num // interval + 1) * interval > settings["max_iters"]
 
@@ -44,20 +93,20 @@ def is_complete(settings: Mapping[str, Any], iter_num: int) -> bool:
 class TrainPyCallback(TrainerCallback):
     """Evaluates, saves and prints when train.py does, and stops when a signal asks for it.
 
-    ckpt.pt is written when Trainer's own checkpoint is whole, so it is never the newer one after a kill: a newer one
-    is train.py's.
+    ckpt.pt is written after Trainer's own checkpoint is whole, so a kill never leaves it as the newer one: a ckpt.pt
+    that is newer was written by train.py.
 
     Args:
         trainer: The trainer to which it is added; its config has all of train.py's settings.
-        settings: Those that were asked for.
+        settings: The settings that were asked for.
         beginning: What the run begins from.
         folder: Folder for Transformers to write with every ckpt.pt, or None.
-        say: Takes train.py's lines, on the first process.
+        say: Prints a line, on the first process.
     """
 
     def __init__(
         self,
-        trainer: "NanoGPTTrainer",
+        trainer: Any,
         settings: Mapping[str, Any],
         beginning: Beginning,
         folder: Path | None,
@@ -74,11 +123,14 @@ class TrainPyCallback(TrainerCallback):
         self._superseded = beginning.superseded
         self._is_ckpt_due = beginning.is_ckpt_due
         self._n_updates = 0
-        self._n_parameters = trainer.model.num_parameters()
+        args, config = trainer.args, trainer.model.config
+        n_parameters = trainer.model.num_parameters() - config.block_size * config.n_embd
+        n_tokens = config.block_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
+        self._n_flops = (6 * n_parameters + 12 * config.n_layer * config.n_embd * config.block_size) * n_tokens
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        config = self.trainer.config
-        other = [f"{name}={config[name]}" for name in ("weight_decay", "beta1", "beta2") if self._differs(name)]
+        used = {name: self.trainer.config[name] for name in ("weight_decay", "beta1", "beta2")}
+        other = [f"{name}={value}" for name, value in used.items() if value != self.settings[name]]
         if other:
             self.say(f"{', '.join(other)}, as the checkpoint's moments have it")
         if self._is_ckpt_due:
@@ -102,7 +154,7 @@ class TrainPyCallback(TrainerCallback):
             remove_superseded(self._superseded)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        if "val/loss" not in metrics:  # of another data set
+        if "val/loss" not in metrics:  # another data set's
             return
         iter_num, val_loss = self.trainer.iter_num, metrics["val/loss"]
         self.say(f"step {iter_num}: train loss {metrics['train/loss']:.4f}, val loss {val_loss:.4f}")
@@ -120,22 +172,19 @@ class TrainPyCallback(TrainerCallback):
             self._write_ckpt(state)
             written.append(str(self.out_dir / "ckpt.pt"))
         if self.stop_signal is not None:
-            control.should_training_stop = True  # not before: Trainer's checkpoint would tell a resumed run to stop
+            control.should_training_stop = True  # only now, or Trainer's checkpoint would tell a resumed run to stop
             self.say(
                 f"stopped after iteration {self.trainer.iter_num}: wrote {' and '.join(written)}; go on with --resume"
             )
 
     def _stop_between_evaluations(self, control: Any) -> None:
-        """Saves as an evaluation would; where none would come any more, the last checkpoint stays the run's."""
+        """Saves as an evaluation would; after the last evaluation of the run it keeps that one's checkpoint."""
         config, iter_num = self.trainer.config, self.trainer.iter_num
-        self._is_ckpt_due = config["always_save_checkpoint"]  # otherwise ckpt.pt holds the best weights
+        self._is_ckpt_due = config["always_save_checkpoint"]  # otherwise ckpt.pt keeps the best weights
         control.should_save = not is_complete(config, iter_num)
         if not control.should_save:
             control.should_training_stop = True
             self.say(f"stopped after iteration {iter_num}: the run's last checkpoint was written before it")
-
-    def _differs(self, name: str) -> bool:
-        return self.trainer.config[name] != self.settings[name]
 
     def _write_ckpt(self, state: Any) -> None:
         self._is_ckpt_due = False
@@ -147,15 +196,7 @@ class TrainPyCallback(TrainerCallback):
     def _say_update(self, iter_num: int, seconds: float) -> None:
         loss = self.trainer.micro_loss.item()
         if self._n_updates >= _SETTLING_UPDATES:
-            mfu = self._estimate_mfu(seconds)
+            mfu = self._n_flops / seconds / _A100_FLOPS
             self.mfu = mfu if math.isnan(self.mfu) else 0.9 * self.mfu + 0.1 * mfu
-        percent = -100.0 if math.isnan(self.mfu) else 100 * self.mfu  # as train.py prints before it has one
+        percent = -100.0 if math.isnan(self.mfu) else 100 * self.mfu  # -100 before the first estimate, as in train.py
         self.say(f"iter {iter_num}: loss {loss:.4f}, time {1000 * seconds:.2f}ms, mfu {percent:.2f}%")
-
-    def _estimate_mfu(self, seconds: float) -> float:
-        """Estimates the share of an A100's operations that an update made."""
-        args, config = self.trainer.args, self.trainer.model.config
-        n_parameters = self._n_parameters - config.block_size * config.n_embd
-        of_attention = 12 * config.n_layer * config.n_embd * config.block_size
-        tokens = config.block_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
-        return (6 * n_parameters + of_attention) * tokens / seconds / _A100_FLOPS

@@ -1,4 +1,4 @@
-"""training/limits.py: what train.py cannot run with is refused by name, and what it can run with is taken."""
+"""Values of settings that train.py cannot run with are refused by name, and those that it can run with are taken."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch
 
 from hugging_nano_gpt import ConversionError, DeviceError, read_checkpoint
 from hugging_nano_gpt.training import TRAIN_DEFAULTS, compute_lr, training_arguments_from_nanogpt
-from hugging_nano_gpt.training.limits import check_settings
+from hugging_nano_gpt.training.train_settings import check_settings
 
 from ..helpers.toy_run import SETTINGS, train
 

@@ -41,7 +41,7 @@ def make_fresh_model():
 
 
 def is_same(trainer, run):
-    """Tells whether a trainer and a run have the same weights and moments, bit for bit."""
+    """Returns whether a trainer and a run have the same weights and moments, bit for bit."""
     model = trainer.model
     expected = run.model.state_dict()
     if not all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items()):
@@ -61,7 +61,7 @@ def reference():
 
 
 def test_run_from_scratch_ends_at_the_bits_of_train_pys_order(tmp_path, reference):
-    torch.manual_seed(5)  # whatever was drawn before
+    torch.manual_seed(5)  # numbers drawn before do not matter
     trainer = make_trainer(tmp_path)
     losses = []
     trainer.model.register_forward_hook(
@@ -85,7 +85,7 @@ class OneBatchMore(NanoGPTTrainer):
 
 
 class BatchesFirst(NanoGPTTrainer):
-    """Reads and draws all batches of an update before its first forward pass, as Trainer does by itself."""
+    """Reads and draws all batches of an update before its first forward pass, as Trainer does on its own."""
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches = []
@@ -114,7 +114,7 @@ def test_reference_drawn_in_another_order_ends_elsewhere(reference):
 
 
 def test_run_resumed_from_trainers_checkpoint_ends_at_the_same_bits(tmp_path, reference):
-    """With dropout, and saved after an evaluation: the next batch had been drawn before both."""
+    """With dropout, and saved after an evaluation; the next batch had been drawn before both."""
     make_trainer(tmp_path, save_strategy="steps", save_steps=4, save_total_limit=None, n_updates=11).train()
     shutil.rmtree(tmp_path / "checkpoint-8")
     torch.manual_seed(5)
@@ -123,7 +123,7 @@ def test_run_resumed_from_trainers_checkpoint_ends_at_the_same_bits(tmp_path, re
     assert is_same(trainer, reference)
 
 
-def test_checkpoint_of_which_a_process_did_not_write_all_is_refused(tmp_path):
+def test_checkpoint_that_a_process_did_not_finish_is_refused(tmp_path):
     make_trainer(tmp_path, save_strategy="steps", save_steps=2, n_updates=2).train()
     folder = tmp_path / "checkpoint-2"
     path = folder / "nanogpt_next_batch_0.json"

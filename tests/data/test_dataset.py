@@ -1,4 +1,4 @@
-"""training/data.py: the windows and offsets of nanoGPT's get_batch, from its token files and from llm.c's."""
+"""The windows and offsets of nanoGPT's get_batch, from its token files and from llm.c's."""
 
 import os
 import pickle
@@ -11,12 +11,13 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import DataLoader
 
 from hugging_nano_gpt import DataError, NanoGPTError
-from hugging_nano_gpt.training import FixedOffsetSampler, RandomOffsetSampler, TokenDataset, collate_windows
-from hugging_nano_gpt.training.data import SharedBatches, check_ids
+from hugging_nano_gpt.data.dataset import check_ids
+from hugging_nano_gpt.data.offsets import SharedBatches
+from hugging_nano_gpt.training import RandomOffsetSampler, TokenDataset, collate_windows
 
 MAGIC, VERSION = 20240520, 1
 BLOCK_SIZE = 8
-TOKENS = np.random.default_rng(0).integers(0, 2**16, 500).astype("<u2")  # all of uint16, also what int16 cannot hold
+TOKENS = np.random.default_rng(0).integers(0, 2**16, 500).astype("<u2")  # also ids that do not fit in int16
 
 
 def write_plain(path, tokens=TOKENS):
@@ -105,7 +106,7 @@ def test_random_offsets_of_each_rank_are_those_of_seed_plus_rank(dataset):
     assert len({str(offsets) for offsets in drawn}) == 4
 
 
-def test_random_offsets_drawn_in_two_goes_continue(dataset):
+def test_random_offsets_drawn_in_two_passes_continue(dataset):
     sampler = RandomOffsetSampler(dataset, 4, n_batches=5)
     assert [*sampler, *sampler] == list(RandomOffsetSampler(dataset, 4, n_batches=10))
 
@@ -124,18 +125,16 @@ def test_random_offsets_reach_the_first_window_and_the_last(tmp_path):
     assert {offset for batch in RandomOffsetSampler(dataset, 8, 20) for offset in batch} == {0, 1, 2}
 
 
-def test_fixed_offsets_come_as_given_every_time(dataset):
+def test_batches_of_given_offsets_come_as_given_every_time(dataset):
     batches = [[5, 0, 5], (491,), range(3)]
-    sampler = FixedOffsetSampler(batches)
-    assert len(sampler) == 3
+    loader = make_loader(dataset, batches)
     for _ in range(2):
-        assert list(sampler) == [[5, 0, 5], [491], [0, 1, 2]]
-    for batch, offsets in zip(make_loader(dataset, sampler), batches, strict=True):
-        assert_batch_holds(batch, offsets)
+        for batch, offsets in zip(loader, batches, strict=True):
+            assert_batch_holds(batch, offsets)
 
 
 @WRITERS
-# Neither is a fault here: fork beside torch's threads (Python 3.12 and newer), and two workers on one core.
+# Both are harmless here: a fork with torch's threads running (Python 3.12 and newer), and two workers on one core.
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 @pytest.mark.parametrize("n_workers", [0, 2])
@@ -154,7 +153,7 @@ def test_batches_with_or_without_workers_are_get_batchs(tmp_path, write, n_worke
 )
 def test_batches_are_shared_out_as_by_plain_trainer(n_batches, shares):
     """Accelerate's own sampler, which plain Trainer's loaders have, gives each process the same batches."""
-    batches = FixedOffsetSampler([[number] for number in range(n_batches)])
+    batches = [[number] for number in range(n_batches)]
     for rank, share in enumerate(shares):
         shared = SharedBatches(batches, rank, world_size=2)
         assert list(shared) == [[number] for number in share]
@@ -181,7 +180,7 @@ def test_pickled_dataset_carries_the_path_and_no_open_file(dataset):
 
 
 def test_dataset_whose_file_is_replaced_keeps_what_it_opened(dataset):
-    """As a run does while prepare.py writes a new file under the same name."""
+    """As when prepare.py writes a new file under the same name during a run."""
     window = dataset[0]["input_ids"]
     other = write_plain(dataset.path.with_name("new.bin"), TOKENS[::-1])
     other.replace(dataset.path)
@@ -189,13 +188,13 @@ def test_dataset_whose_file_is_replaced_keeps_what_it_opened(dataset):
 
 
 def measure_mapped_bytes():
-    """Returns how much of the process's resident memory is of files and shared."""
+    """Returns how many bytes of the process's resident memory are of files and shared."""
     fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return sum(1024 * int(fields[name].split()[0]) for name in ("RssFile", "RssShmem"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads Linux's own count")
-def test_reading_all_of_a_file_leaves_it_out_of_memory(tmp_path):
+def test_reading_a_whole_file_does_not_keep_it_in_memory(tmp_path):
     path = tmp_path / "train.bin"
     with path.open("wb") as file:
         file.truncate(2**26)
@@ -207,8 +206,8 @@ def test_reading_all_of_a_file_leaves_it_out_of_memory(tmp_path):
     assert measure_mapped_bytes() - before < 2**22
 
 
-def test_windows_are_the_same_where_the_system_reads_at_no_place(dataset, monkeypatch):
-    """As Windows, which has no pread."""
+def test_windows_are_the_same_without_pread(dataset, monkeypatch):
+    """As on Windows."""
     expected = [dataset[offset] for offset in (17, 3)]
     monkeypatch.delattr(os, "pread")
     for window, offset in zip(expected, (17, 3), strict=True):
@@ -281,7 +280,7 @@ def test_file_that_is_not_whole_is_refused(tmp_path, write, message):
     [
         ([0, 64], [64, 0], None),
         ([0, 65], [65, 0], 65),
-        ([0, 1], [1, 65], 65),  # in the last target alone
+        ([0, 1], [1, 65], 65),  # in the last target only
         ([-1, 1], [1, 0], -1),
         ([2**31, 1], [1, 0], 2**31),
         ([0, 1], [1, -100], None),  # a target that is ignored

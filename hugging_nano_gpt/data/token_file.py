@@ -1,7 +1,8 @@
-"""What a token file holds: nanoGPT's, llm.c's shards and NumPy's arrays are told apart by their first bytes.
+"""Where the tokens of a file are: nanoGPT's .bin, llm.c's shards and NumPy's arrays, recognized by their first bytes.
 
-nanoGPT's own file is uint16 tokens and nothing else, so anything could be read as one. What looks like another thing
-is refused: text, tokens of more bytes, archives. Whoever knows better saves the tokens as .npy, which keeps the type.
+nanoGPT's file is uint16 tokens without a header, so any file could be read as one. Files that look like something else
+are refused: text, archives, tokens of more than two bytes. Tokens saved as .npy are never refused, as .npy records
+their type.
 """
 
 import codecs
@@ -13,8 +14,8 @@ import numpy as np
 
 from ..errors import DataError
 
-# llm.c's shards (karpathy/llm.c dev/data/data_common.py): 256 little-endian int32, magic, version and number of tokens
-# first and hardly more, then the tokens: GPT-2's or Llama 3's.
+# llm.c's shards (karpathy/llm.c dev/data/data_common.py): a header of 256 little-endian int32, beginning with magic,
+# version and number of tokens, then the tokens. By magic: the version and the type of the tokens (GPT-2's, Llama 3's).
 _SHARDS: dict[int, tuple[int, np.dtype]] = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
 _HEADER_BYTES = 1024
 _MAGIC_DATES = range(2024_01_01, 2040_01_01)  # llm.c's magic numbers are the dates of its formats
@@ -22,7 +23,7 @@ _USED_INTS = 16
 
 _NPY_MAGIC = b"\x93NUMPY"
 
-# How files begin that hold no bare tokens.
+# The first bytes of files that are no tokens.
 _OTHERS = {
     b"PK\x03\x04": "an archive (zip, npz or torch.save)",
     b"PAR1": "a Parquet file",
@@ -33,22 +34,22 @@ _OTHERS = {
     b"\x80\x04\x95": "a pickle",
 }
 
-# So much of a file is looked at, and at least so many pairs of tokens have to look like halves of wider ones.
+# Bytes of a file that are examined, and pairs of tokens that are too few to say that they are halves of wider tokens.
 _HEAD_BYTES = 65536
 _LEAST_PAIRS = 32
 
-# Upper halves of uint32 tokens are below this in vocabularies up to 262,144. So is every second token of a text with a
-# space between any two symbols, where the space is one of the first characters: what differs is the other half.
+# The upper halves of uint32 tokens are below 4 in vocabularies of up to 262,144. But so is every second token of a
+# text with a space between any two symbols, if the space is one of the first characters: the other tokens decide.
 _UPPER_HALVES = 4
-_LARGE_ID = 1024  # lower halves of a large vocabulary's tokens go beyond it, the ids of an alphabet do not
-_LARGEST_ALPHABET = 128  # where the space has id 0, as the upper halves of a vocabulary up to 65,536 have
-_MOST_CHUNKS = 64  # of a MiB, which are looked through for that case
+_LARGE_ID = 1024  # lower halves of a large vocabulary's tokens exceed it, ids of an alphabet do not
+_LARGEST_ALPHABET = 128  # whose space has id 0, as all upper halves of a vocabulary of up to 65,536 are
+_MOST_CHUNKS = 64  # of 1 MiB, which are searched in that case
 
 _SAVE_AS_NPY = "np.save the tokens to a .npy file, which records their type"
 
 
 class TokenLayout(NamedTuple):
-    """Where the tokens of a file lie: from a byte on, so many, of a type."""
+    """Where the tokens of a file are: the byte of the first one, their type and their number."""
 
     offset: int
     dtype: np.dtype
@@ -56,10 +57,10 @@ class TokenLayout(NamedTuple):
 
 
 def measure_token_file(path: Path) -> TokenLayout:
-    """Returns where the tokens of a file lie.
+    """Returns where the tokens of a file are.
 
     Raises:
-        DataError: If the file is missing or not whole, or looks like no token file.
+        DataError: If the file is missing or not whole, or does not look like a token file.
     """
     try:
         size = path.stat().st_size
@@ -74,13 +75,11 @@ def measure_token_file(path: Path) -> TokenLayout:
     header = np.frombuffer(head[:_HEADER_BYTES].ljust(_HEADER_BYTES, b"\0"), dtype="<i4")
     if header[0] in _SHARDS:
         return _measure_shard(path, size, header)
-    strange = _find_strangeness(path, head, header)
-    if strange:
-        raise DataError(f"{path}: expected uint16 tokens, got {strange}")
-    dtype = np.dtype("<u2")
-    if size % dtype.itemsize:
+    if other := _recognize_other(path, head, header):
+        raise DataError(f"{path}: expected uint16 tokens, got {other}")
+    if size % 2:
         raise DataError(f"{path}: expected uint16 tokens, got an odd number of bytes, {size}; write it again")
-    return TokenLayout(0, dtype, size // dtype.itemsize)
+    return TokenLayout(0, np.dtype("<u2"), size // 2)
 
 
 def _measure_shard(path: Path, size: int, header: np.ndarray) -> TokenLayout:
@@ -114,8 +113,8 @@ def _measure_npy(path: Path, size: int) -> TokenLayout:
     return TokenLayout(array.offset, array.dtype, len(array))
 
 
-def _find_strangeness(path: Path, head: bytes, header: np.ndarray) -> str | None:
-    """Says what a file seems to be that is not uint16 tokens, and what to do then."""
+def _recognize_other(path: Path, head: bytes, header: np.ndarray) -> str | None:
+    """Returns what a file seems to be if it is not uint16 tokens, and what to do about it."""
     for start, name in _OTHERS.items():
         if head.startswith(start):
             return f"{name}; {_SAVE_AS_NPY}"
@@ -136,16 +135,16 @@ def _are_halves(path: Path, lower: np.ndarray, upper: np.ndarray) -> bool:
     if not lower[1::2].any():  # 8 bytes
         return True
     zeros, *others = np.bincount(upper, minlength=_UPPER_HALVES).tolist()
-    if max(others) > 0.75 * len(upper):  # most tokens of a vocabulary are below 65,536; a space may have any id
+    if max(others) > 0.75 * len(upper):  # a space, which may have any id; most tokens are below 65,536
         return False
     return not _alternates(path, lower) if zeros == len(upper) else bool(lower.max() >= _LARGE_ID)
 
 
 def _alternates(path: Path, symbols: np.ndarray) -> bool:
-    """Returns whether a file whose every second token is 0 holds the symbols of a small alphabet with spaces between.
+    """Returns whether a file whose every second token is 0 contains symbols of a small alphabet with spaces between.
 
-    An alphabet has the characters of its text, and the first of them is the space, which is no symbol. As tokens of
-    4 bytes, the same ids would be a text without its first character; bytes have none of the first ids.
+    An alphabet consists of the characters of its text, and the first of them is the space, which is no symbol. As
+    tokens of 4 bytes, the same ids would be a text without its first character; bytes use none of the first ids.
     """
     found = np.unique(symbols)
     if found[0] == 0 or found[-1] >= _LARGEST_ALPHABET or (found <= _USED_INTS).sum() < _USED_INTS // 2:
@@ -163,7 +162,7 @@ def _alternates(path: Path, symbols: np.ndarray) -> bool:
 
 def _is_text(head: bytes) -> bool:
     try:
-        text = codecs.getincrementaldecoder("utf-8")().decode(head)  # takes a character cut off at the end
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)  # accepts a character that is cut off at the end
     except UnicodeDecodeError:
         return False
     return bool(text) and re.search(r"[\x00-\x08\x0e-\x1f]", text) is None
