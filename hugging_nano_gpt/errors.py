@@ -4,7 +4,10 @@ Each message reads `<where>: <what is wrong>: expected X, got Y; <what to do>`. 
 NanoGPTError, and each is also the built-in type a caller would expect. Long lists in a message are cut here too.
 """
 
+import re
+import shlex
 from collections.abc import Collection, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 _MOST_LISTED = 5
@@ -45,6 +48,22 @@ class DeviceError(NanoGPTError, RuntimeError):
 
 class ServerError(NanoGPTError, OSError):
     """A model or the playground's page cannot be served."""
+
+
+def require(where: str, *requirements: str, alternative: str = "") -> None:
+    """Raises MissingDependencyError unless all packages are installed.
+
+    Args:
+        where: What needs them.
+        requirements: What pip takes: a package, or a package and its oldest version ("gradio>=6.24").
+        alternative: What helps instead of installing them.
+    """
+    missing = [name for name in (re.split("[<>=]", text)[0] for text in requirements) if find_spec(name) is None]
+    if missing:
+        raise MissingDependencyError(
+            f"{where}: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed; "
+            f"pip install {shlex.join(requirements)}{alternative and f'; {alternative}'}"
+        )
 
 
 def list_some(names: Collection[Any]) -> str:

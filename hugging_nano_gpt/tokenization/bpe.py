@@ -18,7 +18,7 @@ from huggingface_hub import try_to_load_from_cache
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ..errors import MissingDependencyError, TokenizerError, list_some
+from ..errors import TokenizerError, list_some, require
 from ..model.configuration_nano_gpt import GPT2_TOKENS
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 # The names of the two files that GPT-2's tokenizer was published in: Transformers', and OpenAI's own.
 _GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
-_FILES = "a folder with its vocab.json and merges.txt, or its encoder.json and vocab.bpe"
+_OR_FILES = "or give a folder with its vocab.json and merges.txt, or its encoder.json and vocab.bpe (--tokenizer)"
 
 # The two names that GPT-2 has on the Hub.
 _GPT2_REPOSITORIES = ("openai-community/gpt2", "gpt2")
@@ -143,13 +143,9 @@ def wrap_backend(backend: Tokenizer, block_size: int | None, end_of_text: str | 
 
 
 def _get_encoding(name: str) -> "tiktoken.Encoding":
-    try:
-        import tiktoken
-    except ImportError as error:
-        files = f", and {_FILES}, is not given (--tokenizer)" if name == "gpt2" else ""
-        raise MissingDependencyError(
-            f"encoding {name!r}: tiktoken is not installed{files}; pip install tiktoken"
-        ) from error
+    require(f"encoding {name!r}", "tiktoken", alternative=_OR_FILES if name == "gpt2" else "")
+    import tiktoken
+
     if name not in tiktoken.list_encoding_names():
         raise TokenizerError(
             f"encoding {name!r}: is not known to tiktoken: expected one of {tiktoken.list_encoding_names()}, got "
@@ -162,7 +158,7 @@ def _get_encoding(name: str) -> "tiktoken.Encoding":
         raise TokenizerError(
             f"encoding {name!r}: tiktoken cannot provide it: {type(error).__name__}: {reason}; load it once on a "
             f"machine with network, and keep the folder that TIKTOKEN_CACHE_DIR names"
-            f"{f'; or give {_FILES} (--tokenizer)' if name == 'gpt2' else ''}"
+            f"{f'; {_OR_FILES}' if name == 'gpt2' else ''}"
         ) from error
 
 

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MissingDependencyError
+from ..errors import require
 from .arguments import training_arguments_from_nanogpt
 from .configurator import TRAIN_DEFAULTS, read_settings
 from .data import FixedOffsetSampler, RandomOffsetSampler, TokenDataset, collate_windows
@@ -44,9 +44,5 @@ def __getattr__(name: str) -> Any:
     """Imports what Trainer is needed for when it is asked for: evaluating needs the data alone."""
     if name not in _OF_TRAINER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        return getattr(import_module(_OF_TRAINER[name], __name__), name)
-    except ModuleNotFoundError as error:
-        if error.name != "accelerate":
-            raise
-        raise MissingDependencyError("training: accelerate is missing; pip install accelerate") from error
+    require("training", "accelerate")
+    return getattr(import_module(_OF_TRAINER[name], __name__), name)

@@ -16,7 +16,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 
 from ..convert.nanogpt import remember_training_state
 from ..convert.source import choose_device
-from ..errors import ConversionError, MissingDependencyError, list_some
+from ..errors import ConversionError, list_some, require
 from ..files import check_folder
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from .arguments import training_arguments_from_nanogpt
@@ -158,9 +158,7 @@ def _list_loggers(settings: Mapping[str, Any], report_to: str | list[str]) -> li
             f"report_to: expected names of Trainer's loggers, got {list_some(unknown)}; give tensorboard, wandb or "
             f"trackio"
         )
-    missing = [name for name in loggers if name not in get_available_reporting_integrations()]
-    if missing:
-        raise MissingDependencyError(f"report_to: {missing[0]} is not installed; pip install {missing[0]}")
+    require("report_to", *(name for name in loggers if name not in get_available_reporting_integrations()))
     return loggers
 
 
