@@ -15,9 +15,10 @@ LAYERS = [
     {"files", "pickles"},
     {"checkpoint", "tokenization"},
     {"convert"},
-    {"training", "export", "demo"},
+    {"training", "export", "verify"},
+    {"demo"},
     {"sample"},
-    {"serve", "verify"},
+    {"serve", "evaluate"},
     {"__init__"},
 ]
 HEIGHTS = {room: height for height, rooms in enumerate(LAYERS) for room in rooms}

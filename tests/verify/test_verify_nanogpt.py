@@ -184,7 +184,7 @@ def test_code_that_ties_what_the_checkpoint_does_not_is_named(make_checkout, con
     contents["model"]["lm_head.weight"] = contents["model"]["lm_head.weight"] + 1
     wrong = find_wrong(verify_against_nanogpt(save(contents, tmp_path), make_checkout()))
     assert wrong["tying"] == "lm_head is untied and tied"
-    assert wrong["tensors"] == "their model does not hold the numbers of 'transformer.wte.weight'"
+    assert wrong["tensors"] == "their model does not have the numbers of 'transformer.wte.weight'"
 
 
 def test_code_that_unties_is_named_though_its_logits_are_equal(ckpt_path, make_checkout):
