@@ -152,6 +152,6 @@ def _compare_activation(side: Side, batches: Batches, ours: Tensors, theirs: Ten
         with side.computing_with(name):
             logits = side.compute(batches[-1:], False)[longest]
         if compare_pair(longest, logits, theirs[longest], _TOLERANCE).is_equal:
-            detail = f"{current} and {name}: with {name} on the left too, the logits of both are equal"
+            detail = f"{current} and {name}: with {name} on the left as well, the logits are equal"
             return Check("activation", False, detail)
-    return Check("activation", False, f"{current} on the left; with no GELU are the logits those of their code")
+    return Check("activation", False, f"{current} on the left; no GELU gives the logits of their code")

@@ -157,7 +157,7 @@ def test_same_function_in_another_order_is_equal_within_a_stated_tolerance(ckpt_
 
 def test_another_function_is_found_and_laid_on_no_activation(ckpt_path, make_checkout):
     wrong = find_wrong(verify_against_nanogpt(ckpt_path, make_checkout(WRITTEN_OUT.replace("-0.5", "-0.49"))))
-    assert wrong["activation"] == "gelu on the left; with no GELU are the logits those of their code"
+    assert wrong["activation"] == "gelu on the left; no GELU gives the logits of their code"
     assert "at most" in wrong["logits 2x32"]
 
 
