@@ -214,8 +214,8 @@ def test_encoding_without_end_of_text_has_no_named_token():
     assert tokenizer.added_tokens_encoder.keys() == {"<|x|>"}
 
 
-def test_special_token_spelt_like_another_is_refused():
-    with pytest.raises(TokenizerError, match=r"0 bytes missing and 'it' spelt alike"):
+def test_special_token_spelled_like_another_is_refused():
+    with pytest.raises(TokenizerError, match=r"0 bytes missing and 'it' as another token too"):
         build_tiktoken_tokenizer(make_encoding(special_tokens=("it",)))
 
 

@@ -268,7 +268,7 @@ def test_write_meta_of_no_character_table_is_refused(tmp_path, kind):
     else:
         tokenizer = make_word_level("\n aA", split=kind != "whole words", lower=kind == "lower case")
     with pytest.raises(
-        TokenizerError, match=r"meta.pkl: not a character table: .*; nanoGPT's meta.pkl cannot hold it"
+        TokenizerError, match=r"meta.pkl: not a character table: .*; nanoGPT's meta.pkl cannot express it"
     ):
         write_meta(tokenizer, tmp_path / "meta.pkl")
     assert not (tmp_path / "meta.pkl").exists()
