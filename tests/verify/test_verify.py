@@ -1,4 +1,4 @@
-"""Verifying two models: every pairing comes out equal, and every kind of mismatch is found and named."""
+"""verify_models: a model equals itself as a file and as a folder, and every kind of mismatch is found and named."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The command `verify`: what it prints where, its exit codes, and its --json."""
+"""The command `verify`: what it prints to stdout and stderr, its exit codes, and --json."""
 
 import json
 
