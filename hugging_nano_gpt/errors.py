@@ -1,7 +1,7 @@
-"""The errors this package raises on its own account.
+"""The errors of this package, the check for packages that are not installed, and how lists are cut in messages.
 
-Each message reads `<where>: <what is wrong>: expected X, got Y; <what to do>`. All of them can be caught at once as
-NanoGPTError, and each is also the built-in type a caller would expect. Long lists in a message are cut here too.
+Each message reads `<where>: <what is wrong>: expected X, got Y; <what to do>`. All errors can be caught together as
+NanoGPTError, and each is also of the built-in type that a caller would expect.
 """
 
 import re
@@ -23,11 +23,11 @@ class CheckpointError(NanoGPTError, ValueError):
 
 
 class ConversionError(NanoGPTError, ValueError):
-    """A model or a state cannot be expressed in the form asked for without changing what it computes."""
+    """A model or a state cannot be expressed in another form without changing what it computes."""
 
 
 class TokenizerError(NanoGPTError, ValueError):
-    """A tokenizer file cannot be read, or a text or an id lies outside its vocabulary."""
+    """A tokenizer file cannot be read, or a text or an id is outside its vocabulary."""
 
 
 class DataError(NanoGPTError, ValueError):
@@ -39,11 +39,11 @@ class MissingDependencyError(NanoGPTError, ImportError):
 
 
 class VerifyError(NanoGPTError, RuntimeError):
-    """A comparison cannot be made: a model is out of reach, or the code to compare with does not run."""
+    """A comparison cannot be made: nanoGPT's code is not found, or does not run."""
 
 
 class DeviceError(NanoGPTError, RuntimeError):
-    """A device was named on which torch cannot compute here."""
+    """torch cannot compute on the device that the user named."""
 
 
 class ServerError(NanoGPTError, OSError):
@@ -67,12 +67,12 @@ def require(where: str, *requirements: str, alternative: str = "") -> None:
 
 
 def list_some(names: Collection[Any]) -> str:
-    """Lists the first five names, quoted, and how many there are if there are more."""
+    """Lists the first five names, quoted, and the number of names if there are more."""
     return join_some([repr(name) for name in names])
 
 
 def join_some(sentences: Sequence[str]) -> str:
-    """Joins the first five sentences, and says how many there are if there are more."""
+    """Joins the first five sentences, and adds their number if there are more."""
     joined = ", ".join(sentences[:_MOST_LISTED])
     return joined if len(sentences) <= _MOST_LISTED else f"{joined}, ... ({len(sentences)} in all)"
 
