@@ -246,34 +246,24 @@ def verify(
     nanogpt: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Compare with a checkout of nanoGPT: this runs its model.py.")
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Compare its best_val_loss with the loss on DIR/val.bin.")
-    ] = None,
     gradients: Annotated[bool, typer.Option("--gradients", help="Compare gradients too.")] = False,
     activation: _ActivationOption = None,
     n_head: _Heads = None,
     ignore_extra: _IgnoreExtra = False,
-    eval_iters: Annotated[int | None, typer.Option(min=1, help="Batches for --data, in place of A's own.")] = None,
     as_json: _Json = False,
 ) -> None:
     """Prove that two models are the same: tensors, logits, loss and greedy tokens. Exits with 1 if they are not."""
-    if sum(other is not None for other in (b, nanogpt, data)) != 1:
-        raise typer.BadParameter("expected exactly one of B, --nanogpt and --data")
-    if data is None and eval_iters is not None:
-        raise typer.BadParameter("expected --eval-iters only with --data")
-    if data is not None and gradients:
-        raise typer.BadParameter("expected no --gradients with --data, which compares the loss alone")
+    if (b is None) == (nanogpt is None):
+        raise typer.BadParameter("expected exactly one of B and --nanogpt")
     _set_up_transformers(is_quiet=True)  # what Transformers would warn of, the report or the error says
-    from hugging_nano_gpt import verify_against_nanogpt, verify_loss, verify_models
+    from hugging_nano_gpt import verify_against_nanogpt, verify_models
 
     settings = {
         "activation_function": activation and activation.value,
         "n_head": n_head,
         "ignore_extra": ignore_extra,
     }
-    if data is not None:
-        report = verify_loss(a, data, eval_iters=eval_iters, progress=_print_progress, **settings)
-    elif nanogpt is not None:
+    if nanogpt is not None:
         report = verify_against_nanogpt(a, nanogpt, gradients=gradients, **settings)
     else:
         report = verify_models(a, b, gradients=gradients, **settings)
@@ -301,9 +291,14 @@ def evaluate(
     activation: _ActivationOption = None,
     n_head: _Heads = None,
     ignore_extra: _IgnoreExtra = False,
+    expect_recorded: Annotated[
+        bool, typer.Option("--expect-recorded", help="Exit with 1 unless the estimate agrees with the best_val_loss.")
+    ] = False,
     as_json: _Json = False,
 ) -> None:
     """Tell the loss over every token of a file, its perplexity and bits per byte, and nanoGPT's own estimate."""
+    if expect_recorded and not (data.is_dir() or data.name == "val.bin"):
+        raise typer.BadParameter("expected --expect-recorded only with val.bin, whose loss train.py records")
     _set_up_transformers(is_quiet=True)
     from hugging_nano_gpt import evaluate_loss
 
@@ -318,6 +313,7 @@ def evaluate(
         **_select_given(dtype=dtype, activation_function=activation, n_head=n_head, ignore_extra=ignore_extra),
     )
     _print_result(evaluation, as_json)
+    raise typer.Exit(1 if expect_recorded and not evaluation.matches_recorded else 0)
 
 
 @app.command()
@@ -504,10 +500,6 @@ def _print_result(result: Any, as_json: bool) -> None:
 def _select_given(**settings: Any) -> dict[str, Any]:
     """Leaves out what was not given, and takes the words out of enumerations."""
     return {name: getattr(value, "value", value) for name, value in settings.items() if value is not None}
-
-
-def _print_progress(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def _set_up_transformers(has_progress: bool = True, is_quiet: bool = False) -> None:

@@ -20,6 +20,7 @@ from .errors import (
     TokenizerError,
     VerifyError,
 )
+from .evaluate.evaluate import Evaluation, evaluate_loss
 from .export.exporting import export_model
 from .export.gguf import export_gguf
 from .export.onnx import export_onnx
@@ -37,7 +38,7 @@ from .tokenization.bpe import build_gpt2_tokenizer, build_tiktoken_tokenizer
 from .tokenization.characters import CharacterTable, build_character_tokenizer, read_meta, write_meta
 from .tokenization.find import find_tokenizer
 from .tokenization.vocabulary import fit_vocabulary
-from .verify import Evaluation, VerifyReport, evaluate_loss, verify_against_nanogpt, verify_loss, verify_models
+from .verify import VerifyReport, verify_against_nanogpt, verify_models
 
 try:
     __version__ = version("hugging-nano-gpt")
@@ -87,7 +88,6 @@ __all__ = [
     "run_server",
     "sample_text",
     "verify_against_nanogpt",
-    "verify_loss",
     "verify_models",
     "write_checkpoint",
     "write_meta",

@@ -1,10 +1,13 @@
-"""The errors this package raises on its own account.
+"""The errors of this package, the check for packages that are not installed, and how lists are cut in messages.
 
-Each message reads `<where>: <what is wrong>: expected X, got Y; <what to do>`. All of them can be caught at once as
-NanoGPTError, and each is also the built-in type a caller would expect. Long lists in a message are cut here too.
+Each message reads `<where>: <what is wrong>: expected X, got Y; <what to do>`. All errors can be caught together as
+NanoGPTError, and each is also of the built-in type that a caller would expect.
 """
 
+import re
+import shlex
 from collections.abc import Collection, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 _MOST_LISTED = 5
@@ -20,11 +23,11 @@ class CheckpointError(NanoGPTError, ValueError):
 
 
 class ConversionError(NanoGPTError, ValueError):
-    """A model or a state cannot be expressed in the form asked for without changing what it computes."""
+    """A model or a state cannot be expressed in another form without changing what it computes."""
 
 
 class TokenizerError(NanoGPTError, ValueError):
-    """A tokenizer file cannot be read, or a text or an id lies outside its vocabulary."""
+    """A tokenizer file cannot be read, or a text or an id is outside its vocabulary."""
 
 
 class DataError(NanoGPTError, ValueError):
@@ -36,24 +39,40 @@ class MissingDependencyError(NanoGPTError, ImportError):
 
 
 class VerifyError(NanoGPTError, RuntimeError):
-    """A comparison cannot be made: a model is out of reach, or the code to compare with does not run."""
+    """A comparison cannot be made: nanoGPT's code is not found, or does not run."""
 
 
 class DeviceError(NanoGPTError, RuntimeError):
-    """A device was named on which torch cannot compute here."""
+    """torch cannot compute on the device that the user named."""
 
 
 class ServerError(NanoGPTError, OSError):
     """A model or the playground's page cannot be served."""
 
 
+def require(where: str, *requirements: str, alternative: str = "") -> None:
+    """Raises MissingDependencyError unless all packages are installed.
+
+    Args:
+        where: What needs them.
+        requirements: What pip takes: a package, or a package and its oldest version ("gradio>=6.24").
+        alternative: What helps instead of installing them.
+    """
+    missing = [name for name in (re.split("[<>=]", text)[0] for text in requirements) if find_spec(name) is None]
+    if missing:
+        raise MissingDependencyError(
+            f"{where}: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed; "
+            f"pip install {shlex.join(requirements)}{alternative and f'; {alternative}'}"
+        )
+
+
 def list_some(names: Collection[Any]) -> str:
-    """Lists the first five names, quoted, and how many there are if there are more."""
+    """Lists the first five names, quoted, and the number of names if there are more."""
     return join_some([repr(name) for name in names])
 
 
 def join_some(sentences: Sequence[str]) -> str:
-    """Joins the first five sentences, and says how many there are if there are more."""
+    """Joins the first five sentences, and adds their number if there are more."""
     joined = ", ".join(sentences[:_MOST_LISTED])
     return joined if len(sentences) <= _MOST_LISTED else f"{joined}, ... ({len(sentences)} in all)"
 

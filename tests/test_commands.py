@@ -183,7 +183,7 @@ def test_train_without_accelerate_says_what_to_install(monkeypatch):
     for module in ("run", "sharding", "trainer"):
         monkeypatch.delitem(sys.modules, f"hugging_nano_gpt.training.{module}", raising=False)
     result = run_command("train")
-    assert result == (1, "", "error: training: accelerate is missing; pip install accelerate\n")
+    assert result == (1, "", "error: training: accelerate is not installed; pip install accelerate\n")
 
 
 def test_debug_lets_the_error_through_for_its_traceback(tmp_path):

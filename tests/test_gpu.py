@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py at toy size: on the CPU, and, where there is one, on the GPU."""
+"""benchmarks/gpu.py with toy models, on the CPU and, if one is present, on the GPU."""
 
 import json
 import time
@@ -20,7 +20,7 @@ DEVICES = [
     ),
 ]
 
-# What a CPU cannot show.
+# The probes that are skipped on a CPU.
 NEEDS_GPU = {
     "flex_attention",
     "flash_attention_2",
@@ -33,7 +33,7 @@ NEEDS_GPU = {
 
 @pytest.fixture
 def script(monkeypatch):
-    """benchmarks/gpu.py as a module, which leaves no trace."""
+    """Imports benchmarks/gpu.py, and afterwards restores the logging of Transformers."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     verbosity, has_progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -46,7 +46,7 @@ def script(monkeypatch):
 
 
 def run(script, capsys, *arguments):
-    """Runs it; returns the exit status and the JSON object of its last line."""
+    """Runs the script; returns the exit status and the JSON object of its last line."""
     status = script.main(["--size", "toy", "--in-process", *arguments])
     return status, json.loads(capsys.readouterr().out.splitlines()[-1])
 
@@ -110,7 +110,7 @@ def decay_nothing_in_the_loop(script, monkeypatch):
     ],
 )
 def test_every_part_can_fail(script, capsys, monkeypatch, part, break_something, failed):
-    """The probes that have to fail are run alone; that they hold otherwise is seen above."""
+    """Only the probes that have to fail are run; the test above shows that they pass otherwise."""
     break_something(script, monkeypatch)
     monkeypatch.setattr(script.PARTS[part], "PROBES", {name: script.PARTS[part].PROBES[name] for name in failed})
     status, report = run(script, capsys, "--device", "cpu", "--only", part)
@@ -119,7 +119,7 @@ def test_every_part_can_fail(script, capsys, monkeypatch, part, break_something,
 
 
 class Part:
-    """A part made of given probes."""
+    """A part of the script with given probes."""
 
     def __init__(self, limit_s=600.0, **probes):
         self.LIMIT_S, self.PROBES = limit_s, probes

@@ -15,9 +15,10 @@ LAYERS = [
     {"data", "files", "pickles"},
     {"checkpoint", "tokenization"},
     {"convert"},
-    {"training", "export", "demo"},
+    {"training", "export", "verify", "evaluate"},
+    {"demo"},
     {"sample"},
-    {"serve", "verify"},
+    {"serve"},
     {"__init__"},
 ]
 HEIGHTS = {room: height for height, rooms in enumerate(LAYERS) for room in rooms}

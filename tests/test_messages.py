@@ -6,10 +6,11 @@ import shutil
 import pytest
 import torch
 
-from hugging_nano_gpt import CheckpointError, convert_to_folder, read_checkpoint
+from hugging_nano_gpt import CheckpointError, MissingDependencyError, convert_to_folder, read_checkpoint
 from hugging_nano_gpt.convert.pretrained import read_model_type
 from hugging_nano_gpt.convert.source import names_file
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
+from hugging_nano_gpt.errors import require
 
 from .helpers.programs import run_command
 from .helpers.tiny import FIXTURES_DIR
@@ -92,6 +93,15 @@ def test_wrong_input_is_named_with_what_helps(workplace, arguments):
     assert code in (1, 2)
     assert re.search(MESSAGES[arguments], said.strip(), re.MULTILINE), said
     assert not (workplace / "x").exists()
+
+
+def test_packages_that_are_not_installed_are_named_with_the_command():
+    require("here", "torch>=2.6", "typer")
+    message = r"^here: no_such_a and no_such_b are not installed; pip install 'no_such_a>=2' torch no_such_b$"
+    with pytest.raises(MissingDependencyError, match=message):
+        require("here", "no_such_a>=2", "torch", "no_such_b")
+    with pytest.raises(MissingDependencyError, match=r"^here: no_such_a is not installed; pip install no_such_a; or$"):
+        require("here", "no_such_a", alternative="or")
 
 
 class Foreign:

@@ -66,7 +66,7 @@ class Inspection:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields as plain JSON types: other values, infinity and NaN too, are written out as text."""
-        return _to_json(asdict(self))
+        return to_json(asdict(self))
 
     def __str__(self) -> str:
         config = NanoGPTConfig(
@@ -110,11 +110,12 @@ def inspect_path(path: str | os.PathLike[str], **kwargs: Any) -> Inspection:
     return _inspect_folder(Path(path))
 
 
-def _to_json(value: Any) -> Any:
+def to_json(value: Any) -> Any:
+    """Returns a value in JSON's types; what JSON does not have, infinities and NaN too, as Python writes it."""
     if isinstance(value, dict):
-        return {key if isinstance(key, str) else repr(key): _to_json(item) for key, item in value.items()}
+        return {key if isinstance(key, str) else repr(key): to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_to_json(item) for item in value]
+        return [to_json(item) for item in value]
     is_json = (
         value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
     )

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from ..convert.tensors import list_args, select_tensors, take_tensors
-from ..errors import ConversionError, MissingDependencyError, join_some
+from ..errors import ConversionError, join_some, require
 from ..files import check_file, open_atomically
 from ..model.configuration_nano_gpt import NanoGPTConfig
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
@@ -120,10 +120,9 @@ def _make_writer(where: str, config: NanoGPTConfig, file_type: str) -> "gguf.GGU
 
 
 def _import_gguf() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise MissingDependencyError("export_gguf: gguf is not installed; pip install gguf") from error
+    require("export_gguf", "gguf")
+    import gguf
+
     return gguf
 
 

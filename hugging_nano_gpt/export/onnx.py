@@ -7,7 +7,6 @@ layout and bits. All operators are ONNX's own. Recording takes seconds, more wit
 Shapes: B batch, T tokens, P tokens before them, S = P + T keys, H heads, D head size, V vocabulary.
 """
 
-import importlib.util
 import io
 import logging
 import os
@@ -23,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..convert.gpt2 import make_gpt2_config
 from ..convert.tensors import take_tensors
-from ..errors import MissingDependencyError
+from ..errors import require
 from ..files import check_folder, open_folder
 from ..model.configuration_nano_gpt import NanoGPTConfig
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
@@ -61,7 +60,7 @@ def export_onnx(
         TokenizerError: If the tokenizer has more tokens than the model has rows.
         MissingDependencyError: If onnx or onnxscript is not installed.
     """
-    _check_packages()
+    require("export to ONNX", "onnx", "onnxscript")
     folder = Path(folder)
     check_folder(folder, overwrite)
     graph = _make_graph(_make_plain(model, take_tensors(model, folder, tokenizer)))
@@ -234,11 +233,3 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in levels.items():
             logger.setLevel(level)
-
-
-def _check_packages() -> None:
-    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingDependencyError(
-            f"export to ONNX: {' and '.join(missing)} not installed; pip install onnx onnxscript"
-        )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..demo import CKPT_PATH, META_PATH
-from ..errors import MissingDependencyError
+from ..errors import require
 from .address import HOST, check_port
 from .markup import CSS, list_facts
 from .page import build_page
@@ -42,7 +42,7 @@ def run_playground(
         CheckpointError: If there is no whole model.
         TokenizerError: If there is no tokenizer.
     """
-    _check_gradio()
+    require("playground", "gradio>=6.24")
     check_port(HOST, port)
     if source is None:
         source = CKPT_PATH
@@ -51,13 +51,6 @@ def run_playground(
     path = Path(source)
     name = path.resolve().name if path.exists() else str(source)
     _serve(build_page(sampler, list_facts(name, sampler)), port)
-
-
-def _check_gradio() -> None:
-    try:
-        import gradio  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError("playground: Gradio is not installed; pip install 'gradio>=6.24'") from error
 
 
 def _serve(page: "gradio.Blocks", port: int) -> None:

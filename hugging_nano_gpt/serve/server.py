@@ -7,16 +7,13 @@ import contextlib
 import ipaddress
 import os
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..errors import MissingDependencyError, ServerError
+from ..errors import ServerError, require
 from ..sample.address import HOST, check_port
 from ..sample.sampling import load_model_and_tokenizer
 from ..tokenization.vocabulary import make_settings
-
-_PACKAGES = ("fastapi", "openai", "uvicorn")
 
 
 def run_server(
@@ -60,9 +57,7 @@ def run_server(
         CheckpointError: If there is no whole model.
         TokenizerError: If there is no tokenizer.
     """
-    missing = [package for package in _PACKAGES if find_spec(package) is None]
-    if missing:
-        raise MissingDependencyError(f"serve: {', '.join(missing)} is not installed; pip install {' '.join(missing)}")
+    require("serve", "fastapi", "openai", "uvicorn")
     if api_key is not None and not api_key.strip():
         raise ServerError("--api-key: expected some text, got none; give a key, or leave it out to let everyone in")
     check_port(host, port)

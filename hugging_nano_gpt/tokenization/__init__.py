@@ -1,1 +1,1 @@
-"""nanoGPT's characters and tiktoken's byte pairs as Transformers tokenizers, and back."""
+"""nanoGPT's character tables and tiktoken's encodings as Transformers tokenizers, and back."""

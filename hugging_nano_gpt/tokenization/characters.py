@@ -1,7 +1,6 @@
-"""nanoGPT's character tables: meta.pkl, read without executing anything in it, as Transformers tokenizers, and back.
+"""nanoGPT's character tables (meta.pkl) as Transformers tokenizers, and back. Reading a meta.pkl executes no code.
 
-A tokenizer made here is one tokenizer.json that needs nothing of this package.
-bpe.py makes those of GPT-2's kind, and find.py chooses.
+Each tokenizer is a single tokenizer.json that does not need this package.
 """
 
 import os
@@ -19,7 +18,7 @@ from ..files import open_atomically
 from ..pickles import LARGEST_PICKLE_BYTES, unpickle_plain
 from .bpe import wrap_backend
 
-# `tokenizers` raises "Unk token `...` not found in the vocabulary". Only the words in the middle can be chosen.
+# `tokenizers` raises "Unk token `...` not found in the vocabulary". This is the text in the middle.
 _NO_UNKNOWN = "(for a character that is not in the model's alphabet)"
 
 
@@ -37,7 +36,7 @@ class CharacterTable:
         """Returns the id of each character.
 
         Raises:
-            TokenizerError: If a character is not in the alphabet, as nanoGPT raises KeyError.
+            TokenizerError: If a character is not in the alphabet (nanoGPT raises KeyError).
         """
         ids = {character: index for index, character in enumerate(self.characters)}
         unknown = sorted(set(text) - ids.keys())
@@ -65,18 +64,18 @@ def read_meta(path: str | os.PathLike[str]) -> CharacterTable:
     """Reads the meta.pkl that nanoGPT's data/*_char/prepare.py writes.
 
     Raises:
-        TokenizerError: If the file is missing, is not a pickle of plain Python types, or does not hold the two
-            matching tables stoi and itos.
+        TokenizerError: If the file is missing, is not a pickle of plain Python types, or does not contain stoi and
+            itos, each the inverse of the other.
     """
     path = Path(path)
     return CharacterTable(_check_tables(path, _load_meta(path)))
 
 
 def read_vocab_size(path: str | os.PathLike[str]) -> int:
-    """Reads the vocab_size of a meta.pkl, all that train.py takes from it.
+    """Reads the vocab_size of a meta.pkl, the only entry that train.py uses.
 
     Raises:
-        TokenizerError: If the file is missing, is not a pickle of plain Python types, or names no size.
+        TokenizerError: If the file is missing, is not a pickle of plain Python types, or has no vocab_size.
     """
     meta = _load_meta(Path(path))
     vocab_size = meta.get("vocab_size") if isinstance(meta, dict) else None
@@ -99,7 +98,7 @@ def _load_meta(path: Path) -> Any:
         raise TokenizerError(f"{path}: cannot be opened: {error.strerror}; check the path") from error
     except TokenizerError:
         raise
-    except Exception as error:  # damage makes pickle raise nearly any type
+    except Exception as error:  # a damaged pickle raises nearly any type
         raise TokenizerError(
             f"{path}: expected a pickle of plain Python types, got {type(error).__name__}: {error}; "
             f"give the meta.pkl that prepare.py wrote"
@@ -111,15 +110,15 @@ def write_meta(
 ) -> None:
     """Writes the meta.pkl that nanoGPT's train.py and sample.py read: vocab_size, itos and stoi.
 
-    The file appears under its name only when it is complete.
+    The file has its name only once it is complete.
 
     Args:
-        source: A character table, or a tokenizer of one character an id, however it was made.
-        path: Path of the file to write. Missing folders are made.
-        overwrite: Whether to replace a file that is there.
+        source: A character table, or any tokenizer whose tokens are single characters.
+        path: Path of the file to write. Missing folders are created.
+        overwrite: Whether to replace an existing file.
 
     Raises:
-        TokenizerError: If the tokenizer is not a character table, a file is there, or the file cannot be written.
+        TokenizerError: If the tokenizer is not a character table, the file exists, or it cannot be written.
     """
     where = os.fspath(path)
     table = source if isinstance(source, CharacterTable) else _extract_table(where, source)
@@ -138,34 +137,33 @@ def write_meta(
 def build_character_tokenizer(
     table: CharacterTable, *, unknown_id: int | None = None, block_size: int | None = None
 ) -> PreTrainedTokenizerFast:
-    """Makes a Transformers tokenizer of a character table.
+    """Builds a Transformers tokenizer from a character table.
 
-    Ids equal the table's, and decoding gives the text back as it was, with skip_special_tokens=True too. Encoding adds
-    no token. A character outside the table makes the tokenizer raise an Exception, as nanoGPT raises KeyError, also
-    where this package is not installed, unless unknown_id is given. Decoding leaves out an id outside the table.
+    Its ids equal the table's, and decoding restores the text exactly, also with skip_special_tokens=True. Encoding
+    adds no tokens. For a character outside the table the tokenizer raises an Exception, even where this package is not
+    installed (nanoGPT raises KeyError), unless unknown_id is given. Decoding skips ids outside the table.
 
-    It has no bos, eos or pad: every id is a character, and Transformers marks what it loads under these names as
-    special, so that skip_special_tokens=True would drop that character and Trainer's collators would not train on it.
-    docs/tokenizers.md shows what to do where one is needed.
+    It has no bos, eos or pad: Transformers treats these as special tokens, so skip_special_tokens=True would drop the
+    character, and Trainer's collators would not train on it. docs/tokenizers.md shows what to do if you need one.
 
     Args:
         table: The alphabet.
-        unknown_id: Id that each unknown character gets, instead of the error.
-        block_size: Longest sequence of the model, as model_max_length.
+        unknown_id: Id of all unknown characters, instead of the error.
+        block_size: Longest sequence of the model; becomes model_max_length.
 
     Raises:
-        TokenizerError: If the table does not hold different single characters that UTF-8 can encode, or unknown_id
-            is not one of its ids.
+        TokenizerError: If the table has entries that are not single characters, that UTF-8 cannot encode, or that are
+            repeated, or if unknown_id is not one of its ids.
     """
     characters = table.characters
     _check_characters("table", table)
     if unknown_id is not None and not 0 <= unknown_id < len(characters):
         raise TokenizerError(f"unknown_id: expected an id of 0 to {len(characters) - 1}, got {unknown_id!r}; give one")
     unknown = _NO_UNKNOWN if unknown_id is None else characters[unknown_id]
-    # Byte-pair encoding without merges: without an unknown token it would drop unknown characters in silence.
+    # Byte-pair encoding without merges. Without an unknown token, it would drop unknown characters silently.
     vocabulary = {character: index for index, character in enumerate(characters)}
     backend = Tokenizer(models.BPE(vocabulary, [], unk_token=unknown, fuse_unk=False))
-    backend.decoder = decoders.Fuse()  # without a decoder, tokens are joined by spaces
+    backend.decoder = decoders.Fuse()  # without a decoder, tokens are joined with spaces
     return wrap_backend(backend, block_size, None)
 
 
@@ -182,7 +180,7 @@ def _check_characters(where: str, table: CharacterTable) -> None:
 
 
 def _extract_table(where: str, tokenizer: PreTrainedTokenizerBase) -> CharacterTable:
-    """Returns the character table of a tokenizer, which is judged by what it does and not by how it was made."""
+    """Returns the character table of a tokenizer, after a test that it encodes and decodes as the table does."""
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
     characters = tuple(by_id.get(index, "") for index in range(len(by_id)))
     odd = [token for token in characters if len(token) != 1]
@@ -191,23 +189,18 @@ def _extract_table(where: str, tokenizer: PreTrainedTokenizerBase) -> CharacterT
     if odd or tokenizer(texts).input_ids != wanted or tokenizer.batch_decode(wanted) != texts:
         reason = f"tokens such as {list_some(odd)}" if odd else "one that treats text in another way"
         raise TokenizerError(
-            f"{where}: not a character table: expected a tokenizer that gives each character the id of its own, got "
-            f"{reason}; nanoGPT's meta.pkl cannot hold it, nothing was written"
+            f"{where}: not a character table: expected a tokenizer with one id for each character, got {reason}; "
+            f"nanoGPT's meta.pkl cannot express it, nothing was written"
         )
     return CharacterTable(characters)
 
 
-def _are_inverse(characters: tuple[str, ...], stoi: dict) -> bool:
-    return len(stoi) == len(characters) and all(stoi.get(c) == index for index, c in enumerate(characters))
-
-
 def _check_tables(path: Path, meta: Any) -> tuple[str, ...]:
-    itos = meta.get("itos") if isinstance(meta, dict) else None
-    stoi = meta.get("stoi") if isinstance(meta, dict) else None
+    itos, stoi = (meta.get(name) if isinstance(meta, dict) else None for name in ("itos", "stoi"))
     if isinstance(itos, dict) and isinstance(stoi, dict) and itos.keys() == set(range(len(itos))):
         characters = tuple(itos[index] for index in range(len(itos)))
         are_characters = all(isinstance(character, str) and len(character) == 1 for character in characters)
-        if are_characters and _are_inverse(characters, stoi):
+        if are_characters and len(stoi) == len(itos) and stoi == {c: index for index, c in itos.items()}:
             return characters
     raise TokenizerError(
         f"{path}: expected 'itos' and 'stoi' to be inverse tables of characters and ids 0 to n - 1, got others; "

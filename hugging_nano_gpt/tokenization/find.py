@@ -1,4 +1,4 @@
-"""Finding and loading the tokenizer that belongs to a model: from a meta.pkl, a saved folder, the Hub or by name."""
+"""Finds and loads the tokenizer of a model: from a meta.pkl, a saved folder or the Hub, or by name."""
 
 import os
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ from .bpe import build_gpt2_tokenizer, build_tiktoken_tokenizer, read_gpt2_files
 from .characters import build_character_tokenizer, read_meta
 from .vocabulary import check_tokenizer, describe_spare_rows
 
-# In the words of the command line and of Python.
+# For the command line and for Python.
 _ADVICE = "give its meta.pkl (--meta FILE, read_meta), or another by name (--tokenizer NAME, build_tiktoken_tokenizer)"
 
-# Where in a repository of the Hub, or in a folder, a model and its tokenizer are, and how they are fetched: arguments
-# of from_pretrained that travel together. A tokenizer from another place is only fetched in the same way.
+# Arguments of from_pretrained that apply to a model and its tokenizer alike. Those of _PLACE say where both are in a
+# repository or folder, so they do not apply to a tokenizer from another repository.
 _PLACE = ("revision", "subfolder")
 HUB_KWARGS = (*_PLACE, "cache_dir", "force_download", "local_files_only", "proxies", "token")
 
@@ -32,18 +32,18 @@ def find_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Finds the tokenizer that a checkpoint was trained with, as nanoGPT's sample.py does.
 
-    That is data/<dataset>/meta.pkl, in the folder in which the checkpoint's folder lies or else in the working
-    directory, if it has as many characters as the model has rows. Without one, it is GPT-2's, if the model has
-    GPT-2's vocabulary, which nanoGPT pads to 50304.
+    It is made from data/<dataset>/meta.pkl, if this file has as many characters as the model has rows. `data` is
+    looked for next to the checkpoint's folder, then in the working directory. Without a meta.pkl, a model with GPT-2's
+    vocabulary, which nanoGPT pads to 50304, has GPT-2's tokenizer.
 
     Args:
         checkpoint_path: Path of the checkpoint, such as out/ckpt.pt.
-        config: train.py's settings, as in TrainingState.config. Only a plain folder name is looked up as a dataset.
-        vocab_size: Rows of the model's embedding.
-        block_size: Longest sequence of the model, as model_max_length.
+        config: train.py's settings, as in TrainingState.config. The dataset has to be a plain folder name.
+        vocab_size: Number of rows of the model's embedding.
+        block_size: Longest sequence of the model; becomes model_max_length.
 
     Raises:
-        TokenizerError: If there is no tokenizer of that size, or the meta.pkl or GPT-2's files cannot be read.
+        TokenizerError: If no tokenizer of that size is found, or the meta.pkl or GPT-2's files cannot be read.
         MissingDependencyError: If GPT-2's is needed, is not in the Hub's cache, and tiktoken is not installed.
     """
     dataset = config.get("dataset")
@@ -63,7 +63,7 @@ def find_tokenizer(
 
 
 def _is_folder_name(name: Any) -> bool:
-    """Tells whether a name, from a file that is not trusted, is that of a folder and no path to another place."""
+    """Returns whether a name from an untrusted file is a plain folder name, and not a path to another folder."""
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
 
 
@@ -75,17 +75,17 @@ def load_tokenizer(
     tokenizer: str | None = None,
     **hub: Any,
 ) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer asked for, or the one that belongs to a checkpoint or a folder.
+    """Loads the tokenizer that the user gives, or the one that belongs to a checkpoint or a folder.
 
     Args:
         model: The model.
-        source: What it was loaded from.
-        meta_path: meta.pkl of its characters, instead of the tokenizer that belongs to the source.
+        source: What the model was loaded from.
+        meta_path: A meta.pkl, instead of the tokenizer that belongs to the source.
         tokenizer: Name, folder or Hub id of a tokenizer, instead of meta_path.
         **hub: Those of HUB_KWARGS that the model was loaded with.
 
     Raises:
-        TokenizerError: If there is none, both are asked for, or it does not fit the model's rows.
+        TokenizerError: If no tokenizer is found, meta_path and tokenizer are both given, or it does not fit the model.
         MissingDependencyError: If it needs tiktoken, which is not installed.
     """
     vocab_size, block_size = model.config.vocab_size, model.config.block_size
@@ -115,7 +115,7 @@ def find_tokenizer_or_reason(
     tokenizer: str | None,
     **hub: Any,
 ) -> tuple[PreTrainedTokenizerBase | None, list[str]]:
-    """Loads the tokenizer as load_tokenizer does; where none was asked for and there is none, returns the reason."""
+    """Loads the tokenizer as load_tokenizer does, or returns the reason if none was given and none is found."""
     try:
         found = load_tokenizer(model, source, meta_path=meta_path, tokenizer=tokenizer, **hub)
         return found, describe_spare_rows(os.fspath(meta_path or tokenizer or source), found, model.config.vocab_size)
@@ -146,7 +146,7 @@ def _load_saved(name: str, block_size: int, hub: Mapping[str, Any]) -> PreTraine
                 f"{list_some(files) or 'nothing'}; {_ADVICE}"
             )
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **hub)  # or it may ask on the terminal
-    except Exception as error:  # whatever a tokenizer's files make Transformers raise
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **hub)  # so it never prompts
+    except Exception as error:  # a tokenizer's files can make Transformers raise any type
         reason = " ".join(str(error).split())
         raise TokenizerError(f"{name}: has no tokenizer that can be loaded: {reason}; {_ADVICE}") from error

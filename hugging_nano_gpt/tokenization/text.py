@@ -1,4 +1,4 @@
-"""Text as ids, refused where a tokenizer cannot hold it, and how long a text is in the unit of its tokenizer."""
+"""Reading and encoding a text, with an error for unknown characters, and counting its characters or bytes."""
 
 from pathlib import Path
 
@@ -8,10 +8,10 @@ from ..errors import DataError, TokenizerError, list_some
 
 
 def read_text(path: Path) -> str:
-    """Reads a text in UTF-8 as it is, with the ends of its lines.
+    """Reads a text in UTF-8, with its line ends unchanged.
 
     Raises:
-        DataError: If the file cannot be read, or is no such text.
+        DataError: If the file cannot be read, or is not UTF-8.
     """
     try:
         return path.read_bytes().decode()
@@ -19,7 +19,7 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path}: cannot be opened: {error.strerror}; check the path") from error
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}: expected text in UTF-8, got {error}; name a file of tokens *.bin or *.npy"
+            f"{path}: expected text in UTF-8, got {error}; a file of tokens has to be called *.bin or *.npy"
         ) from error
 
 
@@ -27,11 +27,11 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, where: object = "
     """Returns the ids of a text, without special tokens around it.
 
     Raises:
-        TokenizerError: If the text has what the tokenizer does not know, or nothing; it names the place.
+        TokenizerError: If the text is empty, or has characters that the tokenizer does not know.
     """
     try:
         ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    except Exception as error:  # `tokenizers` raises nothing narrower, and does not say which character it was
+    except Exception as error:  # `tokenizers` raises no narrower type, and does not say which character it was
         unknown = sorted(find_unknown(tokenizer, text))
         raise TokenizerError(
             f"{where}: expected characters of the model's {len(tokenizer)}, got {list_some(unknown)}; leave them out"
@@ -42,14 +42,14 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, where: object = "
 
 
 def find_unknown(tokenizer: PreTrainedTokenizerBase, text: str) -> set[str]:
-    """Returns the characters of a text that are no token of a character tokenizer, and no part of an added one."""
+    """Returns the characters of a text that a character tokenizer does not know, ignoring its added tokens."""
     for token in tokenizer.get_added_vocab():
         text = text.replace(token, "")
     return set(text) - tokenizer.get_vocab().keys()
 
 
 def count_units(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[str, int]:
-    """Counts what ids stand for: characters if every token is one, else bytes of UTF-8. Special tokens count none."""
+    """Counts the characters in ids if all tokens are single characters, else the bytes, without special tokens."""
     vocabulary = tokenizer.get_vocab()
     special = {*tokenizer.all_special_tokens, *(str(token) for token in tokenizer.added_tokens_decoder.values())}
     if all(len(token) == 1 for token in vocabulary.keys() - special):

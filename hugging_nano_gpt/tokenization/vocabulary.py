@@ -1,8 +1,8 @@
-"""Which rows of a model's vocabulary are tokens, and which of them start, end and pad a text.
+"""Finds out which rows of a model's vocabulary are tokens, and which of them are bos, eos and pad.
 
-The tokenizer decides, where there is one. A checkpoint says nothing of it, so that without one it is guessed from the
-number of rows. What is known is in the model's generation settings, which go into every folder and export; a resize
-revises them (generation_nano_gpt.py).
+The tokenizer decides. A checkpoint does not record it, so without a tokenizer it is guessed from the number of rows.
+The result is in the model's generation config, which is saved in every folder and export, and which a resize updates
+(generation_nano_gpt.py).
 """
 
 from typing import Any
@@ -13,35 +13,32 @@ from ..errors import TokenizerError
 from ..model.configuration_nano_gpt import GPT2_TOKENS, GPT2_VOCAB_SIZES
 from ..model.generation_nano_gpt import suppress_rows
 
-# <|endoftext|>, which stands between the documents of nanoGPT's data (data/openwebtext/prepare.py @ 3adf61e).
+# The id of <|endoftext|>, which separates documents in nanoGPT's data (data/openwebtext/prepare.py @ 3adf61e).
 _GPT2_END_OF_TEXT = GPT2_TOKENS - 1
 _END_OF_TEXT = "<|endoftext|>"
 
 _ADVICE = "give the tokenizer that the model was trained with (--meta, --tokenizer)"
 
-# What nanoGPT rounds the rows of GPT-2's vocabulary up to (train.py @ 3adf61e); and the least that is a rounding.
+# nanoGPT rounds the rows of GPT-2's vocabulary up to a multiple of 64 (train.py @ 3adf61e). Spare rows are taken for
+# such a rounding if the number of rows is a multiple of 8.
 _USUAL_MULTIPLE, _LEAST_MULTIPLE = 64, 8
 
 
 def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Lets generate follow a tokenizer: rows without a token are never drawn, and its bos, eos and pad hold.
+    """Makes generate use the tokenizer's bos, eos and pad, and never sample ids that have no token.
 
-    Needed after tokens were added to the tokenizer for rows that the model had to spare.
-    model.resize_token_embeddings(len(tokenizer)) does the same for the rows.
-
-    Args:
-        model: The model. Its generation_config is replaced.
-        tokenizer: Its tokenizer.
+    Call it after adding tokens to the tokenizer for spare rows of the model. model.resize_token_embeddings updates the
+    rows in the same way. The model's generation_config is replaced.
 
     Raises:
-        TokenizerError: If the tokenizer does not fit the model.
+        TokenizerError: If the tokenizer has ids that the model does not have.
     """
     check_tokenizer(tokenizer.name_or_path or "tokenizer", tokenizer, model.config.vocab_size)
     model.generation_config = make_settings(model, tokenizer)
 
 
 def make_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> GenerationConfig:
-    """Copies what generate starts, stops and chooses with, and lets it follow the tokenizer if there is one."""
+    """Returns a copy of the model's generation config, with the special tokens and ids of the tokenizer if given."""
     settings: GenerationConfig = GenerationConfig.from_dict(model.generation_config.to_dict())
     if tokenizer is None:
         return settings
@@ -55,18 +52,18 @@ def make_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
 
 
 def guess_settings(settings: GenerationConfig, n_rows: int, n_tokens: int | None) -> None:
-    """Sets what is not set of a model whose tokenizer nobody has named.
+    """Sets the special tokens and the suppressed ids of a model without a tokenizer, where they are not set.
 
     Args:
-        settings: The model's.
-        n_rows: Rows of the vocabulary.
-        n_tokens: How many of them, from the first, are tokens; None if that is not known.
+        settings: The model's generation config.
+        n_rows: Number of rows of the vocabulary.
+        n_tokens: Number of rows, from the first on, that are tokens; None if it is not known.
     """
     if n_rows in GPT2_VOCAB_SIZES:
         guesses = {"bos_token_id": _GPT2_END_OF_TEXT, "eos_token_id": _GPT2_END_OF_TEXT}
-        if n_tokens is None and n_rows % _USUAL_MULTIPLE == 0:  # and no tokens were added
+        if n_tokens is None and n_rows % _USUAL_MULTIPLE == 0:  # so no tokens were added
             n_tokens = GPT2_TOKENS
-    else:  # token 0 is the newline of nanoGPT's character data, with which sample.py starts by default
+    else:  # token 0 is the newline in nanoGPT's character data, sample.py's default prompt
         guesses = {"bos_token_id": 0}
     for name, value in guesses.items():
         if getattr(settings, name) is None:
@@ -75,7 +72,7 @@ def guess_settings(settings: GenerationConfig, n_rows: int, n_tokens: int | None
 
 
 def check_tokenizer(where: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Raises TokenizerError where a tokenizer has ids beyond the rows of a model."""
+    """Raises TokenizerError if a tokenizer has ids beyond the rows of a model."""
     ids = tokenizer.get_vocab().values()
     if max(ids, default=0) >= vocab_size:
         raise TokenizerError(
@@ -85,24 +82,24 @@ def check_tokenizer(where: str, tokenizer: PreTrainedTokenizerBase, vocab_size: 
 
 
 def describe_spare_rows(where: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[str]:
-    """Says, in a sentence, that a model has more rows than its tokenizer has tokens, unless they are a rounding up.
+    """Returns a sentence if a model has more rows than its tokenizer has tokens, unless they come from rounding up.
 
     Raises:
-        TokenizerError: If it has so many more that this cannot be its tokenizer.
+        TokenizerError: If it has more than twice as many, so this cannot be its tokenizer.
     """
     n_tokens, multiple = len(tokenizer.get_vocab()), vocab_size & -vocab_size
     n_spare = vocab_size - n_tokens
-    if n_spare == 0 or n_spare < multiple >= _LEAST_MULTIPLE:  # rounded up, as models are to be fast
+    if n_spare == 0 or n_spare < multiple >= _LEAST_MULTIPLE:  # rounded up for speed
         return []
     if n_spare > n_tokens:
         raise TokenizerError(
             f"{where}: expected about {vocab_size} tokens, as the model has rows, got {n_tokens}; {_ADVICE}"
         )
-    return [f"{where}: {n_tokens:,} tokens for {vocab_size:,} rows: the other {n_spare:,} are never drawn"]
+    return [f"{where}: {n_tokens:,} tokens for {vocab_size:,} rows: the other {n_spare:,} are never generated"]
 
 
 def _set_token(settings: GenerationConfig, name: str, value: int | None, tokens: dict[int, str], default: Any) -> None:
-    """Sets a special token: the tokenizer's; without one what the settings have, unless it was guessed wrong."""
+    """Sets a special token to the tokenizer's; if it has none, keeps the known one, unless that was a wrong guess."""
     known = getattr(settings, name)
     if value is None:
         is_wrong = isinstance(known, int) and (

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.dataset import TokenDataset, collate_windows
 from ..data.offsets import RandomOffsetSampler
-from ..errors import MissingDependencyError
+from ..errors import require
 from .adamw import load_moments, make_optimizer, read_optimizer
 from .arguments import training_arguments_from_nanogpt
 from .configurator import read_settings
@@ -45,9 +45,5 @@ def __getattr__(name: str) -> Any:
     """Imports what needs Trainer on first use; nothing else needs accelerate."""
     if name not in _OF_TRAINER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        return getattr(import_module(_OF_TRAINER[name], __name__), name)
-    except ModuleNotFoundError as error:
-        if error.name != "accelerate":
-            raise
-        raise MissingDependencyError("training: accelerate is missing; pip install accelerate") from error
+    require("training", "accelerate")
+    return getattr(import_module(_OF_TRAINER[name], __name__), name)

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from ..errors import ConversionError, MissingDependencyError, list_some
+from ..errors import ConversionError, list_some, require
 
 # train.py logs its estimate as train/loss, so the loss of the updates, `loss` in Trainer, gets another name: the word
 # that train.py prints it after.
@@ -46,7 +46,5 @@ def list_loggers(settings: Mapping[str, Any], report_to: str | list[str]) -> lis
             f"report_to: expected names of Trainer's loggers, got {list_some(unknown)}; give tensorboard, wandb or "
             f"trackio"
         )
-    missing = [name for name in loggers if name not in get_available_reporting_integrations()]
-    if missing:
-        raise MissingDependencyError(f"report_to: {missing[0]} is not installed; pip install {missing[0]}")
+    require("report_to", *(name for name in loggers if name not in get_available_reporting_integrations()))
     return loggers

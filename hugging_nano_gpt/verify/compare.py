@@ -1,7 +1,7 @@
-"""Comparing two models: their settings, their tensors bit by bit, and the numbers that they compute.
+"""Compares two models: their configs, their tensors bit by bit, and the numbers that they compute.
 
-A mismatch is named as what it is where that can be told: layers or tensors swapped, a matrix transposed, a head of its
-own. Bits are compared, not values: 0.0 is not -0.0, and one NaN is not another.
+Mismatches of a known kind are named: swapped layers or tensors, a transposed matrix, an untied head. Bits are
+compared, not values: 0.0 is not -0.0, and one NaN is not another.
 """
 
 import math
@@ -14,10 +14,11 @@ import torch
 
 from ..errors import join_some, list_some
 from ..model.configuration_nano_gpt import NanoGPTConfig
+from .computing import have_same_bits, view_bits
 from .report import Check
 from .sides import Side
 
-# dropout is no part of it: it acts in training only, where nanoGPT takes it from the command line.
+# Without dropout, which acts in training only, and which nanoGPT takes from the command line.
 _SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")
 _LAYER = re.compile(r"(transformer\.h\.\d+)\.(.+)")
 
@@ -25,11 +26,11 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def compare_models(left: Side, right: Side) -> list[Check]:
-    """Compares settings, tying, and every tensor of two models."""
+    """Compares the configs, the tying, and every tensor of two models."""
     ours, theirs = left.model.state_dict(), right.model.state_dict()
     common = [name for name in ours if name in theirs]
     if left.is_tied and right.is_tied:
-        common.remove("lm_head.weight")  # the embedding again
+        common.remove("lm_head.weight")  # the same tensor as transformer.wte.weight
     return [
         *_compare_configs(left.model.config, right.model.config),
         _compare_tying(left, right),
@@ -58,22 +59,21 @@ def _compare_tying(left: Side, right: Side) -> Check:
     name, side = ("left", left) if right.is_tied else ("right", right)
     head, embedding = side.model.lm_head.weight, side.model.transformer.wte.weight
     if have_same_bits(head, embedding):
-        reason = "it holds the embedding's numbers, but the two would train apart"
+        reason = "it has the embedding's numbers, but the two would train apart"
     else:
         reason = f"{describe_difference(head, embedding)} (head and embedding)"
     return Check("tying", False, f"only on the {name} lm_head is untied, a matrix of its own: {reason}")
 
 
 def _compare_names(left: Tensors, right: Tensors) -> Check:
-    faults = [
-        f"only on the {side}: {list_some(names)}"
-        for side, names in (
-            ("left", [name for name in left if name not in right]),
-            ("right", [name for name in right if name not in left]),
-        )
-        if names
-    ]
+    faults = list_unshared([name for name in left if name not in right], [name for name in right if name not in left])
     return Check("names", not faults, "; ".join(faults) or f"the same {len(left)} names")
+
+
+def list_unshared(only_left: list[str], only_right: list[str]) -> list[str]:
+    """Describes the names that only one side has, in one sentence for each side."""
+    names = {"left": only_left, "right": only_right}
+    return [f"only on the {side}: {list_some(names[side])}" for side in names if names[side]]
 
 
 def _compare_dtypes(left: Tensors, right: Tensors, names: list[str]) -> Check:
@@ -86,12 +86,12 @@ def _compare_dtypes(left: Tensors, right: Tensors, names: list[str]) -> Check:
 
 
 def _compare_converted(left: Tensors, right: Tensors, names: list[str]) -> str:
-    """Says whether tensors of different dtypes are equal once they have the same."""
+    """Says whether tensors of different dtypes are equal after a conversion to the same dtype."""
     pairs = [(left[name], right[name]) for name in names if left[name].shape == right[name].shape]
     if not pairs:
         return "their shapes differ too"
     if all(torch.equal(one.double(), other.double()) for one, other in pairs):
-        return "as numbers they are equal"  # float64 holds every number of the narrower ones
+        return "as numbers they are equal"  # float64 represents every number of the other dtypes
     narrow = min(
         (t.dtype for pair in pairs for t in pair), key=lambda dtype: (dtype.itemsize, -torch.finfo(dtype).eps)
     )
@@ -118,7 +118,7 @@ def _compare_tensors(left: Tensors, right: Tensors, names: list[str]) -> Check:
 
 
 def _explain(left: Tensors, right: Tensors, different: list[str]) -> list[str]:
-    """Describes every tensor that differs, alone or as part of something larger."""
+    """Describes every tensor that differs, alone or as part of a swap."""
     sentences, explained = _find_moved_layers(left, right, different)
     rest = [name for name in different if name not in explained]
     for one, other in combinations(rest, 2):
@@ -137,7 +137,7 @@ def _explain(left: Tensors, right: Tensors, different: list[str]) -> list[str]:
 
 
 def _find_moved_layers(left: Tensors, right: Tensors, different: list[str]) -> tuple[list[str], set[str]]:
-    """Finds layers that stand at another place on the right; returns sentences, and the names of their tensors."""
+    """Finds the layers that have another index on the right; returns sentences, and the names of their tensors."""
     matches = [match for match in map(_LAYER.fullmatch, different) if match]
     affected = list(dict.fromkeys(match[1] for match in matches))  # in the model's order
     suffixes = [match[2] for match in map(_LAYER.fullmatch, left) if match and match[1] == "transformer.h.0"]
@@ -156,23 +156,19 @@ def _find_moved_layers(left: Tensors, right: Tensors, different: list[str]) -> t
     return sentences, {match[0] for match in matches if match[1] in moved}
 
 
-Numbers = Mapping[str, torch.Tensor]
-
-
-def compare_numbers(left: Numbers, right: Numbers, relative_tolerance: float = 0.0) -> list[Check]:
+def compare_numbers(left: Tensors, right: Tensors, relative_tolerance: float = 0.0) -> list[Check]:
     """Compares what compute_numbers computed from the same batches.
 
     Args:
-        left, right: The numbers by name; logits of one vocabulary.
-        relative_tolerance: Largest difference accepted, as a part of the largest number on the left in magnitude;
-            0.0 asks for the same bits. Of gradients ten times as much is accepted: they collect the roundings of two
-            passes, and a wrong one is wrong by far more.
+        left, right: The numbers by name, computed by models with the same vocab_size.
+        relative_tolerance: As in compare_pair. For gradients it is ten times as large: they accumulate the rounding of
+            two passes, and a wrong gradient is wrong by far more.
     """
     checks = []
     for name in left:
         kind, _, size = name.partition("/")
         if kind in ("logits", "loss"):
-            checks.append(_compare(f"{kind} {size}", left[name], right[name], relative_tolerance))
+            checks.append(compare_pair(f"{kind} {size}", left[name], right[name], relative_tolerance))
     if any(name.startswith("gradient/") for name in left):
         checks.append(_compare_gradients(left, right, 10 * relative_tolerance))
     checks.append(_compare_tokens("greedy tokens", left["tokens"], right["tokens"]))
@@ -180,12 +176,15 @@ def compare_numbers(left: Numbers, right: Numbers, relative_tolerance: float = 0
     return [*checks, *(_compare_cached(name, side) for name, side in sides.items() if "cached tokens" in side)]
 
 
-def is_within(left: torch.Tensor, right: torch.Tensor, relative_tolerance: float) -> bool:
-    """Tells whether two tensors of numbers are equal within a tolerance relative to the largest on the left."""
-    return _compare("", left, right, relative_tolerance).is_equal
+def compare_pair(name: str, left: torch.Tensor, right: torch.Tensor, relative_tolerance: float) -> Check:
+    """Compares two tensors.
 
-
-def _compare(name: str, left: torch.Tensor, right: torch.Tensor, relative_tolerance: float) -> Check:
+    Args:
+        name: Name of the check.
+        left, right: The tensors.
+        relative_tolerance: Largest difference accepted, relative to the largest magnitude on the left; 0.0 requires
+            the same bits.
+    """
     if have_same_bits(left, right):
         value = f": {left.item():.4f}" if left.ndim == 0 else ""
         return Check(name, True, f"bitwise equal{value}", 0.0, 0.0)
@@ -201,20 +200,22 @@ def _compare(name: str, left: torch.Tensor, right: torch.Tensor, relative_tolera
     return Check(name, False, f"largest difference {difference:.2g}, {accepted}{where}", difference, tolerance)
 
 
-def _compare_gradients(left: Numbers, right: Numbers, relative_tolerance: float) -> Check:
-    sides = [[name for name in side if name.startswith("gradient/")] for side in (left, right)]
-    uncommon = sorted({name.removeprefix("gradient/") for name in set(sides[0]) ^ set(sides[1])})
-    common = [name for name in sides[0] if name in right]
-    checks = [_compare(name.removeprefix("gradient/"), left[name], right[name], relative_tolerance) for name in common]
-    faults = [f"only on one side: {list_some(uncommon)}"] if uncommon else []
+def _compare_gradients(left: Tensors, right: Tensors, relative_tolerance: float) -> Check:
+    ours, theirs = (
+        {name.removeprefix("gradient/"): tensor for name, tensor in side.items() if name.startswith("gradient/")}
+        for side in (left, right)
+    )
+    checks = [compare_pair(name, ours[name], theirs[name], relative_tolerance) for name in ours if name in theirs]
+    unshared = sorted(ours.keys() ^ theirs.keys())
+    faults = [f"only on one side: {list_some(unshared)}"] if unshared else []
     faults += [f"{check.name}: {check.detail}" for check in checks if not check.is_equal]
     largest = max((check.largest_difference or 0.0 for check in checks), default=None)
     tolerance = max((check.tolerance or 0.0 for check in checks), default=None)
     if faults:
         return Check("gradients", False, join_some(faults), largest, tolerance)
-    bitwise = all(have_same_bits(left[name], right[name]) for name in common)
+    bitwise = all(check.detail.startswith("bitwise equal") for check in checks)
     detail = "bitwise equal" if bitwise else f"equal within {tolerance:.2g} (largest difference {largest:.2g})"
-    return Check("gradients", True, f"{len(common)} tensors, {detail}", largest, tolerance)
+    return Check("gradients", True, f"{len(checks)} tensors, {detail}", largest, tolerance)
 
 
 def _compare_tokens(name: str, left: torch.Tensor, right: torch.Tensor) -> Check:
@@ -226,12 +227,12 @@ def _compare_tokens(name: str, left: torch.Tensor, right: torch.Tensor) -> Check
     return Check(name, False, detail)
 
 
-def _compare_cached(name: str, side: Numbers) -> Check:
-    """Compares the tokens that a side draws with a cache with those that it draws without.
+def _compare_cached(name: str, side: Tensors) -> Check:
+    """Compares the tokens that a side generates with a cache with those that it generates without one.
 
-    A cache adds numbers up in another order, so the two may part where two tokens are as likely as the dtype can
-    tell: where the likeliest leads by less than 6e-6 (float32), 5e-3 (float16) or 3e-2 (bfloat16) of the largest
-    logit. float32 logits of the demo model, of size 14, differ by at most 3.3e-5 with a cache and without.
+    With a cache, sums are taken in another order, so the two may differ after a tie: a token where the best logit
+    leads by less than 6e-6 (float32), 5e-3 (float16) or 3e-2 (bfloat16) of the largest logit. The demo model's float32
+    logits, of size 14, differ by at most 3.3e-5 with and without a cache.
     """
     cached, tokens = side["cached tokens"], side["tokens"]
     check = _compare_tokens(f"cached, {name}", cached, tokens)
@@ -241,39 +242,25 @@ def _compare_cached(name: str, side: Numbers) -> Check:
         column = int((cached[row] != tokens[row]).nonzero()[0])
         if side["margins"][row, column] > precision:
             return replace(
-                check, detail=f"{check.detail}; with a cache the {name} side draws other tokens than without"
+                check, detail=f"{check.detail}; with a cache the {name} side generates other tokens than without"
             )
         ties.append(f"row {row} up to a tie at token {column}")
-    return replace(check, is_equal=True, detail=f"{check.detail if not ties else 'equal: ' + ', '.join(ties)}")
-
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def have_same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Tells whether two tensors have the same dtype, shape and bits."""
-    if left.dtype != right.dtype or left.shape != right.shape:
-        return False
-    return torch.equal(_view_bits(left), _view_bits(right))
+    return replace(check, is_equal=True, detail=f"equal: {', '.join(ties)}") if ties else check
 
 
 def measure_difference(left: torch.Tensor, right: torch.Tensor) -> float:
-    """Returns the largest difference of two tensors of one shape, infinite where only one is NaN or infinite."""
+    """Returns the largest difference of two tensors of the same shape, infinite if only one is NaN or infinite."""
     return float(_subtract(left, right).max()) if left.numel() else 0.0
 
 
 def describe_difference(left: torch.Tensor, right: torch.Tensor) -> str:
-    """Says how many numbers of two tensors of one shape and dtype differ, and shows the two furthest apart."""
-    is_other = _view_bits(left) != _view_bits(right)
-    # Where the difference is 0, as of -0.0 and 0.0, the first that differs.
+    """Says how many numbers of two tensors of the same shape and dtype differ, and shows the two furthest apart."""
+    is_other = view_bits(left) != view_bits(right)
+    # If all differences are 0, as between -0.0 and 0.0, this is the first pair with other bits.
     furthest = torch.where(is_other, _subtract(left, right), -1.0).argmax()
     index = [int(i) for i in torch.unravel_index(furthest, left.shape)]
     values = _describe_pair(left[tuple(index)], right[tuple(index)])
     return f"{int(is_other.sum()):,} of {left.numel():,} numbers differ, most at {index}: {values}"
-
-
-def _view_bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()])
 
 
 def _subtract(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -286,5 +273,5 @@ def _describe_pair(left: torch.Tensor, right: torch.Tensor) -> str:
     texts = [f"{number.item():.9g}" for number in (left, right)]
     if texts[0] == texts[1]:
         mask = 2 ** (8 * left.element_size()) - 1
-        texts = [f"{text} ({int(_view_bits(n)) & mask:#x})" for text, n in zip(texts, (left, right), strict=True)]
+        texts = [f"{text} ({int(view_bits(n)) & mask:#x})" for text, n in zip(texts, (left, right), strict=True)]
     return " and ".join(texts)

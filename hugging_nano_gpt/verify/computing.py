@@ -1,8 +1,7 @@
-"""Computes the numbers that models are compared by, in this process or, run as a script, with a user's own nanoGPT.
+"""Computes the numbers by which models are compared: in this process, or as a script that runs a user's nanoGPT.
 
-As a script it runs in a process of its own, with the user's code in it, and gets the weights from us in a safetensors
-file: their code unpickles nothing. It imports torch and safetensors and nothing of this package, so that what it
-computes with is theirs alone. The same function computes both sides, so they differ in the model only.
+The script runs in a separate process, and reads the weights from a safetensors file, so the user's code unpickles
+nothing. It imports torch and safetensors but not this package. The same function computes both sides.
 
 Shapes: B batch, T tokens, V vocabulary.
 """
@@ -20,10 +19,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-# Tokens that each row is continued by, greedily.
+# Number of tokens that are generated greedily after the first token of each row.
 N_GREEDY = 32
 
-# nanoGPT's forward: idx and targets (B, T) int64, or no targets, to logits (B, T or 1, V) and the loss.
+# nanoGPT's forward: takes idx and targets (B, T) int64, or None, and returns logits (B, T or 1, V) and the loss.
 Forward = Callable[[torch.Tensor, torch.Tensor | None], tuple[Any, Any]]
 Batches = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
@@ -40,9 +39,9 @@ def compute_numbers(
     Args:
         forward: The model, in eval mode.
         named_parameters: Its parameters.
-        batches: idx and targets of each batch, (B, T) int64 each; of the last one gradients are computed.
-        block_size: Tokens that the model reads at most.
-        with_gradients: Whether to compute the loss's gradient with respect to every parameter.
+        batches: idx and targets of each batch, (B, T) int64 each.
+        block_size: Longest sequence of the model.
+        with_gradients: Whether to compute the gradient of the last batch's loss with respect to every parameter.
 
     Returns:
         "logits/BxT" (B, T, V) and "loss/BxT" () of each batch, "tokens" (B, N_GREEDY) int64, "margins" (B, N_GREEDY)
@@ -53,7 +52,7 @@ def compute_numbers(
         for idx, targets in batches:
             size = f"{idx.shape[0]}x{idx.shape[1]}"
             logits, loss = forward(idx, targets)
-            # Copies: a view of a larger block could not be saved, nor kept without it.
+            # Copies, because a view would keep the whole tensor in memory, and cannot be saved.
             numbers[f"logits/{size}"], numbers[f"loss/{size}"] = logits.clone(), loss.clone()
         numbers["tokens"], numbers["margins"] = _continue_greedily(forward, batches[0][0][:, :1], block_size)
     if with_gradients:
@@ -64,11 +63,10 @@ def compute_numbers(
 
 
 def _continue_greedily(forward: Forward, idx: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Appends the likeliest token N_GREEDY times, without a cache; the context is cropped as nanoGPT's generate crops
-    it. Its generate(top_k=1) draws among equals, which argmax does not.
+    """Appends the most likely token N_GREEDY times, without a cache, cropping the context as nanoGPT's generate does.
 
     Returns:
-        The tokens, and by how much the logit of each exceeds the next one, as a part of the largest in magnitude.
+        The tokens, and by how much the logit of each exceeds the next one, relative to the largest in magnitude.
     """
     margins = []
     for _ in range(N_GREEDY):
@@ -80,7 +78,7 @@ def _continue_greedily(forward: Forward, idx: torch.Tensor, block_size: int) -> 
 
 
 def main() -> None:
-    """Reads a request, lets the model.py of a folder compute it, and writes the answer: three paths, as arguments."""
+    """Reads a request, computes it with the model.py of a folder, and writes the answer; takes their three paths."""
     nanogpt_dir, request_path, answer_path = map(Path, sys.argv[1:])
     with safe_open(request_path, framework="pt") as file:
         request = json.loads(file.metadata()["request"])
@@ -98,7 +96,7 @@ def main() -> None:
     answer: dict[str, Any] = {"unknown_args": unknown_args, **_compare_names(given, model)}
     numbers = {}
     if not any(answer[kind] for kind in ("missing", "unexpected", "shapes")):
-        model.load_state_dict(given, strict=False)  # not strict: masks are buffers in some versions, and not given
+        model.load_state_dict(given, strict=False)  # not strict: some versions have mask buffers, which are not given
         answer["changed"] = _find_changed(given, model)
         batches = [(tensors[f"idx/{i}"], tensors[f"targets/{i}"]) for i in range(request["n_batches"])]
         block_size, with_gradients = request["model_args"]["block_size"], request["with_gradients"]
@@ -107,9 +105,9 @@ def main() -> None:
 
 
 def _import_model(nanogpt_dir: Path) -> ModuleType:
-    sys.path.insert(0, str(nanogpt_dir))  # for what model.py may import from beside itself
+    sys.path.insert(0, str(nanogpt_dir))  # model.py may import other files of its folder
     spec = importlib.util.spec_from_file_location("model", nanogpt_dir / "model.py")
-    assert spec is not None  # it is for any path that ends in .py
+    assert spec is not None  # never None for a path that ends in .py
     assert spec.loader is not None
     module = sys.modules["model"] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
     spec.loader.exec_module(module)
@@ -117,8 +115,8 @@ def _import_model(nanogpt_dir: Path) -> ModuleType:
 
 
 def _compare_names(given: Mapping[str, torch.Tensor], model: torch.nn.Module) -> dict[str, Any]:
-    """Says which parameters only one side has, and which have another shape."""
-    theirs = dict(model.named_parameters(remove_duplicate=False))  # tied ones under both names
+    """Lists the parameters that only one side has, and those with another shape."""
+    theirs = dict(model.named_parameters(remove_duplicate=False))  # tied parameters under both names
     return {
         "missing": [name for name in theirs if name not in given],
         "unexpected": [name for name in given if name not in theirs],
@@ -132,13 +130,24 @@ def _compare_names(given: Mapping[str, torch.Tensor], model: torch.nn.Module) ->
 
 
 def _find_changed(given: Mapping[str, torch.Tensor], model: torch.nn.Module) -> list[str]:
-    """Lists the parameters that do not hold the bits they were given, as two that their code ties cannot."""
+    """Lists the parameters without the bits that were loaded into them, as when the code ties two of them."""
     theirs = dict(model.named_parameters(remove_duplicate=False))
-    return [name for name, t in given.items() if not torch.equal(_as_bytes(t), _as_bytes(theirs[name].detach()))]
+    return [name for name, tensor in given.items() if not have_same_bits(tensor, theirs[name])]
 
 
-def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.uint8)
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def have_same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Returns whether two tensors have the same dtype, shape and bits: 0.0 is not -0.0, and NaNs may differ."""
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    return torch.equal(view_bits(left), view_bits(right))
+
+
+def view_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the bits of a tensor as integers of the same size."""
+    return tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()])
 
 
 if __name__ == "__main__":

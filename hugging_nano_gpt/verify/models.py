@@ -1,11 +1,11 @@
-"""Verifying two models against each other, in this process."""
+"""Verifies two models against each other, in this process."""
 
 import os
 
 from ..convert.source import names_file
 from .compare import compare_models, compare_numbers
 from .report import VerifyReport
-from .sides import Side, load_side, make_batches
+from .sides import load_side, make_batches
 
 
 def verify_models(
@@ -19,26 +19,23 @@ def verify_models(
 ) -> VerifyReport:
     """Compares two models: settings, tensors, and what they compute from the same seeded batches.
 
-    Everything is asked to be equal bit for bit: both sides run the same code in one process, with the same number of
-    threads, on weights that are aligned alike. Dropout and the training state are not compared.
+    Everything has to be equal bit for bit: both sides run the same code in one process, with the same number of
+    threads, on weights of the same alignment. Dropout and the training state are not compared.
 
     Args:
-        left: Checkpoint file of the nanoGPT family, folder that save_pretrained wrote, or hub id.
-        right: The same.
+        left, right: Checkpoint file of the nanoGPT family, folder that save_pretrained wrote, or hub id.
         gradients: Whether to compare the gradients of the loss too (in eval mode, so without dropout).
-        activation_function: Activation of checkpoint files, in place of the one that their age tells.
-        n_head: Number of heads of checkpoint files that do not record it.
-        ignore_extra: Whether to leave out of account what a fork has added to a checkpoint file.
+        activation_function, n_head, ignore_extra: How to read the checkpoint files, as in read_checkpoint.
 
     Raises:
         CheckpointError: If one of them cannot be loaded.
     """
     reading = {"activation_function": activation_function, "n_head": n_head, "ignore_extra": ignore_extra}
-    has_file = names_file(left) or names_file(right)  # without one, nothing heeds these, and load_source refuses them
-    sides = [load_side(s, **(reading if names_file(s) or not has_file else {})) for s in (left, right)]
+    has_file = names_file(left) or names_file(right)  # without one, load_source refuses these arguments
+    sides = [load_side(side, **(reading if names_file(side) or not has_file else {})) for side in (left, right)]
     checks = compare_models(*sides)
     configs = [side.model.config for side in sides]
-    notes = [note for name, side in zip(("left", "right"), sides, strict=True) for note in list_notes(name, side)]
+    notes = sides[0].list_notes("left") + sides[1].list_notes("right")
     if configs[0].dropout != configs[1].dropout:
         notes.append(f"dropout {configs[0].dropout} and {configs[1].dropout}: it acts in training only")
     if configs[0].vocab_size == configs[1].vocab_size:
@@ -48,8 +45,3 @@ def verify_models(
     else:
         notes.append("logits, loss, gradients and tokens were not compared, because vocab_size differs")
     return VerifyReport(sides[0].label, sides[1].label, tuple(checks), tuple(notes))
-
-
-def list_notes(name: str, side: Side) -> list[str]:
-    """Lists what was assumed about a side."""
-    return [f"{name}: {note}" for note in side.source.notes]

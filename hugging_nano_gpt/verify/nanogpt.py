@@ -1,4 +1,4 @@
-"""Verifying a model against a user's own nanoGPT, which computes the other side in a process of its own."""
+"""Verifies a model against a checkout of nanoGPT, which computes the other side in a separate process."""
 
 import json
 import os
@@ -16,15 +16,14 @@ from ..convert.tensors import list_args
 from ..errors import VerifyError, list_some
 from ..model.configuration_nano_gpt import ACTIVATION_FUNCTIONS
 from . import computing
-from .compare import Numbers, compare_numbers, is_within
+from .compare import Tensors, compare_numbers, compare_pair, list_unshared
 from .computing import Batches
-from .models import list_notes
 from .report import Check, VerifyReport
 from .sides import Side, load_side, make_batches
 
-# Largest difference that counts as equal, as a part of the largest number: 100 roundings of float32. Measured with toy
-# models in the versions of nanoGPT: the same function with its sums in another order is at most 5 roundings away, the
-# wrong GELU at least 470.
+# Largest difference that counts as equal, relative to the largest number: 100 times float32's eps. Measured with toy
+# models and all versions of nanoGPT: the same function with its sums in another order differs by at most 5 eps, the
+# wrong GELU by at least 470.
 _TOLERANCE = 100 * torch.finfo(torch.float32).eps
 
 
@@ -39,28 +38,25 @@ def verify_against_nanogpt(
 ) -> VerifyReport:
     """Compares a model with what the model.py of a nanoGPT checkout computes from the same weights.
 
-    Their code runs in a process of its own, with as many threads as this one; it gets the weights from our reader and
-    never sees the checkpoint. Today's nanoGPT is equal bit for bit. An older one, or a changed one, may compute the
-    same function with sums in another order: differences of up to 1.2e-5 of the largest number count as equal, and the
-    report says how large they are. Both sides compute in float32, as nanoGPT does whatever the checkpoint's dtype.
+    The checkout's code runs in a separate process, with as many threads as this one. It gets the weights that we read,
+    and never sees the checkpoint. Today's nanoGPT is equal bit for bit. An older or a changed one may compute the same
+    function with its sums in another order, so differences of up to 1.2e-5 of the largest number count as equal, and
+    the report says how large they are. Both sides compute in float32, as nanoGPT does for a checkpoint of any dtype.
 
     Args:
         path: Checkpoint file of the nanoGPT family, folder that save_pretrained wrote, or hub id.
-        nanogpt_dir: Folder with their model.py, of any age.
-        gradients: Whether to compare the gradients of the loss too.
-        activation_function: Activation of a checkpoint file, in place of the one that its age tells.
-        n_head: Number of heads of a checkpoint file that does not record it.
-        ignore_extra: Whether to leave out of account what a fork has added to a checkpoint file.
+        nanogpt_dir: Folder with nanoGPT's model.py, of any version.
+        gradients, activation_function, n_head, ignore_extra: As for verify_models.
 
     Raises:
         CheckpointError: If the model cannot be loaded.
-        VerifyError: If there is no model.py, or it does not run; the message has the last line of its complaint.
+        VerifyError: If there is no model.py, or it does not run; the message has the last line that it printed.
     """
     folder = Path(nanogpt_dir).resolve()
     if not (folder / "model.py").is_file():
         raise VerifyError(f"{nanogpt_dir}: expected a checkout of nanoGPT, got no model.py in it; give its folder")
     side = load_side(path, activation_function=activation_function, n_head=n_head, ignore_extra=ignore_extra)
-    notes, config = list_notes("left", side), side.model.config
+    notes, config = side.list_notes("left"), side.model.config
     if side.model.dtype != torch.float32:
         notes.append(f"left: {side.model.dtype} weights, computed in float32 on both sides")
         side.model.float()
@@ -81,7 +77,7 @@ def verify_against_nanogpt(
 def _run_theirs(
     side: Side, folder: Path, batches: Batches, with_gradients: bool
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Returns what their process answers, and the numbers that it computed."""
+    """Runs the checkout's code; returns what it found about the parameters, and the numbers that it computed."""
     tensors = {f"model/{name}": tensor for name, tensor in side.model.state_dict().items()}
     if side.is_tied:
         del tensors["model/lm_head.weight"]  # safetensors stores no tensor twice
@@ -113,7 +109,7 @@ def _run_theirs(
 
 
 def _run_script(folder: Path, request_path: Path, answer_path: Path) -> None:
-    # -P keeps the modules beside the script from being found in place of theirs; their checkout gets no __pycache__.
+    # With -P, the modules in the script's folder are not importable. No __pycache__ is written into the checkout.
     command = [sys.executable, "-P", computing.__file__, *map(str, (folder, request_path, answer_path))]
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(  # noqa: S603  # the user asked for their own code to be run
@@ -132,35 +128,30 @@ def _run_script(folder: Path, request_path: Path, answer_path: Path) -> None:
 
 
 def _check_answer(answer: dict[str, Any], side: Side) -> list[Check]:
-    """Compares the parameters of their model with ours."""
-    faults = [
-        f"only on the {where}: {list_some(answer[kind])}"
-        for kind, where in (("unexpected", "left"), ("missing", "right"))
-        if answer[kind]
-    ]
-    shapes = [f"{name}: shape {tuple(one)} and {tuple(other)}" for name, (one, other) in answer["shapes"].items()]
-    n_names = len(side.model.state_dict())
-    checks = [Check("parameters", not faults + shapes, "; ".join(faults + shapes) or f"the same {n_names} names")]
+    """Compares the parameters of the checkout's model with ours."""
+    faults = list_unshared(answer["unexpected"], answer["missing"])
+    faults += [f"{name}: shape {tuple(one)} and {tuple(other)}" for name, (one, other) in answer["shapes"].items()]
+    checks = [Check("parameters", not faults, "; ".join(faults) or f"the same {len(side.model.state_dict())} names")]
     if "changed" not in answer:
         return checks
     ours, theirs = ("tied" if is_tied else "untied" for is_tied in (side.is_tied, answer["is_tied"]))
     checks.append(Check("tying", ours == theirs, f"lm_head is {ours}" + f" and {theirs}" * (ours != theirs)))
     changed = answer["changed"]
-    detail = f"their model does not hold the numbers of {list_some(changed)}" if changed else "bitwise taken over"
+    detail = f"their model does not have the numbers of {list_some(changed)}" if changed else "bitwise taken over"
     checks.append(Check("tensors", not changed, detail))
     return checks
 
 
-def _compare_activation(side: Side, batches: Batches, ours: Numbers, theirs: Numbers) -> Check:
-    """Tells by the logits whether their GELU is ours, and if not, which it is."""
+def _compare_activation(side: Side, batches: Batches, ours: Tensors, theirs: Tensors) -> Check:
+    """Finds out by the logits whether both models compute the same GELU, and otherwise which one theirs computes."""
     longest = next(reversed([name for name in ours if name.startswith("logits/")]))
     current = side.model.config.activation_function
-    if is_within(ours[longest], theirs[longest], _TOLERANCE):
+    if compare_pair(longest, ours[longest], theirs[longest], _TOLERANCE).is_equal:
         return Check("activation", True, f"{current}, as the logits show")
     for name in ACTIVATION_FUNCTIONS:
         with side.computing_with(name):
-            is_theirs = is_within(side.compute(batches[-1:], False)[longest], theirs[longest], _TOLERANCE)
-        if is_theirs:
-            detail = f"{current} and {name}: with {name} on the left too, the logits of both are equal"
+            logits = side.compute(batches[-1:], False)[longest]
+        if compare_pair(longest, logits, theirs[longest], _TOLERANCE).is_equal:
+            detail = f"{current} and {name}: with {name} on the left as well, the logits are equal"
             return Check("activation", False, detail)
-    return Check("activation", False, f"{current} on the left; with no GELU are the logits those of their code")
+    return Check("activation", False, f"{current} on the left; no GELU gives the logits of their code")

@@ -1,4 +1,4 @@
-"""One of two models to compare: loaded, computing, and the batches that both compute on."""
+"""One of two models to compare: loading it, computing with it, and the batches that both models compute on."""
 
 import contextlib
 import logging
@@ -15,7 +15,7 @@ from ..convert.source import Source, load_source
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel, NanoGPTMLP
 from .computing import N_GREEDY, Batches, compute_numbers
 
-# Rows of each batch, and its seed.
+# Number of rows of each batch, and the seed of the batches.
 _N_ROWS = 2
 _SEED = 1337
 
@@ -26,7 +26,7 @@ class Side:
 
     Args:
         name: What the user named.
-        source: The model, in eval mode, on the CPU, and where it is from.
+        source: The model, in eval mode, on the CPU, and where it was loaded from.
     """
 
     name: str
@@ -39,9 +39,13 @@ class Side:
 
     @property
     def label(self) -> str:
-        """What it is, in words."""
+        """Describes the side in words."""
         iter_num = self.model.nanogpt_training_state.iter_num
         return f"{self.name} ({self.source.kind}{f', iteration {iter_num:,}' if iter_num else ''})"
+
+    def list_notes(self, name: str) -> list[str]:
+        """Lists what was assumed about the model, after the name of the side."""
+        return [f"{name}: {note}" for note in self.source.notes]
 
     @property
     def is_tied(self) -> bool:
@@ -49,10 +53,10 @@ class Side:
         return self.model.lm_head.weight is self.model.transformer.wte.weight
 
     def compute(self, batches: Batches, with_gradients: bool) -> dict[str, torch.Tensor]:
-        """Computes what compute_numbers does, and "cached tokens" (B, N_GREEDY) int64, as generate draws them."""
+        """Computes what compute_numbers does, and "cached tokens" (B, N_GREEDY) int64, which generate returns."""
 
         def forward(idx: torch.Tensor, targets: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-            outputs = self.model(idx, shift_labels=targets, use_cache=False)  # without a cache: nanoGPT's own call
+            outputs = self.model(idx, shift_labels=targets, use_cache=False)
             return outputs.logits, outputs.loss
 
         named_parameters = self.model.named_parameters()
@@ -60,17 +64,18 @@ class Side:
         return {**numbers, "cached tokens": self._generate(batches[0][0][:, :1])}
 
     def _generate(self, idx: torch.Tensor) -> torch.Tensor:
-        settings, self.model.generation_config = self.model.generation_config, GenerationConfig()
-        logging.disable(logging.WARNING)  # that a text goes past a small block_size
-        try:  # without the folder's own settings, which may suppress tokens or end early
+        # Not with the folder's own generation config, which may suppress tokens or stop early.
+        generation_config, self.model.generation_config = self.model.generation_config, GenerationConfig()
+        logging.disable(logging.WARNING)  # the sequence may go past a small block_size
+        try:
             return self.model.generate(idx, max_new_tokens=N_GREEDY, do_sample=False)[:, 1:]
         finally:
             logging.disable(logging.NOTSET)
-            self.model.generation_config = settings
+            self.model.generation_config = generation_config
 
     @contextlib.contextmanager
     def computing_with(self, activation_function: str) -> Iterator[None]:
-        """Lets the model compute another GELU while the block lasts; its config goes on naming its own."""
+        """Makes the model compute another GELU inside the `with` block, without changing its config."""
         layers = [cast(NanoGPTMLP, block.mlp) for block in self.model.transformer.h]
         for layer in layers:
             layer.act = ACT2FN[activation_function]
@@ -84,17 +89,17 @@ class Side:
 def load_side(source: str | os.PathLike[str], **reading: Any) -> Side:
     """Loads what a user names, as load_source does."""
     side = Side(os.fspath(source), load_source(source, attn_implementation="sdpa", **reading))
-    side.model.config.loss_chunk_size = None  # a folder's own would leave no logits to compare
+    side.model.config.loss_chunk_size = None  # with chunks there are no logits to compare
     with torch.no_grad():
         for parameter in side.model.parameters():
-            # To where torch allocates: safetensors maps tensors at any address, and a matrix library may order its
-            # sums by the alignment. It also makes the model independent of the file.
+            # safetensors maps tensors at any address, and a matrix library may choose the order of its sums by the
+            # alignment: a copy has torch's own. It also makes the model independent of the file.
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     return side
 
 
 def make_batches(vocab_size: int, block_size: int) -> Batches:
-    """Makes random idx and targets, (B, T) int64 each, of one token, about half the block and all of it."""
+    """Makes batches of random idx and targets, (B, T) int64 each: T is 1, about half of block_size, and block_size."""
     generator = torch.Generator().manual_seed(_SEED)
     lengths = sorted({1, block_size // 2 + 1, block_size})
     rows = [torch.randint(vocab_size, (_N_ROWS, length + 1), generator=generator) for length in lengths]

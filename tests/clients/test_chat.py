@@ -26,7 +26,7 @@ QUESTION = [{"role": "user", "content": "Who art thou?"}]
 ANSWER = "A small model that has read some Shakespeare."
 
 pytest.importorskip("trl")
-# TRL 1.16 uses names that Transformers 5.23 has renamed, whatever the model is.
+# TRL 1.16 uses names that Transformers 5.23 has renamed, with any model.
 pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning")
 
 
@@ -39,7 +39,7 @@ def example():
 
 @pytest.fixture(scope="module")
 def out_dir(example, tmp_path_factory):
-    """What the example writes."""
+    """The folder that the example writes."""
     folder = tmp_path_factory.mktemp("chat")
     results = example.main(folder, n_updates=40)
     assert len(results) == 14
@@ -59,7 +59,7 @@ def test_saved_folder_answers_and_stops(example, chat):
     assert example.answer(*chat, QUESTION) == ANSWER + "<|end|>"
 
 
-def test_before_training_nothing_of_it_is_known(example):
+def test_untrained_model_does_not_answer(example):
     model = NanoGPTLMHeadModel.from_nanogpt_ckpt(example.CKPT_PATH)
     tokenizer = example.build_character_tokenizer(example.read_meta(example.META_PATH), block_size=128)
     example.add_chat(model, tokenizer)
@@ -105,7 +105,7 @@ def test_untied_model_gets_both_of_its_matrices(example):
     assert not torch.equal(model.transformer.wte.weight, model.lm_head.weight)
 
 
-@pytest.mark.filterwarnings("ignore")  # of the packages underneath
+@pytest.mark.filterwarnings("ignore")  # from the packages of the server
 @pytest.mark.parametrize("stream", [False, True])
 def test_serve_answers_and_stops(out_dir, monkeypatch, stream):
     openai = pytest.importorskip("openai")
@@ -132,8 +132,8 @@ def test_checkpoint_spells_the_tokens_by_its_meta(out_dir, capsys):
     assert capsys.readouterr().out.startswith(f"<Who art thou?|>{ANSWER}|")
 
 
-@pytest.mark.filterwarnings("ignore")  # of pipelines
-def test_folder_made_again_of_the_checkpoint_chats(out_dir, tmp_path):
+@pytest.mark.filterwarnings("ignore")  # from pipelines
+def test_folder_made_from_the_checkpoint_chats(out_dir, tmp_path):
     convert_to_folder(out_dir / "out" / "ckpt.pt", tmp_path / "chat-2", tokenizer=str(out_dir / "chat"))
     pipe = pipeline("text-generation", str(tmp_path / "chat-2"), trust_remote_code=True)
     (text,) = pipe(QUESTION, max_new_tokens=60, do_sample=False)

@@ -1,7 +1,6 @@
-"""The examples do what they say, in this process and with few updates, and so does the Python of docs/training.md
-and docs/trainer.md.
+"""The examples and the Python of docs/training.md and docs/trainer.md, run in this process and with few updates.
 
-`make examples` runs them whole, each in a process of its own, where each makes good its claim or fails.
+`make examples` runs each example in full, in a separate process; it fails if its claim is not true.
 """
 
 import importlib
@@ -33,7 +32,7 @@ N_ITERATIONS = 5000  # of the demo checkpoint
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """What the examples train on."""
+    """The data that the examples train on."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.syspath_prepend(EXAMPLES_DIR)
         return importlib.import_module("shakespeare_sample").write_data(tmp_path_factory.mktemp("shakespeare_char"))
@@ -41,7 +40,7 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture
 def load_example(monkeypatch, data_dir):
-    """Imports an example, with the modules that lie beside it; its data are made once for all."""
+    """Imports an example, with the modules in its folder; all examples share one set of data."""
     monkeypatch.syspath_prepend(EXAMPLES_DIR)
 
     def load(name):
@@ -94,7 +93,7 @@ def test_sample_in_train_writes_samples_and_changes_no_bit(load_example, tmp_pat
     few = ["--max_iters=2", "--eval_interval=1", "--eval_iters=1"]
     monkeypatch.setattr(example, "FLAGS", [*example.FLAGS, *few])
     with warnings.catch_warnings(), keep_settings(), mock.patch.multiple(sys, argv=[], path=[*sys.path]):
-        warnings.simplefilter("ignore")  # of what torch has renamed since
+        warnings.simplefilter("ignore")  # names that torch has deprecated since
         example.main(tmp_path)
     claim = capsys.readouterr().out.splitlines()[-1]
     assert claim == "Three samples, and the bits of iteration 2 as without them."
@@ -110,7 +109,7 @@ def test_pretrain_sh_gives_flags_that_train_knows():
 @needs_gloo
 @pytest.mark.skipif(TORCH_VERSION < (2, 7), reason="FSDP2 of torch 2.6 does not run on a CPU")
 def test_finetune_fsdp_writes_one_whole_checkpoint(load_example, data_dir, tmp_path, monkeypatch, capsys):
-    """Alone, as torchrun would start it; tests/training/test_distributed.py splits a model in two."""
+    """In one process, as torchrun starts it; tests/training/test_distributed.py splits a model over two."""
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -122,7 +121,7 @@ def test_finetune_fsdp_writes_one_whole_checkpoint(load_example, data_dir, tmp_p
     assert re.fullmatch(r"Split in 1: iteration 5010, loss \d\.\d{4} to \d\.\d{4}\.", claim)
 
 
-# TRL 1.16 uses names that Transformers 5.23 has renamed, whatever the model is.
+# TRL 1.16 uses names that Transformers 5.23 has renamed, with any model.
 ignore_trl = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning")
 
 
@@ -155,7 +154,7 @@ def test_reward_puts_more_pairs_in_order(load_example, tmp_path):
 @ignore_trl
 @pytest.mark.parametrize("name", ["grpo", "rloo"])
 def test_grpo_counts_vowels(load_example, tmp_path, name):
-    """That the rewards grow is seen after 40 updates, in make examples."""
+    """The rewards only grow after 40 updates, in make examples."""
     pytest.importorskip("trl")
     rewards = load_example("grpo").train(tmp_path, n_updates=2, trainer_name=name)
     assert len(rewards) == 2
@@ -179,7 +178,7 @@ def test_a_claim_that_does_not_hold_ends_in_an_error(load_example, capsys):
     assert capsys.readouterr().out == "DOES NOT HOLD: Losses fall.\n"
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's own business
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by PEFT
 def test_lora_ends_as_a_checkpoint_of_nanogpts(load_example, tmp_path, capsys):
     pytest.importorskip("peft")
     load_example("lora").main(tmp_path, n_updates=4)
@@ -194,7 +193,7 @@ def test_guide_runs_as_written(data_dir, tmp_path, monkeypatch):
     assert len(blocks) == 5
     (tmp_path / "out").mkdir()
     contents = torch.load(CKPT_PATH, weights_only=True)
-    contents["config"] |= {"batch_size": 8, "eval_iters": 5}  # of 32 and 20, which take seconds
+    contents["config"] |= {"batch_size": 8, "eval_iters": 5}  # instead of 32 and 20, which take seconds
     torch.save(contents, tmp_path / "out" / "ckpt.pt")
     shutil.copytree(data_dir, tmp_path / "data" / "shakespeare_char")
     monkeypatch.chdir(tmp_path)

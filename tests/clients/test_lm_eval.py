@@ -1,6 +1,6 @@
-"""lm-evaluation-harness: what its command line finds in a saved folder, and what it cannot do without special tokens.
+"""lm-evaluation-harness: its command line on a saved folder, its client of our server, and special tokens.
 
-examples/evaluate.py, which tests/clients/test_examples.py runs, holds every loglikelihood against our own.
+examples/evaluate.py, which tests/clients/test_examples.py runs, compares every loglikelihood with our own.
 """
 
 import json
@@ -21,7 +21,7 @@ from ..helpers.tiny import make_tokenizer
 
 pytest.importorskip("lm_eval")
 
-# What lm-eval and its many packages warn of when they are imported is their own business.
+# lm-eval and its many packages warn when they are imported.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +61,7 @@ def test_command_line_evaluates_a_saved_folder(model, tmp_path):
 
 
 def test_numbers_over_http_are_those_in_process(model, tmp_path):
-    """The client sends token ids, with echo and one new token; its longest window has block_size + 1 tokens."""
+    """The client sends token ids, with echo and one new token; its longest window is block_size + 1 tokens long."""
     pytest.importorskip("fastapi")
     pytest.importorskip("tenacity")
     from lm_eval.models.openai_completions import LocalCompletionsAPI
@@ -69,7 +69,7 @@ def test_numbers_over_http_are_those_in_process(model, tmp_path):
     ends = {"eos_token": "$", "pad_token": "$"}
     tokenizer = make_tokenizer(**ends)
     tokenizer.save_pretrained(tmp_path)
-    long = "\n".join(TEXTS)  # of several windows
+    long = "\n".join(TEXTS)  # several windows long
     pairs = [(text[:length], text[length : length + 9]) for text in TEXTS[:4] for length in (0, 5, 40)]
     pairs += [(long[:200], long[200:210]), (long[:200], " zzzz")]
     asked = request("loglikelihood", *pairs), request("loglikelihood_rolling", (long,))
@@ -107,7 +107,7 @@ def test_padding_changes_no_number(model):
 
 
 def test_tokenizer_without_special_tokens_is_not_enough(model):
-    """Why docs/tokenizers.md names an end and a padding: lm-eval fails in words that do not tell it."""
+    """Why docs/tokenizers.md asks for eos and pad: lm-eval's own errors do not say that they are missing."""
     harness = make_harness(model, {})
     with pytest.raises(TypeError, match="None"):
         harness.loglikelihood(request("loglikelihood", ("", "KING")), disable_tqdm=True)
@@ -123,7 +123,7 @@ def test_newline_as_end_cuts_what_is_generated(model, end, expected):
 
 
 def test_words_of_a_text_are_as_perplexing_as_evaluate_finds(model, tmp_path):
-    """Word perplexity as the wikitext task has it: exp of the summed loss over words, one window after another."""
+    """Word perplexity is defined as in the wikitext task: exp of the summed loss divided by the number of words."""
     text = "\n".join(TEXTS)
     (tmp_path / "text.txt").write_text(text)
     found = evaluate_loss(CKPT_PATH, tmp_path / "text.txt", meta_path=META_PATH)

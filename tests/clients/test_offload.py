@@ -1,4 +1,4 @@
-"""Models that accelerate spreads over devices: all there is on this machine is the CPU and the disk."""
+"""Models that accelerate spreads over devices, here the CPU and the disk."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from ..helpers.tiny import make_batch, make_model
 
 accelerate = pytest.importorskip("accelerate")
 
-# Older Transformers take the meta device of offloaded tensors for where the model runs.
+# Older Transformers warn because they think that the model runs on the meta device of its offloaded tensors.
 pytestmark = pytest.mark.filterwarnings("ignore:You are calling .generate\\(\\) with the `input_ids`:UserWarning")
 
 

@@ -1,4 +1,4 @@
-"""PEFT: adapters on our layers, saved, loaded and merged, and merged models back in nanoGPT's format."""
+"""PEFT: adapters on our layers are saved, loaded and merged, and merged models are written in nanoGPT's format."""
 
 import pytest
 import torch
@@ -17,15 +17,15 @@ from ..helpers.tiny import MODEL_ARGS, make_batch, make_model
 
 peft = pytest.importorskip("peft")
 
-# PEFT asks a model whether it checkpoints activations by the name that the next Transformers drops.
+# PEFT reads a property of the model that newer Transformers have renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-# Logits of size 10 in float32: base and update are added before the product instead of after it; measured 1e-5.
+# Base and update are added before the product instead of after it: float32 logits of size 10 differed by 1e-5.
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
 
 
 def adapt(model, **settings):
-    """Puts LoRA with random, not zero, weights on a model."""
+    """Adds LoRA to a model, with random weights instead of zeros."""
     settings = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_lora_weights": False, **settings}
     torch.manual_seed(0)
     return peft.get_peft_model(model, peft.LoraConfig(**settings)).eval()
@@ -103,8 +103,8 @@ def test_adapter_is_saved_alone_and_loads_onto_its_base(tmp_path):
     ids, _ = make_batch(2, 32)
     loaded = peft.PeftModel.from_pretrained(make_model(), tmp_path / "adapter")
     assert torch.equal(loaded(ids).logits, adapted(ids).logits)
-    by_itself = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")  # it names its base's folder
-    assert torch.equal(by_itself(ids).logits, adapted(ids).logits)
+    automatic = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")  # which records its base's folder
+    assert torch.equal(automatic(ids).logits, adapted(ids).logits)
 
 
 def wrap_by_peft(model):
@@ -112,13 +112,13 @@ def wrap_by_peft(model):
 
 
 def wrap_by_transformers(model):
-    """Does what model.add_adapter does, which from 5.24 on takes no PEFT before 0.22."""
+    """Does what model.add_adapter does, which refuses PEFT before 0.22 from Transformers 5.24 on."""
     return peft.inject_adapter_in_model(peft.LoraConfig(target_modules="all-linear"), model)
 
 
 def wrap_merged(model):
     adapted = adapt(model)
-    adapted.merge_adapter()  # merged, but the wrappers are still there
+    adapted.merge_adapter()  # merged, but still wrapped
     return adapted
 
 

@@ -1,4 +1,4 @@
-"""Quantised models: torchao and bitsandbytes on the CPU, what they leave of the tied head, and what they cost."""
+"""Models quantized by torchao and bitsandbytes on the CPU: the tied head stays tied, and perplexity hardly changes."""
 
 import pytest
 import torch
@@ -10,9 +10,9 @@ from hugging_nano_gpt.demo import CKPT_PATH
 from ..helpers.tiny import make_batch, make_model
 
 pytestmark = [
-    # PEFT asks a model whether it checkpoints activations by the name that the next Transformers drops.
+    # PEFT reads a property of the model that newer Transformers have renamed.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    # bitsandbytes multiplies in float16 and says so each time.
+    # bitsandbytes warns at each product that it computes in float16.
     pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torchao"),
 ]
@@ -39,7 +39,7 @@ all_kinds = pytest.mark.parametrize("make_config", KINDS, ids=lambda make: make.
 
 @pytest.fixture(scope="module")
 def text():
-    """(8, 128) tokens that the demo model wrote, with the newline in front."""
+    """Tokens (8, 128) that the demo model generated after a newline."""
     model = NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH)
     torch.manual_seed(1337)
     return model.generate(torch.zeros(8, 1, dtype=torch.long), max_new_tokens=127, do_sample=True)
@@ -51,7 +51,7 @@ def compute_perplexity(model, text):
 
 
 def load_toy(folder, **kwargs):
-    """Saves and loads a toy of width 64: on a CPU, bitsandbytes 0.50 quantises other widths wrongly to 4 bits."""
+    """Saves and loads a toy model of width 64: on a CPU, bitsandbytes 0.50 is wrong for other widths with 4 bits."""
     make_model(n_embd=64).save_pretrained(folder)
     return NanoGPTLMHeadModel.from_pretrained(folder, **kwargs)
 

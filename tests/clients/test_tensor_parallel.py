@@ -1,6 +1,6 @@
-"""Models split over two processes on the CPU (tensor parallel), against whole ones in one process.
+"""Models split over two processes on the CPU (tensor parallel), compared with the same models in one process.
 
-Two processes load each case through from_pretrained; what each of them computes has to be what one process does.
+Two processes load each case with from_pretrained; both have to compute what one process computes.
 """
 
 import pytest
@@ -19,10 +19,10 @@ pytestmark = [
     pytest.mark.skipif(TORCH_VERSION < (2, 7), reason="Transformers splits with an argument that torch 2.6 lacks"),
 ]
 
-# Another order of float32 sums, on logits of size 10; measured 3e-6 with Transformers 5.17 and 5.23.
+# The order of float32 sums differs; logits of size 10 differed by 3e-6 with Transformers 5.17 and 5.23.
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
-# 65 rows do not split evenly in two, which Transformers 5.17 refuses.
+# 65 rows cannot be split evenly in two, and Transformers 5.17 refuses that.
 IS_RECENT = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
 needs_recent = pytest.mark.skipif(not IS_RECENT, reason="older Transformers split evenly or not at all")
 
@@ -42,7 +42,7 @@ if IS_RECENT:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder for each case, with the model and what two processes made of it."""
+    """A folder for each case, with the model and the results of two processes."""
     folder = tmp_path_factory.mktemp("tensor_parallel")
     for name, make in MODELS.items():
         make().save_pretrained(folder / name / "model")
@@ -51,7 +51,7 @@ def folder(tmp_path_factory):
 
 
 def read(folder, name):
-    """Returns what the two processes computed, and what one does."""
+    """Returns what the two processes computed, and the model to compare it with."""
     computed = [torch.load(folder / name / f"computed-{rank}.pt", weights_only=True) for rank in range(2)]
     return computed, NanoGPTLMHeadModel.from_pretrained(folder / name / "model")
 
@@ -79,7 +79,7 @@ def test_two_processes_write_the_whole_model(folder, name):
 
 @needs_recent
 def test_two_processes_with_a_whole_wte_compute_something_else(folder):
-    """Shows that the comparison can fail, and why the plan names wte."""
+    """Shows that the comparison can fail, and why wte is in the plan."""
     both, model = read(folder, "whole wte")
     with torch.no_grad():
         expected = model(make_batch(2, 20, vocab_size=64)[0]).logits

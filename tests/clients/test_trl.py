@@ -1,4 +1,4 @@
-"""TRL's trainers on our models: their numbers are those of each row alone. That they learn is seen in the examples."""
+"""TRL's trainers compute the same numbers for a batch as for each row alone. The examples show that they learn."""
 
 import math
 
@@ -18,7 +18,7 @@ from ..helpers.tiny import make_model, make_tokenizer
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
-# TRL 1.16 uses names that Transformers 5.23 has renamed, whatever the model is.
+# TRL 1.16 uses names that Transformers 5.23 has renamed, with any model.
 pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning")
 
 TEXTS = ["ROMEO:\nO, speak!", "JULIET:\nAy me, what a thing it is to be a lord", "Nay.\n\nThen I will", "I"]
@@ -36,7 +36,7 @@ def tokenizer():
 
 @pytest.fixture
 def common(tmp_path):
-    """What every trainer here is told."""
+    """The arguments of every trainer here."""
     return {
         "output_dir": str(tmp_path / "out"),
         "bf16": False,
@@ -51,14 +51,14 @@ def common(tmp_path):
 
 
 def make_online(name, model, tokenizer, common, reward=lambda completions, **kwargs: [0.0] * len(completions), **args):
-    """Makes a GRPOTrainer or RLOOTrainer of a model in memory."""
+    """Makes a GRPOTrainer or RLOOTrainer for a model in memory."""
     config = getattr(trl, f"{name}Config")(**common, **args, beta=0.0, num_generations=8)
     data = datasets.Dataset.from_dict({"prompt": TEXTS})
     return getattr(trl, f"{name}Trainer")(model, reward, config, train_dataset=data, processing_class=tokenizer)
 
 
 def convert_to_gpt2(model):
-    """Makes the GPT2LMHeadModel that the usual conversion gives: the same function, with zeros for the biases."""
+    """Makes the GPT2LMHeadModel of the usual conversion: the same function, with zeros for the biases."""
     ours = model.config
     config = GPT2Config(
         vocab_size=ours.vocab_size,
@@ -69,7 +69,7 @@ def convert_to_gpt2(model):
         activation_function="gelu",
     )
     gpt2 = GPT2LMHeadModel(config).eval()
-    linear = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Conv1D holds them transposed
+    linear = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transposed in Conv1D
     tensors = {name: tensor.T if name.endswith(linear) else tensor for name, tensor in model.state_dict().items()}
     loaded = gpt2.load_state_dict(tensors, strict=False)
     assert not loaded.unexpected_keys
@@ -79,7 +79,7 @@ def convert_to_gpt2(model):
 
 @pytest.mark.parametrize("name", ["SFT", "DPO", "Reward", "GRPO", "RLOO"])
 def test_trainer_of_a_saved_folder_warns_of_nothing(name, tokenizer, common, tmp_path, caplog):
-    """With its defaults: RLOO and DPO load a reference from the folder, DPO and reward models turn dropout off."""
+    """With the defaults, RLOO and DPO load a reference model from the folder, DPO and Reward turn dropout off."""
     folder = str(tmp_path / "start")
     NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH, eos_token_id=0, pad_token_id=0).save_pretrained(folder)
     limit = {"max_completion_length" if name in ("GRPO", "RLOO") else "max_length": 64}
@@ -92,8 +92,8 @@ def test_trainer_of_a_saved_folder_warns_of_nothing(name, tokenizer, common, tmp
     trainer.train()
     assert trainer.state.global_step == 1
     assert math.isfinite(trainer.state.log_history[0]["loss"])
-    # Transformers reports the reward's new layer, as it does for GPT2ForSequenceClassification. Its older releases
-    # (5.17) also say that the model has a first token, for generate, and a tokenizer of characters has none.
+    # Transformers reports the new score layer, as it does for GPT2ForSequenceClassification. Older releases (5.17)
+    # also report that the model has a bos token and the character tokenizer has none.
     messages = [entry.message for entry in caplog.records]
     assert [text for text in messages if "{'bos_token_id': None}" not in text] == [
         text for text in messages if "score.weight | MISSING" in text
@@ -110,7 +110,7 @@ def score_alone(model, tokens, n_kept):
 
 @pytest.mark.parametrize("name", ["GRPO", "RLOO"])
 def test_log_probs_of_left_padded_rows_are_those_of_the_rows_alone(name, tokenizer, common):
-    """GPT2LMHeadModel counts positions from the padding on: https://github.com/huggingface/trl/issues/6800."""
+    """GPT2LMHeadModel counts the padding in its positions: https://github.com/huggingface/trl/issues/6800."""
     ours = NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH)
     gpt2 = convert_to_gpt2(ours)
     text = load_file(GOLDEN_PATH)["idx"].flatten()[:128]
@@ -120,7 +120,7 @@ def test_log_probs_of_left_padded_rows_are_those_of_the_rows_alone(name, tokeniz
         ids[row, -length:], mask[row, -length:] = text[row // 2 :][:length], 1
     alone = torch.stack([score_alone(ours, ids[row, -length:], n_kept) for row, length in enumerate(lengths)])
     gpt2_alone = torch.stack([score_alone(gpt2, ids[row, -length:], n_kept) for row, length in enumerate(lengths)])
-    assert (gpt2_alone - alone).abs().max() < 1e-4  # the same function, as long as nothing is padded
+    assert (gpt2_alone - alone).abs().max() < 1e-4  # the same function without padding
 
     differences = {}
     for model in (ours, gpt2):
@@ -163,27 +163,27 @@ def test_rewards_are_those_of_the_texts_alone_with_a_padding_that_is_a_character
     trainer = trl.RewardTrainer(model, args, train_dataset=data, eval_dataset=data, processing_class=tokenizer)
     margin = trainer.evaluate()["eval_margin"]
 
-    def score(prompt, text):  # up to and with the newline, which is the end and the padding
+    def score(prompt, text):  # with the newline at the end, which is eos and pad
         return model(tokenizer(f"{prompt}{text}\n", return_tensors="pt").input_ids, attention_mask=None).logits.item()
 
-    model.config.pad_token_id = None  # a text alone has none
+    model.config.pad_token_id = None  # a single text has no padding
     margins = [score(prompt, good) - score(prompt, bad) for prompt, good, bad in zip(*PAIRS.values(), strict=True)]
     assert margin == pytest.approx(sum(margins) / len(margins), abs=1e-5)
 
 
-def test_grpo_never_draws_a_spare_row_of_the_vocabulary(tokenizer, common):
+def test_grpo_never_generates_a_spare_row_of_the_vocabulary(tokenizer, common):
     model = make_model(vocab_size=80, block_size=64)
     model.generation_config.suppress_tokens = [*range(65, 80)]
-    drawn = set()
+    generated = set()
 
     def reward(completions, completion_ids, **kwargs):
-        drawn.update(token for row in completion_ids for token in row)
+        generated.update(token for row in completion_ids for token in row)
         return [float(len(text)) for text in completions]
 
     args = {"max_completion_length": 16, "per_device_train_batch_size": 32}
     make_online("GRPO", model, tokenizer, common, reward, **args).train()
-    assert len(drawn) > 20
-    assert max(drawn) < 65
+    assert len(generated) > 20
+    assert max(generated) < 65
 
 
 def test_grpo_past_block_size_is_refused_with_the_length(tokenizer, common):

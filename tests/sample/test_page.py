@@ -6,7 +6,6 @@ import socket
 import sys
 from html import unescape
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from huggingface_hub import constants
@@ -116,7 +115,7 @@ def test_bars_are_as_long_as_the_tokens_are_likely():
 def served(monkeypatch):
     """What run_playground would serve, without Gradio."""
     calls = []
-    monkeypatch.setitem(sys.modules, "gradio", ModuleType("gradio"))
+    monkeypatch.setattr(server, "require", lambda *_: None)
     monkeypatch.setattr(server, "build_page", lambda sampler, facts: (sampler, facts))
     monkeypatch.setattr(server, "_serve", lambda page, port: calls.append((*page, port)))
     return calls

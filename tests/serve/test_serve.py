@@ -614,6 +614,6 @@ def test_command_loads_names_serves_and_warns(monkeypatch, tmp_path, host, key, 
 
 
 def test_run_server_without_its_packages_names_them(monkeypatch):
-    monkeypatch.setattr(module, "find_spec", lambda package: None)
+    monkeypatch.setattr("hugging_nano_gpt.errors.find_spec", lambda package: None)
     with pytest.raises(MissingDependencyError, match=r"pip install fastapi openai uvicorn"):
         run_server(CKPT_PATH)

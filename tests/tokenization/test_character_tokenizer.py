@@ -29,14 +29,14 @@ from ..conftest import limit_file_size
 from ..helpers.programs import run_program
 from .test_bpe import make_encoding
 
-# Loads folders where this package cannot be imported, and treats texts as a client would.
+# Loads folders where this package cannot be imported, and encodes and decodes texts.
 CLIENT = """
 import json, sys
 sys.modules["hugging_nano_gpt"] = None  # import raises ImportError
 from transformers import AutoTokenizer
 
 def use(folder, texts):
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # or it asks about the model's code
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # so it never prompts
     ids = tokenizer(texts).input_ids
     failures = []
     for text in ("~", "well~known", "\\u00e9"):
@@ -76,7 +76,7 @@ def table():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, table):
-    """A model folder as users make it: config.json, the weights, and the tokenizer beside them."""
+    """A folder with config.json, the weights and the tokenizer."""
     folder = tmp_path_factory.mktemp("saved")
     model = NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH)
     model.save_pretrained(folder)
@@ -93,7 +93,7 @@ def make_texts(characters, n_texts=200):
 
 @pytest.fixture(scope="module")
 def client(folder, table, tmp_path_factory):
-    """What a process without the package finds with two tokenizers; the second has an id for unknown characters."""
+    """The results of CLIENT with two tokenizers; the second has an id for unknown characters."""
     lenient = tmp_path_factory.mktemp("lenient")
     build_character_tokenizer(table, unknown_id=1).save_pretrained(lenient)
     texts = {str(folder): make_texts(table.characters), str(lenient): ["a  b"]}
@@ -114,7 +114,7 @@ def test_saved_folder_works_in_a_process_without_the_package(client, folder, tab
     assert got["settings"] == [65, 65, 128, "left"]
 
 
-def test_unknown_id_stands_for_each_unknown_character(client, table):
+def test_unknown_id_is_the_id_of_each_unknown_character(client, table):
     got = client[1]
     assert got["failures"] == [[1], table.encode("well known"), [1]]
     assert got["decoded"] == got["skipped"] == ["a  b"]
@@ -169,7 +169,7 @@ def test_special_tokens_set_after_loading_lose_nothing(folder, table):
 
 
 def test_end_of_text_added_to_tokenizer_and_model_survives_saving(folder, tmp_path, table):
-    """The lines of docs/tokenizers.md for a model that shall learn to end, and that is trained with padding."""
+    """The code of docs/tokenizers.md for a model that learns to end its texts and is trained with padding."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), NanoGPTLMHeadModel.from_pretrained(folder)
     end = "<|endoftext|>"
     tokenizer.add_special_tokens({"bos_token": end, "eos_token": end, "pad_token": end})
@@ -226,7 +226,7 @@ def test_write_meta_is_read_by_pickle_and_read_meta(tmp_path, folder, table, kin
         assert pickle.load(file) == pickle.load(original)
 
 
-def test_write_meta_replaces_only_when_told(tmp_path, table):
+def test_write_meta_replaces_only_with_overwrite(tmp_path, table):
     path = tmp_path / "meta.pkl"
     path.write_text("mine")
     with pytest.raises(TokenizerError, match=r"is there already: expected a new path; give another or overwrite=True"):
@@ -268,7 +268,7 @@ def test_write_meta_of_no_character_table_is_refused(tmp_path, kind):
     else:
         tokenizer = make_word_level("\n aA", split=kind != "whole words", lower=kind == "lower case")
     with pytest.raises(
-        TokenizerError, match=r"meta.pkl: not a character table: .*; nanoGPT's meta.pkl cannot hold it"
+        TokenizerError, match=r"meta.pkl: not a character table: .*; nanoGPT's meta.pkl cannot express it"
     ):
         write_meta(tokenizer, tmp_path / "meta.pkl")
     assert not (tmp_path / "meta.pkl").exists()
@@ -276,7 +276,7 @@ def test_write_meta_of_no_character_table_is_refused(tmp_path, kind):
 
 @pytest.fixture
 def nanogpt_dir(tmp_path):
-    """A folder as nanoGPT's: out/ckpt.pt beside data/shakespeare_char/meta.pkl."""
+    """A folder like nanoGPT's, with out/ and data/shakespeare_char/meta.pkl."""
     (tmp_path / "nanoGPT" / "data" / "shakespeare_char").mkdir(parents=True)
     (tmp_path / "nanoGPT" / "out").mkdir()
     shutil.copy(META_PATH, tmp_path / "nanoGPT" / "data" / "shakespeare_char")
@@ -286,7 +286,7 @@ def nanogpt_dir(tmp_path):
 CONFIG = {"dataset": "shakespeare_char"}
 
 
-def test_find_tokenizer_beside_the_checkpoint(nanogpt_dir, table):
+def test_find_tokenizer_next_to_the_checkpoints_folder(nanogpt_dir, table):
     model = NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH)
     config = model.nanogpt_training_state.config
     tokenizer = find_tokenizer(nanogpt_dir / "out" / "ckpt.pt", config, model.config.vocab_size, block_size=128)
@@ -313,7 +313,7 @@ def test_find_tokenizer_prefers_the_one_that_fits(nanogpt_dir, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("vocab_size", [50257, 50304])
-def test_find_tokenizer_is_gpt2_where_there_is_no_table(tmp_path, monkeypatch, vocab_size):
+def test_find_tokenizer_is_gpt2_without_a_meta_pkl(tmp_path, monkeypatch, vocab_size):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(find, "build_gpt2_tokenizer", lambda *, block_size: ("GPT-2's", block_size))
     assert find_tokenizer("out/ckpt.pt", {"dataset": "openwebtext"}, vocab_size, block_size=8) == ("GPT-2's", 8)

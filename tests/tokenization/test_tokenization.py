@@ -1,4 +1,4 @@
-"""tokenization/characters.py: nanoGPT's character table read safely, text there and back, and wrong tables refused."""
+"""tokenization/characters.py: meta.pkl is read safely, texts are encoded and decoded, and wrong tables are refused."""
 
 import os
 import pickle
@@ -81,7 +81,7 @@ def test_decode_id_outside_the_alphabet_is_refused(table, index):
 
 
 class Malicious:
-    """Makes a folder as soon as it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -99,7 +99,7 @@ def test_read_meta_malicious_executes_nothing(tmp_path, protocol):
         path, r"expected a pickle of plain Python types, .* refused the name \w+\.mkdir, nothing was executed"
     )
     assert not canary.exists()
-    pickle.loads(pickled)  # shows that the canary can be made
+    pickle.loads(pickled)  # shows that the pickle works
     assert canary.exists()
 
 
@@ -151,7 +151,7 @@ def test_read_meta_without_inverse_tables_is_refused(tmp_path, meta):
 
 def test_read_meta_too_large_is_refused(tmp_path):
     with (tmp_path / "meta.pkl").open("wb") as file:
-        file.truncate((64 << 20) + 1)  # a hole, which takes no room
+        file.truncate((64 << 20) + 1)  # a sparse file, which takes no space
     assert_refused(tmp_path / "meta.pkl", "expected a meta.pkl, got a directory, a device or too large a file; check")
 
 

@@ -8,8 +8,8 @@ import torch
 
 from hugging_nano_gpt import ConversionError
 from hugging_nano_gpt.convert.source import choose_device
+from hugging_nano_gpt.evaluate import estimate
 from hugging_nano_gpt.training import TokenDataset, arguments, drawing, training_arguments_from_nanogpt
-from hugging_nano_gpt.verify import estimate
 
 from ..clients.test_examples import ROOT
 from ..helpers.programs import run_command

@@ -1,4 +1,4 @@
-"""Verifying two models: every pairing comes out equal, and every kind of mismatch is found and named."""
+"""verify_models: a model equals itself as a file and as a folder, and every kind of mismatch is found and named."""
 
 import json
 import math
@@ -16,17 +16,16 @@ from hugging_nano_gpt import (
     VerifyReport,
     export_gpt2,
     verify_against_nanogpt,
-    verify_loss,
     verify_models,
 )
 from hugging_nano_gpt.convert import pretrained
 from hugging_nano_gpt.demo import CKPT_PATH
 from hugging_nano_gpt.model.fast_nano_gpt import PreallocatedLayer
-from hugging_nano_gpt.verify.compare import describe_difference, have_same_bits, measure_difference
+from hugging_nano_gpt.verify.compare import describe_difference, measure_difference
+from hugging_nano_gpt.verify.computing import have_same_bits
 
 from ..conftest import save
 from ..helpers.tiny import FIXTURES_DIR, MODEL_ARGS, make_model
-from ..helpers.trace import TRACE_DIR
 
 DOCS = (Path(__file__).parents[2] / "docs" / "verify.md").read_text()
 WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
@@ -89,7 +88,7 @@ def test_a_broken_cache_is_found_on_its_side(ckpt_path, folder, monkeypatch, dty
     monkeypatch.setattr(PreallocatedLayer, "update", lambda self, keys, values, *args, **kwargs: (keys, values))
     wrong = find_wrong(verify_models(folder, folder))
     assert list(wrong) == ["cached, left", "cached, right"]
-    assert re.fullmatch(r"row \d differs from token \d+ on: .* the left side draws other.*", wrong["cached, left"])
+    assert re.fullmatch(r"row \d differs from token \d+ on: .* the left side generates other.*", wrong["cached, left"])
     generate = NanoGPTLMHeadModel.generate
     sides = []
 
@@ -219,7 +218,7 @@ def test_swapped_and_transposed_tensors_are_named(ckpt_path, contents, tmp_path)
 
 
 @pytest.mark.parametrize("activation_function", ["gelu_new", "gelu_pytorch_tanh"])
-def test_tanh_in_place_of_exact_gelu_is_named_while_the_tensors_are_equal(ckpt_path, tmp_path, activation_function):
+def test_tanh_instead_of_exact_gelu_is_named_while_the_tensors_are_equal(ckpt_path, tmp_path, activation_function):
     other = save_folder(ckpt_path, tmp_path / "saved", activation_function=activation_function)
     wrong = find_wrong(verify_models(ckpt_path, other, gradients=True))
     assert wrong["activation"] == f"gelu and {activation_function}: one is exact, the other the tanh formula"
@@ -245,7 +244,7 @@ def test_untied_head_with_the_embeddings_numbers_is_named(ckpt_path, folder, tmp
     untied = save_folder(ckpt_path, tmp_path / "untied", tie_word_embeddings=False)
     wrong = find_wrong(verify_models(folder, untied))
     assert set(wrong) == {"tying"}
-    assert "it holds the embedding's numbers, but the two would train apart" in wrong["tying"]
+    assert "it has the embedding's numbers, but the two would train apart" in wrong["tying"]
 
 
 def test_other_dtype_is_a_mismatch_that_says_whether_the_values_are_equal(ckpt_path, folder, tmp_path):
@@ -353,13 +352,12 @@ def test_settings_of_files_are_refused_without_a_file(setting, ckpt_path, folder
     for verify in (
         lambda: verify_models(folder, folder, **setting),
         lambda: verify_against_nanogpt(folder, ckpt_path.parent, **setting),
-        lambda: verify_loss(folder, TRACE_DIR, **setting),
     ):
         with pytest.raises(CheckpointError, match=f"expected no '{name}' for a folder.*; leave out --"):
             verify()
 
 
-def test_settings_of_files_are_heeded_beside_a_folder(ckpt_path, folder):
+def test_settings_of_files_apply_to_a_file_next_to_a_folder(ckpt_path, folder):
     report = verify_models(folder, ckpt_path, activation_function="gelu_new")
     assert find_wrong(report)["activation"].startswith("gelu and gelu_new")
 
@@ -411,8 +409,3 @@ def test_report_in_the_docs_is_true(tmp_path, monkeypatch):
     assert ("", f"{verify_models('out/ckpt.pt', 'saved', gradients=True)}\n") in blocks
     (code,) = (text for language, text in blocks if language == "python")
     exec(code, {})
-
-
-def test_loss_line_in_the_docs_is_true():
-    (check,) = verify_loss(TRACE_DIR / "ckpt_100.pt", TRACE_DIR).checks
-    assert f"{check.name}  {check.detail}\n" in DOCS

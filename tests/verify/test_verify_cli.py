@@ -1,4 +1,4 @@
-"""The command `verify`: what it prints where, its exit codes, and its --json."""
+"""The command `verify`: what it prints to stdout and stderr, its exit codes, and --json."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hugging_nano_gpt_cli
-from hugging_nano_gpt import NanoGPTLMHeadModel, verify_loss, verify_models
+from hugging_nano_gpt import NanoGPTLMHeadModel, verify_models
 from hugging_nano_gpt.demo import CKPT_PATH as DEMO_CKPT_PATH
 from hugging_nano_gpt.model.configuration_nano_gpt import ACTIVATION_FUNCTIONS
 
@@ -75,11 +75,8 @@ def test_warnings_of_transformers_do_not_join_the_error(pair, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a.pt"], "exactly one of B, --nanogpt and --data"),
-        (["a.pt", "b.pt", "--data", "d"], "exactly one of B, --nanogpt and --data"),
-        (["a.pt", "--nanogpt", "n", "--data", "d"], "exactly one of B, --nanogpt and --data"),
-        (["a.pt", "b.pt", "--eval-iters", "3"], "--eval-iters only with --data"),
-        (["a.pt", "--data", "d", "--gradients"], "no --gradients with --data"),
+        (["a.pt"], "exactly one of B and --nanogpt"),
+        (["a.pt", "b.pt", "--nanogpt", "n"], "exactly one of B and --nanogpt"),
         (["a.pt", "b.pt", "--activation", "relu"], "relu"),
         (["a.pt", "b.pt", "--n-head", "0"], "--n-head"),
         ([], "Missing argument"),
@@ -94,19 +91,12 @@ def test_wrong_usage_exits_with_2_and_says_why(arguments, message):
 def test_help_names_every_option():
     result = verify("--help")
     assert (result.returncode, result.stderr) == (0, "")
-    for option in ("--gradients", "--nanogpt", "--data", "--activation", "--n-head", "--eval-iters", "--json"):
+    for option in ("--gradients", "--nanogpt", "--activation", "--n-head", "--ignore-extra", "--json"):
         assert option in result.stdout
 
 
 def test_activations_are_those_of_the_configuration():
     assert tuple(item.value for item in hugging_nano_gpt_cli._Activation) == ACTIVATION_FUNCTIONS
-
-
-def test_data_option_measures_the_loss_with_progress_on_stderr():
-    code, out, err = verify(CKPT_PATH, "--data", TRACE_DIR, "--eval-iters", "2", "--activation", "gelu")
-    assert code == 0
-    assert out == f"{verify_loss(CKPT_PATH, TRACE_DIR, eval_iters=2, activation_function='gelu')}\n"
-    assert "val.bin, gelu: 2 batches of 8 windows\n" in err
 
 
 def test_nanogpt_option_runs_the_checkout(tmp_path):

@@ -1,4 +1,4 @@
-"""Verifying against a nanoGPT checkout: a small one written here, and the real one where NANOGPT_DIR names it.
+"""verify_against_nanogpt: with a small checkout written here, and with the real one if NANOGPT_DIR is set.
 
 Their code's process is forked, with torch imported; three tests start one as users do.
 """
@@ -23,7 +23,7 @@ from .test_verify import find_wrong
 
 ROOT = Path(__file__).parents[2]
 
-# What of nanoGPT's model.py the comparison asks for, around the independent reference.
+# The parts of nanoGPT's model.py that the comparison uses, around the independent reference.
 MODEL_PY = """
 import sys
 from dataclasses import asdict, dataclass
@@ -103,7 +103,7 @@ def not_forked(forked, monkeypatch):
 
 @pytest.fixture
 def make_checkout(tmp_path, monkeypatch):
-    """Writes a checkout; afterwards nothing may be left in it nor in the temporary folder."""
+    """Writes a checkout; afterwards no other file may be in it or in the temporary folder."""
     checkout, temporary = tmp_path / "nanoGPT", tmp_path / "tmp"
     checkout.mkdir()
     temporary.mkdir()
@@ -155,9 +155,9 @@ def test_same_function_in_another_order_is_equal_within_a_stated_tolerance(ckpt_
     assert check.detail == f"equal within {check.tolerance:.2g} (largest difference {check.largest_difference:.2g})"
 
 
-def test_another_function_is_found_and_laid_on_no_activation(ckpt_path, make_checkout):
+def test_another_function_is_found_and_no_activation_is_blamed(ckpt_path, make_checkout):
     wrong = find_wrong(verify_against_nanogpt(ckpt_path, make_checkout(WRITTEN_OUT.replace("-0.5", "-0.49"))))
-    assert wrong["activation"] == "gelu on the left; with no GELU are the logits those of their code"
+    assert wrong["activation"] == "gelu on the left; no GELU gives the logits of their code"
     assert "at most" in wrong["logits 2x32"]
 
 
@@ -184,7 +184,7 @@ def test_code_that_ties_what_the_checkpoint_does_not_is_named(make_checkout, con
     contents["model"]["lm_head.weight"] = contents["model"]["lm_head.weight"] + 1
     wrong = find_wrong(verify_against_nanogpt(save(contents, tmp_path), make_checkout()))
     assert wrong["tying"] == "lm_head is untied and tied"
-    assert wrong["tensors"] == "their model does not hold the numbers of 'transformer.wte.weight'"
+    assert wrong["tensors"] == "their model does not have the numbers of 'transformer.wte.weight'"
 
 
 def test_code_that_unties_is_named_though_its_logits_are_equal(ckpt_path, make_checkout):

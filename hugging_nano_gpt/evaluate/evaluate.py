@@ -1,8 +1,8 @@
-"""What a model makes of all of a text: its mean loss over every token, perplexity, and bits per byte or character.
+"""A model's mean loss over every token of a text, its perplexity, and its bits per byte or character.
 
-Every token is scored once. The first window scores all of its tokens; each later one moves on by `stride` and scores
-that many, with the tokens before them as context: a shorter stride gives more context, and takes more time. Beside it
-stands nanoGPT's own estimate, which is of another kind: a mean over random windows, which says how far it may be off.
+Every token is scored once. The first window scores all of its tokens. Each later window starts `stride` tokens further
+on and scores that many, with the tokens before them as context: a shorter stride gives more context and takes longer.
+nanoGPT's own estimate is reported too: a mean over random windows, with its standard error.
 """
 
 import math
@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..checkpoint.contents import NO_VAL_LOSS, TrainingState
+from ..convert.inspect import to_json
 from ..convert.source import choose_device, load_source
 from ..data.dataset import TokenDataset
 from ..errors import DataError
@@ -27,12 +28,11 @@ from ..tokenization.find import find_tokenizer_or_reason, load_tokenizer
 from ..tokenization.text import count_units, encode_text, read_text
 from ..tokenization.vocabulary import make_settings
 from .estimate import Estimate, compute_losses, estimate_loss, get_estimate_settings
-from .report import to_json_number
 
-# Windows that are read at once; compute_losses takes fewer where their logits are large.
+# Windows in one batch; compute_losses splits it where its logits are large.
 _N_ROWS = 16
 
-# Names of token files end so; everything else is text.
+# A file with one of these suffixes holds tokens; any other file is a text.
 _TOKEN_SUFFIXES = (".bin", ".npy")
 
 
@@ -43,14 +43,14 @@ class Evaluation:
     Args:
         source: What was evaluated, in words.
         data: The file.
-        stride: Tokens that each window but the first scores.
-        n_tokens: Tokens scored.
-        loss: Mean over them, in nats per token.
+        stride: Number of tokens that each window scores, except the first.
+        n_tokens: Number of tokens scored.
+        loss: Their mean loss, in nats per token.
         unit: "byte" or "character"; None without a tokenizer.
-        n_units: Bytes of UTF-8, or characters, of the tokens scored; special tokens count none.
+        n_units: Number of UTF-8 bytes, or of characters, in the tokens scored, without special tokens.
         estimate: nanoGPT's estimate on the same file; None for a text.
-        recorded: The run whose best_val_loss is compared with the estimate; None if there is none.
-        notes: What else one should know, a sentence each.
+        recorded: The run whose best_val_loss the estimate is compared with; None if nothing can be compared.
+        notes: What was assumed, and why a number is missing, a sentence each.
     """
 
     source: str
@@ -71,8 +71,13 @@ class Evaluation:
 
     @property
     def bits_per_unit(self) -> float | None:
-        """Bits that a coder would need for a byte or a character; None without a tokenizer."""
+        """Bits per byte or per character; None without a tokenizer."""
         return self.loss * self.n_tokens / math.log(2) / self.n_units if self.n_units else None
+
+    @property
+    def matches_recorded(self) -> bool | None:
+        """Whether the estimate agrees with the run's best_val_loss; None if nothing can be compared."""
+        return None if self.estimate is None or self.recorded is None else self.estimate.agrees(self.recorded)
 
     def __str__(self) -> str:
         facts = {
@@ -90,18 +95,19 @@ class Evaluation:
         return "\n".join([f"{self.source} on {self.data}", *lines, *(f"note: {note}" for note in self.notes)])
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the facts as a dict of plain types, for json.dumps; what is not finite becomes None."""
-        return {
+        """Returns the same facts as a dict for json.dumps."""
+        facts = {
             "source": self.source,
             "data": self.data,
-            "loss": to_json_number(self.loss),
-            "perplexity": to_json_number(self.perplexity),
-            **({f"bits_per_{self.unit}": to_json_number(self.bits_per_unit)} if self.unit else {}),
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            **({f"bits_per_{self.unit}": self.bits_per_unit} if self.unit else {}),
             "n_tokens": self.n_tokens,
             "stride": self.stride,
             "estimate": None if self.estimate is None else self.estimate.to_json(self.recorded),
-            "notes": list(self.notes),
+            "notes": self.notes,
         }
+        return to_json(facts)
 
 
 def evaluate_loss(
@@ -115,28 +121,25 @@ def evaluate_loss(
     tokenizer: str | None = None,
     **kwargs: Any,
 ) -> Evaluation:
-    """Computes a model's mean loss over all of a token file or a text, and nanoGPT's estimate of it.
+    """Computes a model's mean loss over a whole token file or text, and nanoGPT's estimate of it for a token file.
 
-    A text is read after the token that generate starts with, so that its first token is scored too: the newline of
-    nanoGPT's character models, <|endoftext|> of GPT-2's. The first token of a token file is only context. Logits are
-    computed in the model's dtype, losses in float32, their mean in float64.
+    The token that generate starts with is put before a text, so that the first token of the text is scored too. The
+    first token of a token file is only context. Logits are computed in the model's dtype, losses in float32 and their
+    mean in float64. On a val.bin, the estimate is compared with the best_val_loss that the run recorded: both are
+    means over random windows, and agree if they are within three standard errors of their difference.
 
     Args:
-        source: Checkpoint file of the nanoGPT family, folder that save_pretrained wrote, or Hub id.
-        data_path: A .bin or .npy file of tokens, a folder with val.bin, or a text in UTF-8 under any other name.
-        stride: Tokens from a window to the next, 1 to block_size, which is the default.
-        eval_iters: Batches of nanoGPT's estimate, in place of the checkpoint's.
-        device: Device of torch; by default CUDA where there is a GPU for it, else the CPU.
-        meta_path: meta.pkl of the model's characters, in place of the tokenizer that belongs to the source.
-        tokenizer: Name, folder or Hub id of a tokenizer, in place of meta_path.
-        **kwargs: What from_nanogpt_ckpt or from_pretrained takes, such as `dtype`, `n_head`, `activation_function`.
+        source, device, meta_path, tokenizer, **kwargs: As for sample_text.
+        data_path: A .bin or .npy file of tokens, a folder with val.bin, or a UTF-8 text under any other name.
+        stride: Number of tokens from one window to the next, 1 to block_size; block_size by default.
+        eval_iters: Number of batches for nanoGPT's estimate, instead of the checkpoint's.
 
     Raises:
         DeviceError: If torch cannot compute on the device.
-        CheckpointError: If there is no whole model.
-        DataError: If the data cannot be read, hold nothing to score, or have tokens that the model does not; or the
-            stride is not one, or eval_iters is given for a text.
-        TokenizerError: If there is no tokenizer for a text, or the text has what the tokenizer does not know.
+        CheckpointError: If the model cannot be loaded.
+        DataError: If the data cannot be read, have nothing to score, or have tokens that the model does not have; if
+            the stride is out of range, or eval_iters is given for a text.
+        TokenizerError: If a text has no tokenizer, or characters that the tokenizer does not know.
     """
     path = Path(data_path) / "val.bin" if Path(data_path).is_dir() else Path(data_path)
     if eval_iters is not None and path.suffix not in _TOKEN_SUFFIXES:
@@ -157,7 +160,9 @@ def evaluate_loss(
         state = model.nanogpt_training_state
         recorded_iters, batch_size = get_estimate_settings(state)
         estimate = estimate_loss(model, path, n_batches=eval_iters or recorded_iters, batch_size=batch_size)
-        recorded = state if path.name == "val.bin" and state.best_val_loss < NO_VAL_LOSS else None
+        if path.name == "val.bin":
+            recorded = state if state.best_val_loss < NO_VAL_LOSS else None
+            reasons += [] if recorded else ["the estimate is not compared, because no best_val_loss is recorded"]
     return Evaluation(
         source=f"{os.fspath(source)} ({loaded.kind})",
         data=str(path),
@@ -173,7 +178,7 @@ def evaluate_loss(
 
 
 class _Windows(Protocol):
-    """What TokenDataset is: item i is the window that begins at token i, with its targets."""
+    """What TokenDataset provides: item i is the window that starts at token i, with its targets."""
 
     block_size: int
 
@@ -182,7 +187,7 @@ class _Windows(Protocol):
 
 
 class _TextWindows:
-    """Every window of a text, which may be shorter than block_size."""
+    """The windows of a text, which may be shorter than block_size."""
 
     def __init__(self, ids: list[int], block_size: int):
         self._ids = torch.tensor(ids)
@@ -199,7 +204,7 @@ class _TextWindows:
 def _open_windows(
     model: NanoGPTLMHeadModel, source: str | os.PathLike[str], path: Path, asked: dict[str, Any]
 ) -> tuple[_Windows, PreTrainedTokenizerBase | None, list[str]]:
-    """Opens a file, and finds the tokenizer of its tokens, or the reason that there is none."""
+    """Returns the windows of a file, the tokenizer of its tokens, and otherwise the reason for not having one."""
     block_size = model.config.block_size
     if path.suffix in _TOKEN_SUFFIXES:
         windows = TokenDataset(path, block_size)
@@ -215,7 +220,7 @@ def _open_windows(
 
 
 def _score(model: NanoGPTLMHeadModel, windows: _Windows, stride: int, path: Path) -> tuple[float, list[int]]:
-    """Returns the mean loss over all tokens but the first, and the tokens."""
+    """Returns the mean loss of all tokens but the first, and these tokens."""
     begins = [*range(0, len(windows) - 1, stride), len(windows) - 1]
     counts = [windows.block_size, *(end - begin for begin, end in pairwise(begins))]
     total, scored = 0.0, []

@@ -1,4 +1,4 @@
-"""evaluate: every token scored once, held against a plain loop over the reference; nanoGPT's estimate; its errors."""
+"""evaluate: every token is scored once, as a plain loop over the reference does; nanoGPT's estimate; errors."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def load_reference(path):
 
 @torch.no_grad()
 def score_with_the_reference(reference, ids, stride):
-    """Sums the loss of each token but the first by itself: a position, its context, one number."""
+    """Computes the mean loss of all tokens but the first, one token at a time."""
     block_size = reference.transformer["wpe"].num_embeddings
     losses, end = [], min(block_size, len(ids) - 1)
     scored = range(1, end + 1)
@@ -55,7 +55,7 @@ def score_with_the_reference(reference, ids, stride):
 def test_every_token_of_a_text_is_scored_once(stride, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     found = evaluate_loss(CKPT_PATH, tmp_path / "text.txt", stride=stride, meta_path=META_PATH)
-    ids = read_meta(META_PATH).encode("\n" + TEXT)  # the newline starts a text, as it does for sample.py
+    ids = read_meta(META_PATH).encode("\n" + TEXT)  # with the newline that sample.py starts with
     expected = score_with_the_reference(load_reference(CKPT_PATH), ids, stride or BLOCK_SIZE)
     assert found.loss == pytest.approx(expected, abs=1e-6)  # float32 logits and losses
     assert (found.n_tokens, found.stride) == (len(TEXT), stride or BLOCK_SIZE)
@@ -113,7 +113,7 @@ def test_bytes_are_counted_where_tokens_are_more_than_characters(tmp_path):
     assert (found.unit, found.n_tokens) == ("byte", len(ids))
     assert found.n_units == len(text.replace("<|endoftext|>", "").encode())
     assert found.bits_per_unit == pytest.approx(found.loss * len(ids) / math.log(2) / found.n_units)
-    np.array(ids, dtype=np.uint16).tofile(tmp_path / "val.bin")  # the first token is context there
+    np.array(ids, dtype=np.uint16).tofile(tmp_path / "val.bin")  # its first token is only context
     of_tokens = evaluate_loss(tmp_path / "saved", tmp_path, eval_iters=1)
     assert of_tokens.n_tokens == len(ids) - 1
     assert of_tokens.n_units == len(tokenizer.decode(ids[1:], skip_special_tokens=True).encode())

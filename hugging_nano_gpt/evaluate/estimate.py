@@ -1,7 +1,4 @@
-"""The loss of a model on windows of tokens, and nanoGPT's estimate of it: a mean over random windows, with its spread.
-
-evaluate.py goes over all of a file with it, loss.py holds a recorded loss against it.
-"""
+"""The loss of each token in a batch, and nanoGPT's estimate of a model's loss: a mean over random windows."""
 
 import math
 from collections.abc import Iterator
@@ -15,17 +12,17 @@ from ..checkpoint.contents import TrainingState
 from ..data.dataset import TokenDataset, check_ids, collate_windows
 from ..data.offsets import RandomOffsetSampler
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
-from .report import to_json_number
 
-# train.py's own (@ 3adf61e), where a checkpoint has no config.
+# train.py's defaults (@ 3adf61e), for checkpoints without a config.
 _EVAL_ITERS = 200
 _BATCH_SIZE = 12
 
-# Two means of the same numbers are further apart once in 370 times. Beside it, what rounding alone may make of a loss.
+# Two estimates of one loss are further apart than this once in 370 times. Rounding alone may add the second number,
+# as a fraction of the loss.
 _STANDARD_ERRORS = 3
 _ROUNDING = 1e-6
 
-# Logits in memory at once: 2 ** 26 float32 are 256 MiB.
+# Number of logits in memory at once: 2 ** 26 in float32 take 256 MiB.
 _MOST_LOGITS = 2**26
 
 
@@ -39,24 +36,24 @@ class Estimate:
 
     @property
     def standard_error(self) -> float:
-        """How far the mean itself is from that of all windows, once in three times or less."""
+        """The standard error of the mean."""
         return self.deviation / math.sqrt(self.n)
 
     def __str__(self) -> str:
         return f"{self.mean:.4f} +- {self.standard_error:.4f}"
 
     def compute_tolerance(self, recorded: TrainingState) -> float:
-        """Returns how far the best_val_loss of a run may be off; its windows are taken to spread as much."""
+        """Returns the largest difference to a run's best_val_loss that is accepted, if its windows spread as much."""
         iters, batch_size = get_estimate_settings(recorded)
         spread = self.deviation * math.sqrt(1 / self.n + 1 / (iters * batch_size))
         return _STANDARD_ERRORS * spread + _ROUNDING * self.mean
 
     def agrees(self, recorded: TrainingState) -> bool:
-        """Says whether the best_val_loss of a run is near enough."""
+        """Returns whether the best_val_loss of a run is within the tolerance."""
         return abs(self.mean - recorded.best_val_loss) <= self.compute_tolerance(recorded)
 
     def compare(self, recorded: TrainingState) -> str:
-        """Says the same in words."""
+        """Describes the same in words."""
         best = recorded.best_val_loss
         return (
             f"best_val_loss {best:.4f} {'agrees' if self.agrees(recorded) else 'does not agree'}: "
@@ -65,27 +62,27 @@ class Estimate:
         )
 
     def to_json(self, recorded: TrainingState | None) -> dict[str, Any]:
-        """Returns the numbers as a dict, and how they compare with the best_val_loss of a run, if there is one."""
+        """Returns the numbers as a dict, and how they compare with the best_val_loss of a run."""
         return {
-            "loss": to_json_number(self.mean),
-            "standard_error": to_json_number(self.standard_error),
+            "loss": self.mean,
+            "standard_error": self.standard_error,
             "n_windows": self.n,
             "best_val_loss": None if recorded is None else recorded.best_val_loss,
-            "tolerance": None if recorded is None else to_json_number(self.compute_tolerance(recorded)),
+            "tolerance": None if recorded is None else self.compute_tolerance(recorded),
             "agrees": None if recorded is None else self.agrees(recorded),
         }
 
 
 def get_estimate_settings(state: TrainingState) -> tuple[int, int]:
-    """Returns the eval_iters and the batch_size of a run, nanoGPT's own where it records none."""
+    """Returns the eval_iters and the batch_size of a run, or train.py's defaults where none are recorded."""
     return _get_count(state, "eval_iters", _EVAL_ITERS), _get_count(state, "batch_size", _BATCH_SIZE)
 
 
 def estimate_loss(model: NanoGPTLMHeadModel, path: Path, *, n_batches: int, batch_size: int) -> Estimate:
-    """Estimates a model's loss on a token file as nanoGPT's estimate_loss does, from a seed of its own.
+    """Estimates a model's loss on a token file as nanoGPT's estimate_loss does, from a fixed seed.
 
     Raises:
-        DataError: If the file cannot be read, is shorter than a window, or has tokens that the model does not.
+        DataError: If the file cannot be read, is shorter than a window, or has tokens that the model does not have.
     """
     batches = _iterate_batches(path, model.config.block_size, batch_size, n_batches)
     windows = torch.cat([compute_losses(model, batch, path).mean(dim=1) for batch in batches])
@@ -94,18 +91,18 @@ def estimate_loss(model: NanoGPTLMHeadModel, path: Path, *, n_batches: int, batc
 
 @torch.no_grad()
 def compute_losses(model: NanoGPTLMHeadModel, batch: dict[str, torch.Tensor], where: object) -> torch.Tensor:
-    """Computes the loss of each token: a few rows at once, so that the logits fit in memory.
+    """Computes the loss of each token, a few rows at once, so that the logits fit in memory.
 
     Args:
         model: The model, in eval mode, on its device.
         batch: input_ids and shift_labels, (B, T) int64 each.
-        where: What the batch is from.
+        where: What the batch was read from, for the error.
 
     Returns:
-        (B, T) float64 on the CPU, of float32 logits.
+        (B, T) float64 on the CPU, computed from float32 logits.
 
     Raises:
-        DataError: If there are ids that the model does not have.
+        DataError: If the batch has ids that the model does not have.
     """
     check_ids(batch, model.config.vocab_size, where)
     n_rows = max(1, _MOST_LOGITS // (batch["input_ids"].shape[1] * model.config.vocab_size))
