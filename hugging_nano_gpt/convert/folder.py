@@ -15,9 +15,8 @@ from ..checkpoint.read_write import read_checkpoint
 from ..errors import ConversionError
 from ..files import check_file, check_folder, open_folder
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
-from ..tokenization.find import find_tokenizer_or_reason
 from ..tokenization.vocabulary import make_settings
-from .source import load_folder, load_source
+from .source import load_source
 from .tensors import list_args
 
 
@@ -49,8 +48,6 @@ def convert_to_folder(
     source: str | os.PathLike[str],
     folder: str | os.PathLike[str],
     *,
-    meta_path: str | os.PathLike[str] | None = None,
-    tokenizer: str | None = None,
     max_shard_size: int | str = "50GB",
     overwrite: bool = False,
     **kwargs: Any,
@@ -78,9 +75,7 @@ def convert_to_folder(
     check_other_place(source, folder)
     check_folder(folder, overwrite)
     loaded = load_source(source, **kwargs)
-    found, reasons = find_tokenizer_or_reason(
-        loaded.model, source, meta_path=meta_path, tokenizer=tokenizer, **loaded.hub
-    )
+    found, reasons = loaded.find_tokenizer()
     loaded.model.generation_config = make_settings(loaded.model, found)
     with open_folder(folder, overwrite) as temporary:
         loaded.model.save_pretrained(temporary, max_shard_size=max_shard_size)
@@ -119,7 +114,7 @@ def convert_to_checkpoint(
     """
     check_file(Path(ckpt_path), overwrite)
     optimizer = None if optimizer_from is None else _read_optimizer(optimizer_from)
-    model = load_folder(source, **kwargs)
+    model = load_source(source, folder_only=True, **kwargs).model
     if optimizer is not None and (faults := optimizer.find_faults(list_args(model.config))):
         raise ConversionError(
             f"{os.fspath(optimizer_from or '')}: its optimizer state is of another model than {os.fspath(source)}: "

@@ -15,6 +15,7 @@ from ..errors import CheckpointError, NanoGPTError, list_some
 from ..files import advise_on_folder
 from ..model.folder_nano_gpt import describe_interruption, refuse_change
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
+from ..model.persistence_nano_gpt import describe_checkpoint
 from ..tokenization.find import HUB_KWARGS
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -119,16 +120,13 @@ def _check_numbers(source: str | os.PathLike[str], config: PreTrainedConfig) -> 
 
 
 def _read_fields(source: str | os.PathLike[str], hub: dict[str, Any]) -> dict[str, Any]:
-    if Path(source).is_file():
-        raise CheckpointError(
-            f"{source}: expected a folder that save_pretrained wrote, or a hub id, got a file; load a checkpoint with "
-            f"from_nanogpt_ckpt, or make a folder of it with `hugging-nano-gpt convert`"
-        )
-    interruption = describe_interruption(Path(source))
-    if interruption is not None:
-        raise CheckpointError(interruption)
+    path = Path(source)
+    is_file = path.is_file()
+    fault = describe_checkpoint(path, NanoGPTLMHeadModel.__name__) if is_file else describe_interruption(path)
+    if fault is not None:
+        raise CheckpointError(fault)
     with _explaining(source):
-        if not (Path(source).is_dir() or is_hub_id(source)):
+        if not (path.is_dir() or is_hub_id(source)):
             raise FileNotFoundError("no such folder, and no hub id, which is owner/name")
         fields, _ = PreTrainedConfig.get_config_dict(source, **hub)
     return fields

@@ -2,15 +2,15 @@
 
 import os
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..convert.source import choose_device, load_source
 from ..demo import CKPT_PATH, META_PATH
 from ..errors import MissingDependencyError
 from .address import HOST, check_port
 from .markup import CSS, list_facts
 from .page import build_page
-from .sampling import load_sampler
+from .sampling import make_sampler
 
 if TYPE_CHECKING:
     import gradio
@@ -21,8 +21,6 @@ def run_playground(
     *,
     port: int = 7860,
     device: str | None = None,
-    meta_path: str | os.PathLike[str] | None = None,
-    tokenizer: str | None = None,
     **kwargs: Any,
 ) -> None:
     """Serves a page to try a model in, on 127.0.0.1, until it is interrupted (Ctrl-C).
@@ -46,11 +44,11 @@ def run_playground(
     check_port(HOST, port)
     if source is None:
         source = CKPT_PATH
-        meta_path = META_PATH if tokenizer is None and meta_path is None else meta_path
-    sampler = load_sampler(source, device=device, meta_path=meta_path, tokenizer=tokenizer, **kwargs)
-    path = Path(source)
-    name = path.resolve().name if path.exists() else str(source)
-    _serve(build_page(sampler, list_facts(name, sampler)), port)
+        if kwargs.get("tokenizer") is None and kwargs.get("meta_path") is None:
+            kwargs["meta_path"] = META_PATH
+    loaded = load_source(source, device=choose_device(device), **kwargs)
+    sampler = make_sampler(loaded, is_autocast=kwargs.get("dtype") is None)
+    _serve(build_page(sampler, list_facts(loaded)), port)
 
 
 def _check_gradio() -> None:

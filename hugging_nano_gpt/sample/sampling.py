@@ -23,11 +23,10 @@ from transformers import (
     TopKLogitsWarper,
 )
 
-from ..convert.source import choose_device, load_source
+from ..convert.source import Source, choose_device, load_source
 from ..errors import DataError
 from ..model.configuration_nano_gpt import NanoGPTConfig
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
-from ..tokenization.find import load_tokenizer
 from ..tokenization.text import encode_text, read_text
 from ..tokenization.vocabulary import make_settings
 
@@ -47,8 +46,6 @@ def sample_text(
     seed: int = 1337,
     stride: int = 1,
     device: str | None = None,
-    meta_path: str | os.PathLike[str] | None = None,
-    tokenizer: str | None = None,
     stream: TextIO | None = None,
     **kwargs: Any,
 ) -> None:
@@ -78,7 +75,8 @@ def sample_text(
         TokenizerError: If there is no tokenizer, or the prompt has what it does not know.
         DataError: If the prompt's file cannot be read, or the stride is none.
     """
-    sampler = load_sampler(source, device=device, meta_path=meta_path, tokenizer=tokenizer, **kwargs)
+    loaded = load_source(source, device=choose_device(device), **kwargs)
+    sampler = make_sampler(loaded, is_autocast=kwargs.get("dtype") is None)
     block_size = sampler.model.config.block_size
     if not 1 <= stride <= block_size:
         raise DataError(f"stride: expected 1 to block_size={block_size}, got {stride}; change --stride")
@@ -99,18 +97,16 @@ def sample_text(
 
 @dataclass(frozen=True)
 class Sampler:
-    """A model that draws as sample.py does, and the tokenizer of its text. load_sampler makes one.
+    """A model that draws as sample.py does, and the tokenizer of its text. make_sampler makes one.
 
     Args:
         model: The model, on its device.
         tokenizer: Its tokenizer.
-        kind: What the model was loaded from, in words.
         autocast_dtype: What matrix products are computed in, as sample.py does on a GPU; None for the model's dtype.
     """
 
     model: NanoGPTLMHeadModel
     tokenizer: PreTrainedTokenizerBase
-    kind: str
     autocast_dtype: torch.dtype | None = None
 
     def encode(self, prompt: str) -> torch.Tensor:
@@ -170,40 +166,24 @@ class Sampler:
             )
 
 
-def load_sampler(
-    source: str | os.PathLike[str],
-    *,
-    device: str | None = None,
-    meta_path: str | os.PathLike[str] | None = None,
-    tokenizer: str | None = None,
-    **kwargs: Any,
-) -> Sampler:
-    """Loads a model and its tokenizer to draw from; see sample_text for what it takes and raises."""
-    model, text_tokenizer, kind = load_model_and_tokenizer(
-        source, device=device, meta_path=meta_path, tokenizer=tokenizer, **kwargs
-    )
-    # What else a folder's generation_config.json holds, sample.py does not know: an end of text, a top_p, a penalty.
-    settings = make_settings(model, text_tokenizer)
-    model.generation_config = GenerationConfig(suppress_tokens=settings.suppress_tokens)
-    is_autocast = model.device.type == "cuda" and kwargs.get("dtype") is None  # another dtype is computed in as it is
-    autocast_dtype = torch.bfloat16 if is_autocast and torch.cuda.is_bf16_supported() else torch.float16
-    return Sampler(model, text_tokenizer, kind, autocast_dtype if is_autocast else None)
+def make_sampler(source: Source, *, is_autocast: bool = True) -> Sampler:
+    """Makes the sampler of a model that was loaded with its tokenizer.
 
+    Args:
+        source: The model, whose generation_config is replaced, and its tokenizer.
+        is_autocast: Whether matrix products on a GPU are in bfloat16, as in sample.py, or else in the model's dtype.
 
-def load_model_and_tokenizer(
-    source: str | os.PathLike[str],
-    *,
-    device: str | None = None,
-    meta_path: str | os.PathLike[str] | None = None,
-    tokenizer: str | None = None,
-    **kwargs: Any,
-) -> tuple[NanoGPTLMHeadModel, PreTrainedTokenizerBase, str]:
-    """Loads a model to a device, its tokenizer, and what it was loaded from, in words; see sample_text."""
-    torch_device = choose_device(device)
-    loaded = load_source(source, **kwargs)
-    text_tokenizer = load_tokenizer(loaded.model, source, meta_path=meta_path, tokenizer=tokenizer, **loaded.hub)
-    loaded.model.to(torch_device)
-    return loaded.model, text_tokenizer, loaded.kind
+    Raises:
+        TokenizerError: If there is no tokenizer.
+    """
+    model = source.model
+    # sample.py does not know what else a generation_config.json may set: an end of text, a top_p, a penalty.
+    suppressed = make_settings(model, source.tokenizer).suppress_tokens
+    model.generation_config = GenerationConfig(suppress_tokens=suppressed)
+    if not is_autocast or model.device.type != "cuda":
+        return Sampler(model, source.tokenizer)
+    autocast_dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return Sampler(model, source.tokenizer, autocast_dtype)
 
 
 class _Rounding(LogitsProcessor):

@@ -11,9 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..convert.source import choose_device, load_source
 from ..errors import MissingDependencyError, ServerError
 from ..sample.address import HOST, check_port
-from ..sample.sampling import load_model_and_tokenizer
 from ..tokenization.vocabulary import make_settings
 
 _PACKAGES = ("fastapi", "openai", "uvicorn")
@@ -30,8 +30,6 @@ def run_server(
     allow_origin: str | None = None,
     quiet: bool = False,
     device: str | None = None,
-    meta_path: str | os.PathLike[str] | None = None,
-    tokenizer: str | None = None,
     **kwargs: Any,
 ) -> None:
     """Serves a model at /v1/completions and /v1/chat/completions until it is interrupted (Ctrl-C, SIGTERM).
@@ -68,9 +66,8 @@ def run_server(
     check_port(host, port)
     from .app import Server, build_app
 
-    model, text_tokenizer, _ = load_model_and_tokenizer(
-        source, device=device, meta_path=meta_path, tokenizer=tokenizer, **kwargs
-    )
+    loaded = load_source(source, device=choose_device(device), **kwargs)
+    model, text_tokenizer = loaded.model, loaded.tokenizer
     model.generation_config = make_settings(model, text_tokenizer)
     name = name_model(source)
     limits: dict[str, Any] = {"queue": queue, "max_tokens": max_tokens, "quiet": quiet}

@@ -7,13 +7,14 @@ spread. It finds weights, data or settings that do not belong together; it canno
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.contents import NO_VAL_LOSS, TrainingState
-from ..convert.source import choose_device
+from ..convert.source import choose_device, load_source
 from .estimate import Estimate, estimate_loss, get_estimate_settings
 from .models import list_notes
 from .report import Check, VerifyReport
-from .sides import load_side
+from .sides import Side
 
 # The two that nanoGPT has computed.
 _CANDIDATES = ("gelu", "gelu_new")
@@ -50,7 +51,12 @@ def verify_loss(
         CheckpointError: If the model cannot be loaded.
         DataError: If the data cannot be read, or has tokens that the model does not.
     """
-    side = load_side(path, activation_function=activation_function, n_head=n_head, ignore_extra=ignore_extra)
+    reading: dict[str, Any] = {
+        "activation_function": activation_function,
+        "n_head": n_head,
+        "ignore_extra": ignore_extra,
+    }
+    side = Side(load_source(path, attn_implementation="sdpa", **reading))
     side.model.to(choose_device(None))
     state: TrainingState = side.model.nanogpt_training_state
     recorded_iters, batch_size = get_estimate_settings(state)

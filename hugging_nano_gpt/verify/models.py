@@ -1,11 +1,12 @@
 """Verifying two models against each other, in this process."""
 
 import os
+from typing import Any
 
-from ..convert.source import names_file
+from ..convert.source import load_source, names_file
 from .compare import compare_models, compare_numbers
 from .report import VerifyReport
-from .sides import Side, load_side, make_batches
+from .sides import Side, make_batches
 
 
 def verify_models(
@@ -33,9 +34,16 @@ def verify_models(
     Raises:
         CheckpointError: If one of them cannot be loaded.
     """
-    reading = {"activation_function": activation_function, "n_head": n_head, "ignore_extra": ignore_extra}
-    has_file = names_file(left) or names_file(right)  # without one, nothing heeds these, and load_source refuses them
-    sides = [load_side(s, **(reading if names_file(s) or not has_file else {})) for s in (left, right)]
+    reading: dict[str, Any] = {
+        "activation_function": activation_function,
+        "n_head": n_head,
+        "ignore_extra": ignore_extra,
+    }
+    has_file = names_file(left) or names_file(right)  # without one, load_source refuses them
+    sides = [
+        Side(load_source(s, attn_implementation="sdpa", **(reading if names_file(s) or not has_file else {})))
+        for s in (left, right)
+    ]
     checks = compare_models(*sides)
     configs = [side.model.config for side in sides]
     notes = [note for name, side in zip(("left", "right"), sides, strict=True) for note in list_notes(name, side)]

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..convert.source import load_source
 from ..convert.tensors import list_args
 from ..errors import VerifyError, list_some
 from ..model.configuration_nano_gpt import ACTIVATION_FUNCTIONS
@@ -20,7 +21,7 @@ from .compare import Numbers, compare_numbers, is_within
 from .computing import Batches
 from .models import list_notes
 from .report import Check, VerifyReport
-from .sides import Side, load_side, make_batches
+from .sides import Side, make_batches
 
 # Largest difference that counts as equal, as a part of the largest number: 100 roundings of float32. Measured with toy
 # models in the versions of nanoGPT: the same function with its sums in another order is at most 5 roundings away, the
@@ -59,7 +60,12 @@ def verify_against_nanogpt(
     folder = Path(nanogpt_dir).resolve()
     if not (folder / "model.py").is_file():
         raise VerifyError(f"{nanogpt_dir}: expected a checkout of nanoGPT, got no model.py in it; give its folder")
-    side = load_side(path, activation_function=activation_function, n_head=n_head, ignore_extra=ignore_extra)
+    reading: dict[str, Any] = {
+        "activation_function": activation_function,
+        "n_head": n_head,
+        "ignore_extra": ignore_extra,
+    }
+    side = Side(load_source(path, attn_implementation="sdpa", **reading))
     notes, config = list_notes("left", side), side.model.config
     if side.model.dtype != torch.float32:
         notes.append(f"left: {side.model.dtype} weights, computed in float32 on both sides")

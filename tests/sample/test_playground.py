@@ -15,9 +15,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from hugging_nano_gpt.convert.source import load_source
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 from hugging_nano_gpt.sample.playground import HOST
-from hugging_nano_gpt.sample.sampling import load_sampler
+from hugging_nano_gpt.sample.sampling import make_sampler
 from hugging_nano_gpt.sample.streaming import stream_steps
 
 from .test_page import FACTS, find_port
@@ -200,7 +201,7 @@ def test_text_is_streamed_and_is_that_of_the_command(page):
 
 def test_bars_show_what_could_have_been_drawn(page):
     page.generate("ROMEO:", max_new_tokens=30)
-    sampler = load_sampler(CKPT_PATH, meta_path=META_PATH)
+    sampler = make_sampler(load_source(CKPT_PATH, meta_path=META_PATH))
     *_, last = stream_steps(sampler, "ROMEO:", max_new_tokens=30)
     likeliest = last.probabilities.topk(10)
     shares = [element.text for element in page.find("#bars .share")]
