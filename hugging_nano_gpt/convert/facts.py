@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 
 from ..checkpoint.contents import NO_VAL_LOSS, TrainingState
 from ..checkpoint.tensors import count_parameters
-from .tensors import list_args
+from .tensors import get_model_args
 
 _ACTIVATIONS = {
     "gelu": "exact GELU, nanoGPT's since June 2023",
@@ -50,6 +50,6 @@ def describe_training(state: TrainingState) -> dict[str, str]:
 def count_model_parameters(config: PreTrainedConfig, class_name: str = LANGUAGE_MODEL) -> tuple[int, int]:
     """Returns the number of parameters as nanoGPT counts them, without the position embedding, and in total."""
     has_own_head = class_name == LANGUAGE_MODEL and not config.tie_word_embeddings
-    without_positions, total = count_parameters(list_args(config), is_tied=not has_own_head)
+    without_positions, total = count_parameters(get_model_args(config), is_tied=not has_own_head)
     n_scores = config.num_labels * config.n_embd if class_name == CLASSIFIER else 0
     return without_positions + n_scores, total + n_scores

@@ -15,9 +15,9 @@ from ..checkpoint.read_write import read_checkpoint
 from ..errors import ConversionError
 from ..files import check_file, check_folder, open_folder
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
-from ..tokenization.vocabulary import make_settings
+from ..tokenization.vocabulary import make_generation_config
 from .source import load_source
-from .tensors import list_args
+from .tensors import get_model_args
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def convert_to_folder(
     check_folder(folder, overwrite)
     loaded = load_source(source, **kwargs)
     found, reasons = loaded.find_tokenizer()
-    loaded.model.generation_config = make_settings(loaded.model, found)
+    loaded.model.generation_config = make_generation_config(loaded.model, found)
     with open_folder(folder, overwrite) as temporary:
         loaded.model.save_pretrained(temporary, max_shard_size=max_shard_size)
         if found is not None:
@@ -115,7 +115,7 @@ def convert_to_checkpoint(
     check_file(Path(ckpt_path), overwrite)
     optimizer = None if optimizer_from is None else _read_optimizer(optimizer_from)
     model = load_source(source, folder_only=True, **kwargs).model
-    if optimizer is not None and (faults := optimizer.find_faults(list_args(model.config))):
+    if optimizer is not None and (faults := optimizer.find_faults(get_model_args(model.config))):
         raise ConversionError(
             f"{os.fspath(optimizer_from or '')}: its optimizer state is of another model than {os.fspath(source)}: "
             f"{faults[0]}; give a checkpoint of the run that the model is from (--optimizer-from)"

@@ -21,9 +21,16 @@ from ..errors import ConversionError, list_some
 from ..files import check_folder, open_folder
 from ..model.configuration_nano_gpt import ACTIVATION_FUNCTIONS, NanoGPTConfig
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
-from ..tokenization.vocabulary import make_settings
+from ..tokenization.vocabulary import make_generation_config
 from .pretrained import load_whole_model, select_hub
-from .tensors import check_tensors, export_state_dict, list_args, refuse_changed_layers, select_tensors, take_tensors
+from .tensors import (
+    check_tensors,
+    export_state_dict,
+    gather_checked_tensors,
+    get_model_args,
+    refuse_changed_layers,
+    select_tensors,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -81,7 +88,7 @@ def export_gpt2(
     """
     folder = Path(folder)
     check_folder(folder, overwrite)
-    gpt2 = _make_gpt2(model, take_tensors(model, folder, tokenizer), tokenizer)
+    gpt2 = _make_gpt2(model, gather_checked_tensors(model, folder, tokenizer), tokenizer)
     with open_folder(folder, overwrite) as temporary:
         gpt2.save_pretrained(temporary, max_shard_size=max_shard_size)
         if tokenizer is not None:
@@ -146,14 +153,14 @@ def import_gpt2(
     tensors = _transpose({name: tensor.clone() for name, tensor in export_state_dict(gpt2).items()})
     check_tensors(where, config, tensors)
     config.bias = _settle_bias(where, tensors, bias, was_without=not getattr(gpt2.config, "nanogpt_bias", True))
-    state_dict = select_tensors(tensors, list_args(config), is_tied=config.tie_word_embeddings)
+    state_dict = select_tensors(tensors, get_model_args(config), is_tied=config.tie_word_embeddings)
     wants_info = kwargs.pop("output_loading_info", False)
     others = {name: value for name, value in kwargs.items() if name not in hub}
     model, info = NanoGPTLMHeadModel.from_pretrained(
         None, config=config, state_dict=state_dict, output_loading_info=True, **others
     )
     model.name_or_path = model.config.name_or_path = where
-    model.generation_config = make_settings(gpt2, None)
+    model.generation_config = make_generation_config(gpt2, None)
     return (model, info) if wants_info else model
 
 
@@ -164,10 +171,10 @@ def _make_gpt2(
     gpt2_config = make_gpt2_config(config)
     gpt2_config.nanogpt_bias = config.bias  # for the way back, as nanogpt_training_state is
     gpt2_config.nanogpt_training_state = config.to_dict()["nanogpt_training_state"]
-    selected = select_tensors(tensors, {**list_args(config), "bias": True}, config.tie_word_embeddings)
+    selected = select_tensors(tensors, {**get_model_args(config), "bias": True}, config.tie_word_embeddings)
     state_dict = _transpose(selected)
     gpt2 = transformers.GPT2LMHeadModel.from_pretrained(None, config=gpt2_config, state_dict=state_dict)
-    gpt2.generation_config = make_settings(model, tokenizer)
+    gpt2.generation_config = make_generation_config(model, tokenizer)
     return gpt2
 
 

@@ -19,7 +19,7 @@ from .facts import count_model_parameters, describe_model, describe_training
 from .nanogpt import make_config, read_training_state
 from .pretrained import read_config
 from .source import FILE_KINDS, FOLDER, refuse_reading
-from .tensors import list_args
+from .tensors import get_model_args
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -157,7 +157,7 @@ def _inspect_folder(folder: Path) -> Inspection:
 def _make_inspection(config: PreTrainedConfig, state: TrainingState, **fields: Any) -> Inspection:
     n_params, n_params_total = count_model_parameters(config)
     return Inspection(
-        model_args=list_args(config),
+        model_args=get_model_args(config),
         activation_function=config.activation_function,
         tie_word_embeddings=config.tie_word_embeddings,
         n_params=n_params,

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from ..checkpoint.tensors import MODEL_ARGS, strip_wrappers
 from ..errors import ConversionError, list_some
 from ..model.configuration_nano_gpt import NanoGPTConfig
-from ..tokenization.vocabulary import guess_settings
+from ..tokenization.vocabulary import guess_generation_config
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -46,7 +46,7 @@ def share_model(model_class: type[Model], gpt: nn.Module, **settings: Any) -> Mo
         owner, _, own_name = name.rpartition(".")
         _check_shape(where, name, model.get_parameter(name), parameter)
         setattr(model.get_submodule(owner), own_name, parameter)
-    guess_settings(model.generation_config, config.vocab_size, None)
+    guess_generation_config(model.generation_config, config.vocab_size, None)
     return model.eval()
 
 

@@ -18,8 +18,8 @@ from ..checkpoint.read_write import read_checkpoint, write_checkpoint
 from ..checkpoint.tensors import MODEL_ARGS
 from ..errors import ConversionError, list_some
 from ..model.configuration_nano_gpt import NanoGPTConfig, is_exact_in_json
-from ..tokenization.vocabulary import guess_settings
-from .tensors import export_state_dict, list_args, refuse_changed_layers
+from ..tokenization.vocabulary import guess_generation_config
+from .tensors import export_state_dict, get_model_args, refuse_changed_layers
 
 logger = logging.get_logger(__name__)
 
@@ -73,7 +73,7 @@ def make_model(model_class: type[Model], path: str | os.PathLike[str], checkpoin
     model.name_or_path = model.config.name_or_path = os.fspath(path)
     remember_training_state(model, checkpoint.training_state)
     if model.can_generate():
-        guess_settings(model.generation_config, model.config.vocab_size, checkpoint.n_tokens)
+        guess_generation_config(model.generation_config, model.config.vocab_size, checkpoint.n_tokens)
     return (model, info) if wants_info else model
 
 
@@ -101,7 +101,7 @@ def save_model(
     """Writes a model to a checkpoint file; see NanoGPTLMHeadModel.to_nanogpt_ckpt."""
     refuse_changed_layers(model, path)
     state = read_training_state(model.config)
-    model_args = list_args(model.config)
+    model_args = get_model_args(model.config)
     settings = state.config if config is None else dict(config)
     state = TrainingState(
         iter_num=state.iter_num if iter_num is None else int(iter_num),

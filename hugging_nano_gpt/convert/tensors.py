@@ -20,12 +20,12 @@ _LAYERS = frozenset(("wte", "wpe", "ln_1", "ln_2", "ln_f", "c_attn", "c_proj", "
 _FORWARDS = (nn.Linear.forward, nn.Embedding.forward, nn.LayerNorm.forward, Conv1D.forward)
 
 
-def list_args(config: NanoGPTConfig) -> dict[str, Any]:
+def get_model_args(config: NanoGPTConfig) -> dict[str, Any]:
     """Returns nanoGPT's model_args of a configuration."""
     return {name: getattr(config, name) for name in MODEL_ARGS}
 
 
-def take_tensors(
+def gather_checked_tensors(
     model: PreTrainedModel, out: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase | None
 ) -> dict[str, torch.Tensor]:
     """Returns the tensors of a nanoGPT model on the CPU, to be written to a place beside a tokenizer.
@@ -45,7 +45,7 @@ def take_tensors(
 def check_tensors(where: str, config: NanoGPTConfig, tensors: Mapping[str, torch.Tensor]) -> None:
     """Raises ConversionError where tensors, in nanoGPT's layout, are not a nanoGPT model of finite numbers."""
     faults = find_dense_faults(tensors)
-    faults = faults or find_model_faults(list_args(config), tensors)
+    faults = faults or find_model_faults(get_model_args(config), tensors)
     faults = faults or find_number_faults(tensors)
     if not faults and config.tie_word_embeddings:
         faults = find_tying_faults(tensors)

@@ -28,7 +28,7 @@ from ..errors import DataError
 from ..model.configuration_nano_gpt import NanoGPTConfig
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from ..tokenization.text import encode_text, read_text
-from ..tokenization.vocabulary import make_settings
+from ..tokenization.vocabulary import make_generation_config
 
 # What sample.py prints after each sample.
 SEPARATOR = "---------------"
@@ -178,7 +178,7 @@ def make_sampler(source: Source, *, is_autocast: bool = True) -> Sampler:
     """
     model = source.model
     # sample.py does not know what else a generation_config.json may set: an end of text, a top_p, a penalty.
-    suppressed = make_settings(model, source.tokenizer).suppress_tokens
+    suppressed = make_generation_config(model, source.tokenizer).suppress_tokens
     model.generation_config = GenerationConfig(suppress_tokens=suppressed)
     if not is_autocast or model.device.type != "cuda":
         return Sampler(model, source.tokenizer)

@@ -14,7 +14,7 @@ from typing import Any
 from ..convert.source import choose_device, load_source
 from ..errors import MissingDependencyError, ServerError
 from ..sample.address import HOST, check_port
-from ..tokenization.vocabulary import make_settings
+from ..tokenization.vocabulary import make_generation_config
 
 _PACKAGES = ("fastapi", "openai", "uvicorn")
 
@@ -68,7 +68,7 @@ def run_server(
 
     loaded = load_source(source, device=choose_device(device), **kwargs)
     model, text_tokenizer = loaded.model, loaded.tokenizer
-    model.generation_config = make_settings(model, text_tokenizer)
+    model.generation_config = make_generation_config(model, text_tokenizer)
     name = name_model(source)
     limits: dict[str, Any] = {"queue": queue, "max_tokens": max_tokens, "quiet": quiet}
     app = build_app(model, text_tokenizer, name, api_key=api_key, allow_origin=allow_origin, **limits)

@@ -37,10 +37,10 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
         TokenizerError: If the tokenizer does not fit the model.
     """
     check_tokenizer(tokenizer.name_or_path or "tokenizer", tokenizer, model.config.vocab_size)
-    model.generation_config = make_settings(model, tokenizer)
+    model.generation_config = make_generation_config(model, tokenizer)
 
 
-def make_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> GenerationConfig:
+def make_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> GenerationConfig:
     """Copies what generate starts, stops and chooses with, and lets it follow the tokenizer if there is one."""
     settings: GenerationConfig = GenerationConfig.from_dict(model.generation_config.to_dict())
     if tokenizer is None:
@@ -54,7 +54,7 @@ def make_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
     return settings
 
 
-def guess_settings(settings: GenerationConfig, n_rows: int, n_tokens: int | None) -> None:
+def guess_generation_config(settings: GenerationConfig, n_rows: int, n_tokens: int | None) -> None:
     """Sets what is not set of a model whose tokenizer nobody has named.
 
     Args:

@@ -23,7 +23,7 @@ from ..convert.source import Source, choose_device, load_source
 from ..errors import DataError
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from ..tokenization.text import count_units, encode_text, read_text
-from ..tokenization.vocabulary import make_settings
+from ..tokenization.vocabulary import make_generation_config
 from .estimate import Estimate, compute_losses, estimate_loss, get_estimate_settings
 from .report import to_json_number
 
@@ -198,7 +198,7 @@ def _open_windows(loaded: Source, path: Path) -> tuple[_Windows, PreTrainedToken
         return windows, tokenizer, [f"no bits per byte or character: {reason}" for reason in reasons]
     text = read_text(path)
     tokenizer = loaded.tokenizer
-    start = make_settings(loaded.model, tokenizer).bos_token_id
+    start = make_generation_config(loaded.model, tokenizer).bos_token_id
     ids = [*([] if start is None else [start]), *encode_text(tokenizer, text, path)]
     if len(ids) < 2:
         raise DataError(f"{path}: nothing to score: expected two tokens or more, got {len(ids)}; give a longer text")

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..convert.source import load_source
-from ..convert.tensors import list_args
+from ..convert.tensors import get_model_args
 from ..errors import VerifyError, list_some
 from ..model.configuration_nano_gpt import ACTIVATION_FUNCTIONS
 from . import computing
@@ -94,7 +94,7 @@ def _run_theirs(
     for i, (idx, targets) in enumerate(batches):
         tensors |= {f"idx/{i}": idx, f"targets/{i}": targets}
     request = {
-        "model_args": list_args(side.model.config),
+        "model_args": get_model_args(side.model.config),
         "is_tied": side.is_tied,
         "n_batches": len(batches),
         "n_threads": torch.get_num_threads(),
