@@ -74,7 +74,7 @@ def test_convert_refuses_to_overwrite_without_force(tmp_path):
     assert result.returncode == 0
     assert "no tokenizer found" in result.stdout
     found = inspect_path(tmp_path)
-    assert (found.dtypes, found.activation_function) == (("bfloat16",), "gelu_new")
+    assert (found.dtypes, found.model_config.activation_function) == (("bfloat16",), "gelu_new")
 
 
 def test_export_to_gpt2_writes_what_stock_gpt2_loads(tmp_path):

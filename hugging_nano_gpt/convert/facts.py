@@ -1,6 +1,6 @@
-"""What is told to people about a model: one table of facts for the model card, `inspect` and the playground.
+"""What people are told about a model: one table of facts for the model card, `inspect` and the playground.
 
-All of it is read off the configuration, so it costs nothing and is right for sharded and offloaded models too.
+Everything is read from the configuration, so it is cheap, and right for sharded and offloaded models too.
 """
 
 from transformers import PreTrainedConfig

@@ -311,7 +311,7 @@ def test_all_options_are_refused_at_once():
 def test_three_dropouts_become_the_one_that_is_given():
     gpt2 = make_gpt2(embd_pdrop=0.2)
     with pytest.raises(
-        ConversionError, match=r"dropouts: expected one for all three, or dropout= in their place, got"
+        ConversionError, match=r"dropouts: expected one for all three, or dropout= instead of them, got"
     ):
         import_gpt2(gpt2)
     assert import_gpt2(gpt2, dropout=0.3).config.dropout == 0.3
