@@ -1,4 +1,4 @@
-"""Serving the page on this machine alone, until Ctrl-C: no other machine is asked for anything, or told anything."""
+"""Serving the page only on this machine, until Ctrl-C. No other machine is contacted."""
 
 import os
 import time
@@ -26,13 +26,10 @@ def run_playground(
     """Serves a page to try a model in, on 127.0.0.1, until it is interrupted (Ctrl-C).
 
     Args:
-        source: Checkpoint file of the nanoGPT family, folder that save_pretrained wrote, or Hub id; the bundled
-            character model of Shakespeare by default.
+        source: What load_source takes; by default the bundled character model of Shakespeare.
         port: Port to listen on.
-        device: Device of torch; by default CUDA where there is a GPU for it, else the CPU.
-        meta_path: meta.pkl of the model's characters, in place of the tokenizer that belongs to the source.
-        tokenizer: Name, folder or Hub id of a tokenizer, in place of meta_path.
-        **kwargs: What from_nanogpt_ckpt or from_pretrained takes, such as `dtype`, `n_head`, `activation_function`.
+        device: Device of torch; by default CUDA if there is a GPU for it, else the CPU.
+        **kwargs: What load_source takes (convert/source.py), such as `meta_path`, `tokenizer`, `dtype`, `revision`.
 
     Raises:
         MissingDependencyError: If Gradio is not installed.
@@ -72,7 +69,7 @@ def _serve(page: "gradio.Blocks", port: int) -> None:
 
 
 def _launch(page: "gradio.Blocks", port: int) -> None:
-    """Starts serving a page in threads, without anything that Gradio would tell or ask other machines."""
+    """Starts serving a page in threads, with everything off by which Gradio would contact other machines."""
     import gradio as gr
 
     # Gradio asks its own server whether it is up; a proxy would not find it.
