@@ -1,7 +1,6 @@
 """The command line, `hugging-nano-gpt`: parse, call one library function, print.
 
-It lies next to the package and imports it only when a command runs, because importing the package imports torch, and
---help should answer at once.
+It imports the package only when a command runs, because that imports torch, and --help should answer at once.
 """
 
 import functools

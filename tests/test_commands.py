@@ -167,7 +167,7 @@ for sys.argv[1:] in commands:
 
 
 def test_program_without_clients_misses_none_and_ends_with_one_line_on_stderr(tmp_path):
-    """A process of its own: nothing but the line is there. Nor is what another command needs, which takes time."""
+    """A process of its own prints only the line, and does not import what only other commands need, which is slow."""
     names = "accelerate bitsandbytes lm_eval peft torchao datasets fastapi gguf gradio onnx tiktoken".split()
     names += ["transformers.trainer", "transformers.models.gpt2.modeling_gpt2"]
     np.arange(200, dtype=np.uint16).clip(0, 64).tofile(tmp_path / "val.bin")

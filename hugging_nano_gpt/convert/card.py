@@ -21,7 +21,7 @@ from .nanogpt import read_training_state
 
 _FILE_NAME = "README.md"
 
-# What Transformers uploads as README.md where there is none yet (utils/hub.py, create_and_tag_model_card).
+# What Transformers uploads as README.md if there is no README.md yet (utils/hub.py, create_and_tag_model_card).
 _TEMPLATE_SIGN = b"This model card has been automatically generated."
 
 
@@ -88,7 +88,7 @@ def make_card(model: PreTrainedModel, tags: Sequence[str] = ()) -> str:
 
     Args:
         model: A model of this package, or the same as remote code.
-        tags: Tags for the metadata besides `nanogpt`.
+        tags: Tags for the metadata in addition to `nanogpt`.
     """
     class_name = next(cls.__name__ for cls in type(model).__mro__ if cls.__name__ in _KINDS)
     kind, config = _KINDS[class_name], model.config

@@ -47,7 +47,7 @@ def read_config(model_class: type[PreTrainedModel], source: str | os.PathLike[st
     """Reads the configuration of a model of a class from a folder or the Hub; `hub` is of HUB_KWARGS.
 
     Raises:
-        CheckpointError: If there is none, it is of another kind of model, or the Hub cannot be reached.
+        CheckpointError: If no config.json exists, it is of another kind of model, or the Hub cannot be reached.
     """
     fields = _read_fields(source, hub)
     _check_model_type(model_class, source, fields)

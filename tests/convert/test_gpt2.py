@@ -362,7 +362,7 @@ def test_import_of_changed_layers_is_refused(change, found):
         import_gpt2(change(make_gpt2()))
 
 
-def test_tokenizer_is_written_beside_it(tmp_path):
+def test_tokenizer_is_written_next_to_it(tmp_path):
     table = read_meta(META_PATH)
     for kind, tokenizer, text in (
         ("characters", build_character_tokenizer(table, block_size=32), "O!\n\nHo"),

@@ -88,7 +88,7 @@ def test_one_likeliest_token_is_greedy(sampler):
 def test_closing_stops_the_model(sampler):
     steps = stream_steps(sampler, max_new_tokens=1_000_000)
     next(steps)
-    assert not module._DRAWING.acquire(timeout=0.5)  # it goes on by itself
+    assert not module._DRAWING.acquire(timeout=0.5)  # it continues on its own
     steps.close()
     assert module._DRAWING.acquire(timeout=DONE_S)
     module._DRAWING.release()

@@ -63,7 +63,7 @@ def chat_client(model):
 
 @pytest.fixture(scope="module")
 def byte_parts():
-    """A random model of bytes, most of whose answers end inside a character or hold halves of some."""
+    """A random model of bytes; most of its answers end inside a character or contain halves of characters."""
     tokenizer = build_tiktoken_tokenizer(make_encoding())
     return make_model(vocab_size=len(tokenizer)), tokenizer
 
@@ -77,7 +77,7 @@ def chat(client, content="Speak", **settings):
 
 
 def post(client, path="completions", **body):
-    """Sends what the client of OpenAI's would not send; returns the answer as it is."""
+    """Sends what the client of OpenAI's would not send; returns the raw answer."""
     return httpx.post(f"{client.base_url}{path}", json={"prompt": PROMPT, **body}, timeout=60)
 
 
