@@ -74,7 +74,7 @@ def test_convert_refuses_to_overwrite_without_force(tmp_path):
     assert result.returncode == 0
     assert "no tokenizer found" in result.stdout
     found = inspect_path(tmp_path)
-    assert (found.dtypes, found.activation_function) == (("bfloat16",), "gelu_new")
+    assert (found.dtypes, found.model_config.activation_function) == (("bfloat16",), "gelu_new")
 
 
 def test_export_to_gpt2_writes_what_stock_gpt2_loads(tmp_path):
@@ -167,7 +167,7 @@ for sys.argv[1:] in commands:
 
 
 def test_program_without_clients_misses_none_and_ends_with_one_line_on_stderr(tmp_path):
-    """A process of its own: nothing but the line is there. Nor is what another command needs, which takes time."""
+    """A process of its own prints only the line, and does not import what only other commands need, which is slow."""
     names = "accelerate bitsandbytes lm_eval peft torchao datasets fastapi gguf gradio onnx tiktoken".split()
     names += ["transformers.trainer", "transformers.models.gpt2.modeling_gpt2"]
     np.arange(200, dtype=np.uint16).clip(0, 64).tofile(tmp_path / "val.bin")

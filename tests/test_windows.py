@@ -21,7 +21,7 @@ from hugging_nano_gpt import (
     read_meta,
     write_meta,
 )
-from hugging_nano_gpt.convert.source import load_folder
+from hugging_nano_gpt.convert.source import load_source
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 from hugging_nano_gpt.export.exporting import export_model
 from hugging_nano_gpt.files import open_atomically, open_folder
@@ -132,7 +132,9 @@ def test_conversions_over_what_is_there_pass(windows, tmp_path):
     found = read_checkpoint(ckpt_path, with_optimizer=False).state_dict
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert read_meta(tmp_path / "meta.pkl") == read_meta(META_PATH)
-    assert torch.equal(load_folder(folder)(IDX).logits, NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH)(IDX).logits)
+    assert torch.equal(
+        load_source(folder).model(IDX).logits, NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH)(IDX).logits
+    )
     assert not [name for name in list_files(tmp_path) if ".writing-" in name]
 
 

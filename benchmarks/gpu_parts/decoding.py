@@ -106,7 +106,7 @@ def probe_sampler(setting: Setting) -> Outcome:
         for way, dtype in (("as sample.py", torch.bfloat16), ("in float32", None)):
             torch.manual_seed(seed)
             collector = Collector()
-            Sampler(ours, None, "", dtype).draw(prompt, max_new_tokens=count, streamer=collector, **settings)
+            Sampler(ours, None, dtype).draw(prompt, max_new_tokens=count, streamer=collector, **settings)
             n_equal[way] += collector.tokens == expected
     figures = {f"{way}: draws equal of {n_seeds}": n for way, n in n_equal.items()}
     return Outcome(

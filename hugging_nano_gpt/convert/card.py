@@ -1,7 +1,7 @@
-"""Model cards: the README.md of a saved folder, written from what the model knows of itself.
+"""Model cards: the README.md of a saved folder, written from the model's configuration.
 
-Everything in a card is read off the configuration, so it is true of every model of the family and costs nothing to
-write. It claims no license: only the user knows that. A README.md that is there is the user's and is left alone.
+A card says what the model is, how to load it and generate with it, how it was trained, and its limits. It claims no
+license, because only the user knows that. A README.md that already exists is the user's and is not touched.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from .nanogpt import read_training_state
 
 _FILE_NAME = "README.md"
 
-# What Transformers uploads as README.md where there is none yet (utils/hub.py, create_and_tag_model_card).
+# What Transformers uploads as README.md if there is no README.md yet (utils/hub.py, create_and_tag_model_card).
 _TEMPLATE_SIGN = b"This model card has been automatically generated."
 
 
@@ -37,18 +37,23 @@ _KINDS = {
     CLASSIFIER: _Kind("sequence classifier", "AutoModelForSequenceClassification", "text-classification"),
 }
 
-# train.py's settings that decide what is learned, in its order (train.py @ 3adf61e). The shape is in another table.
+# train.py's settings that decide what is learned, in its order (train.py @ 3adf61e); describe_model has the shape.
 _SETTINGS = """
 init_from dataset gradient_accumulation_steps batch_size block_size dropout learning_rate max_iters weight_decay beta1
 beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr dtype
 """.split()
 
-# Below this a vocabulary is taken to be one of characters or bytes.
-_MANY_TOKENS = 1000
+# The oldest release that pyproject.toml admits; a test compares the two.
+OLDEST_TRANSFORMERS = "5.17"
+
+_GENERATION = """tokenizer = AutoTokenizer.from_pretrained("path/or/name")
+inputs = tokenizer("\\n", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, do_sample=True, max_new_tokens=100)[0]))
+"""
 
 
 def write_card(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
-    """Writes a model card into a folder, unless it has a README.md of its own.
+    """Writes a model card into a folder, unless the folder has a README.md of its own.
 
     Raises:
         CheckpointError: If the file cannot be written.
@@ -66,7 +71,7 @@ def write_card(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def keep_card(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Keeps the README.md of a folder as it is while Transformers saves and pushes, which would replace it."""
+    """Keeps the README.md of a folder while Transformers saves and pushes, which would replace it."""
     path = Path(folder) / _FILE_NAME
     own_card = _read_bytes(path)
     model._own_card = own_card
@@ -83,24 +88,19 @@ def make_card(model: PreTrainedModel, tags: Sequence[str] = ()) -> str:
 
     Args:
         model: A model of this package, or the same as remote code.
-        tags: Tags for the metadata besides `nanogpt`.
+        tags: Tags for the metadata in addition to `nanogpt`.
     """
     class_name = next(cls.__name__ for cls in type(model).__mro__ if cls.__name__ in _KINDS)
     kind, config = _KINDS[class_name], model.config
     sections = [
         f"# nanoGPT {kind.title}",
-        "A model of [nanoGPT](https://github.com/karpathy/nanoGPT)'s architecture as a Transformers model, with "
-        "nanoGPT's tensors under nanoGPT's names.",
-        "## Architecture",
+        "A [nanoGPT](https://github.com/karpathy/nanoGPT) model in the format of Transformers.",
         _make_table({**describe_model(config, class_name), "dtype": str(model.dtype).removeprefix("torch.")}),
+        "## Use",
+        *_describe_use(config, class_name),
         *_describe_training(config),
-        "## Loading",
-        *_describe_loading(config, class_name),
         "## Limits",
         "\n".join(f"- {limit}" for limit in _list_limits(model, class_name)),
-        "## License",
-        "None is stated here. If you publish the model, choose one and name it in the block at the top of this file, "
-        "as in `license: mit`; the license of the training data may have a say in it.",
     ]
     data = ModelCardData(
         library_name="transformers",
@@ -110,6 +110,23 @@ def make_card(model: PreTrainedModel, tags: Sequence[str] = ()) -> str:
     return "\n\n".join([f"---\n{data}\n---", *sections]) + "\n"
 
 
+def _describe_use(config: PreTrainedConfig, class_name: str) -> list[str]:
+    auto_class, is_language_model = _KINDS[class_name].auto_class, class_name == LANGUAGE_MODEL
+    names, generation, back = auto_class, "", ""
+    if is_language_model:
+        names, generation = f"{auto_class}, AutoTokenizer", _GENERATION
+    if is_language_model and config.tie_word_embeddings:
+        back = '\nmodel.to_nanogpt_ckpt("ckpt.pt")  # for nanoGPT\'s train.py and sample.py'
+    return [
+        f"With Transformers {OLDEST_TRANSFORMERS} or newer, which runs the Python files of this folder:",
+        f"```python\nfrom transformers import {names}\n\n"
+        f'model = {auto_class}.from_pretrained("path/or/name", trust_remote_code=True)\n{generation}```',
+        "With the package hugging-nano-gpt (install it from a clone of its repository):",
+        f"```python\nfrom hugging_nano_gpt import {class_name}\n\n"
+        f'model = {class_name}.from_pretrained("path/or/name"){back}\n```',
+    ]
+
+
 def _describe_training(config: PreTrainedConfig) -> list[str]:
     state = read_training_state(config)
     if state.iter_num == 0 and not state.config:
@@ -117,58 +134,32 @@ def _describe_training(config: PreTrainedConfig) -> list[str]:
     settings = {f"`{name}`": state.config[name] for name in _SETTINGS if name in state.config}
     return [
         "## Training",
-        "Where the run stood that wrote the nanoGPT checkpoint of this model, and its settings. The loss is in nats "
-        "per token. Training since then, if there was any, is not recorded here.",
+        "The nanoGPT run that wrote the checkpoint of this model. The loss is in nats per token. Later training is "
+        "not recorded.",
         _make_table({**describe_training(state), **settings}),
     ]
 
 
-def _describe_loading(config: PreTrainedConfig, class_name: str) -> list[str]:
-    auto_class = _KINDS[class_name].auto_class
-    back = ""
-    if class_name == LANGUAGE_MODEL and config.tie_word_embeddings:
-        back = '\nmodel.to_nanogpt_ckpt("ckpt.pt")  # what nanoGPT\'s train.py resumes and its sample.py reads'
-    return [
-        "With Transformers alone, running the Python files beside this one (`trust_remote_code`), which import "
-        "nothing but torch and transformers:",
-        f"```python\nfrom transformers import {auto_class}\n\n"
-        f'model = {auto_class}.from_pretrained("path/or/name", trust_remote_code=True)\n```',
-        "With the package hugging-nano-gpt, which brings the same code and the way back to nanoGPT (install it from a "
-        "clone of its repository: it is on no package index):",
-        f"```python\nfrom hugging_nano_gpt import {class_name}\n\n"
-        f'model = {class_name}.from_pretrained("path/or/name"){back}\n```',
-    ]
-
-
 def _list_limits(model: PreTrainedModel, class_name: str) -> list[str]:
-    config, is_language_model = model.config, class_name == LANGUAGE_MODEL
-    limits = [f"It reads at most {config.block_size:,} tokens at once."]
-    if is_language_model:
-        limits[0] += " `generate` goes on past that with the last of them, as nanoGPT does."
-    vocabulary = "Only the tokenizer of the training data fits the token ids."
-    end = model.generation_config.eos_token_id if is_language_model else None
-    if config.vocab_size in GPT2_VOCAB_SIZES and end in (None, GPT2_TOKENS - 1):
-        vocabulary += f" {config.vocab_size:,} rows are taken for GPT-2's {GPT2_TOKENS:,} tokens and what was added."
-    elif config.vocab_size < _MANY_TOKENS:
-        vocabulary += (
-            f" A vocabulary of {config.vocab_size:,} is the size of an alphabet: text with a character from outside "
-            f"of it cannot be encoded."
-        )
-    limits.append(vocabulary)
-    n_suppressed = len(model.generation_config.suppress_tokens or ()) if is_language_model else 0
-    if n_suppressed:
-        limits.append(f"{n_suppressed:,} ids of the vocabulary stand for nothing; `generate` never chooses them.")
-    if is_language_model:
+    config = model.config
+    if class_name != LANGUAGE_MODEL:
+        limits = [f"It reads at most {config.block_size:,} tokens at once."]
+        return [*limits, *(["nanoGPT does not train classifiers."] if class_name == CLASSIFIER else [])]
+    limits = [
+        f"It reads at most {config.block_size:,} tokens at once. `generate` continues past that with the last of "
+        "them, as nanoGPT does.",
+        "It is a base model: unless it was tuned since, it continues text and does not follow instructions.",
+    ]
+    if config.vocab_size in GPT2_VOCAB_SIZES and model.generation_config.eos_token_id in (None, GPT2_TOKENS - 1):
         limits.append(
-            "nanoGPT trains base models. Unless it was tuned since, the model continues text, follows no "
-            "instructions, and was taught neither to be right nor to be harmless."
+            f"Its {config.vocab_size:,} rows are taken for GPT-2's {GPT2_TOKENS:,} tokens and those that were added."
         )
-    if class_name == CLASSIFIER:
-        limits.append("nanoGPT trains no classifiers: the scores mean what training in Transformers has made of them.")
-    if is_language_model and not config.tie_word_embeddings:
+    if n_suppressed := len(model.generation_config.suppress_tokens or ()):
+        limits.append(f"{n_suppressed:,} ids of the vocabulary have no token; `generate` never samples them.")
+    if not config.tie_word_embeddings:
         limits.append("It cannot go back to nanoGPT, which ties the output layer to the token embedding.")
-    elif is_language_model and config.activation_function != "gelu":
-        limits.append("Back in today's nanoGPT its numbers differ slightly, as that computes the exact GELU.")
+    elif config.activation_function != "gelu":
+        limits.append("Its numbers differ slightly in today's nanoGPT, which computes the exact GELU.")
     return limits
 
 

@@ -1,13 +1,13 @@
-"""What is told to people about a model: one table of facts for the model card, `inspect` and the playground.
+"""What people are told about a model: one table of facts for the model card, `inspect` and the playground.
 
-All of it is read off the configuration, so it costs nothing and is right for sharded and offloaded models too.
+Everything is read from the configuration, so it is cheap, and right for sharded and offloaded models too.
 """
 
 from transformers import PreTrainedConfig
 
 from ..checkpoint.contents import NO_VAL_LOSS, TrainingState
 from ..checkpoint.layout import count_parameters
-from .tensors import list_args
+from .tensors import get_model_args
 
 _ACTIVATIONS = {
     "gelu": "exact GELU, nanoGPT's since June 2023",
@@ -50,6 +50,6 @@ def describe_training(state: TrainingState) -> dict[str, str]:
 def count_model_parameters(config: PreTrainedConfig, class_name: str = LANGUAGE_MODEL) -> tuple[int, int]:
     """Returns the number of parameters as nanoGPT counts them, without the position embedding, and in total."""
     has_own_head = class_name == LANGUAGE_MODEL and not config.tie_word_embeddings
-    without_positions, total = count_parameters(list_args(config), is_tied=not has_own_head)
+    without_positions, total = count_parameters(get_model_args(config), is_tied=not has_own_head)
     n_scores = config.num_labels * config.n_embd if class_name == CLASSIFIER else 0
     return without_positions + n_scores, total + n_scores

@@ -1,6 +1,6 @@
-"""Whole conversions: a checkpoint or what stands on the Hub to a folder that works anywhere, and back.
+"""Whole conversions: a checkpoint or a model of the Hub to a folder that Transformers loads anywhere, and back.
 
-The command line calls these. What users name becomes a model in source.py.
+The commands `convert` and `back` call these; source.py loads what the user names.
 """
 
 import os
@@ -15,10 +15,9 @@ from ..checkpoint.moments import OptimizerState
 from ..errors import ConversionError
 from ..files import check_file, check_folder, open_folder
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
-from ..tokenization.find import find_tokenizer_or_reason
-from ..tokenization.vocabulary import make_settings
-from .source import load_folder, load_source
-from .tensors import list_args
+from ..tokenization.vocabulary import make_generation_config
+from .source import load_source
+from .tensors import get_model_args
 
 
 @dataclass(frozen=True)
@@ -26,11 +25,11 @@ class Conversion:
     """What convert_to_folder or export_model wrote.
 
     Args:
-        folder: Where; for an export to a single file, that file.
+        folder: The folder, or for an export to a single file, that file.
         model: The model.
         tokenizer: Its tokenizer, or None if none was found.
-        notes: What was assumed about the checkpoint, why there is no tokenizer, and what an export does not keep, a
-            sentence each.
+        notes: What was assumed about the checkpoint, why there is no tokenizer, and what an export drops, a sentence
+            each.
     """
 
     folder: Path
@@ -49,8 +48,6 @@ def convert_to_folder(
     source: str | os.PathLike[str],
     folder: str | os.PathLike[str],
     *,
-    meta_path: str | os.PathLike[str] | None = None,
-    tokenizer: str | None = None,
     max_shard_size: int | str = "50GB",
     overwrite: bool = False,
     **kwargs: Any,
@@ -58,30 +55,24 @@ def convert_to_folder(
     """Converts a checkpoint of the nanoGPT family to a folder that Transformers loads without this package.
 
     Args:
-        source: Path of the checkpoint. A saved folder or a Hub id is written anew, and GPT-2 becomes a nanoGPT model.
+        source: What load_source takes. A saved folder or a Hub id is saved again, and GPT-2 becomes a nanoGPT model.
         folder: Folder to write: a new or an empty one.
-        meta_path: Path of the meta.pkl of its characters.
-        tokenizer: In place of meta_path: a name that tiktoken knows, "gpt2" among them, or a folder or Hub id of a
-            Transformers tokenizer. Without either, the tokenizer is the one that belongs to the source, or none.
         max_shard_size: Largest size of a file of weights, such as "5GB".
-        overwrite: Whether files in the folder may be replaced. Files that are not a model's stay, and so does a
-            README.md.
-        **kwargs: What from_nanogpt_ckpt or from_pretrained takes, such as `dtype`; for a checkpoint also
-            `activation_function` in place of the one that its age tells, and `n_head` where it does not record it.
+        overwrite: Whether files in the folder may be replaced. A README.md and files that do not belong to a model
+            stay.
+        **kwargs: What load_source takes (convert/source.py), such as `meta_path`, `tokenizer`, `dtype`, `revision`.
 
     Raises:
         CheckpointError: If there is no whole model.
         ConversionError: If the folder has files and overwrite is not given, it is the source, or cannot be written.
-        TokenizerError: If the tokenizer asked for cannot be had, or does not fit the model.
+        TokenizerError: If the tokenizer asked for cannot be loaded, or does not fit the model.
     """
     folder = Path(folder)
     check_other_place(source, folder)
     check_folder(folder, overwrite)
     loaded = load_source(source, **kwargs)
-    found, reasons = find_tokenizer_or_reason(
-        loaded.model, source, meta_path=meta_path, tokenizer=tokenizer, **loaded.hub
-    )
-    loaded.model.generation_config = make_settings(loaded.model, found)
+    found, reasons = loaded.find_tokenizer()
+    loaded.model.generation_config = make_generation_config(loaded.model, found)
     with open_folder(folder, overwrite) as temporary:
         loaded.model.save_pretrained(temporary, max_shard_size=max_shard_size)
         if found is not None:
@@ -103,24 +94,24 @@ def convert_to_checkpoint(
     Args:
         source: A folder that save_pretrained wrote, or a Hub id; GPT-2's too.
         ckpt_path: Path of the ckpt.pt to write.
-        best_val_loss: In place of the recorded one, below which train.py does not save: of new data, it may be higher.
-        optimizer_from: Checkpoint whose AdamW moments go on, that of the run the model came from; a fresh optimizer
-            state without it.
-        overwrite: Whether a file there may be replaced.
-        **kwargs: What from_pretrained takes, such as `revision` and `subfolder`.
+        best_val_loss: Instead of the recorded one. train.py saves only below it, and the loss on new data may be
+            higher.
+        optimizer_from: Checkpoint of the run that the model came from, to take its AdamW moments; without it, the
+            optimizer state is a fresh one.
+        overwrite: Whether an existing file may be replaced.
+        **kwargs: What load_source takes (convert/source.py), such as `revision` and `subfolder`.
 
     Returns:
         The model that was written.
 
     Raises:
-        ConversionError: If the model computes what nanoGPT cannot, there are no moments that fit it, or a file is
-            there already.
+        ConversionError: If the model computes what nanoGPT cannot, no moments fit it, or the file already exists.
         CheckpointError: If there is no whole model, or a file cannot be read or written.
     """
     check_file(Path(ckpt_path), overwrite)
     optimizer = None if optimizer_from is None else _read_optimizer(optimizer_from)
-    model = load_folder(source, **kwargs)
-    if optimizer is not None and (faults := optimizer.find_faults(list_args(model.config))):
+    model = load_source(source, folder_only=True, **kwargs).model
+    if optimizer is not None and (faults := optimizer.find_faults(get_model_args(model.config))):
         raise ConversionError(
             f"{os.fspath(optimizer_from or '')}: its optimizer state is of another model than {os.fspath(source)}: "
             f"{faults[0]}; give a checkpoint of the run that the model is from (--optimizer-from)"
@@ -133,13 +124,13 @@ def _read_optimizer(path: str | os.PathLike[str]) -> OptimizerState:
     optimizer = read_checkpoint(path).training_state.optimizer
     if optimizer is None or not optimizer.moments:
         raise ConversionError(
-            f"{os.fspath(path)}: has no optimizer state: expected AdamW's moments, got none; give a checkpoint of "
-            f"train.py's, or leave out --optimizer-from for a fresh state"
+            f"{os.fspath(path)}: has no optimizer state: expected AdamW's moments, got none; give a checkpoint that "
+            f"train.py wrote, or leave out --optimizer-from for a fresh state"
         )
     return optimizer
 
 
 def check_other_place(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
-    """Raises ConversionError where a model is to be written in the place that it is read from."""
+    """Raises ConversionError if a model would be written where it is read from."""
     if Path(source).exists() and Path(source).resolve() == Path(out).resolve():
         raise ConversionError(f"{out}: is the source: expected another place, got the model itself; give another path")

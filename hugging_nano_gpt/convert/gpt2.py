@@ -1,8 +1,8 @@
-"""Stock GPT-2's layout: nanoGPT models as folders that GPT2LMHeadModel loads without remote code, and the way in.
+"""Stock GPT-2's layout: nanoGPT models as folders that GPT2LMHeadModel loads without remote code, and back.
 
-The tensors have the same names on both sides. GPT-2 keeps four weights of each layer transposed (its Conv1D); to
-transpose them again is the way back. GPT-2 always has biases: where the model has none, they are zeros here. The
-function is the same then, but training would change them, so this is for inference (docs/gpt2.md).
+The tensors have the same names on both sides. GPT-2 stores four weights of each layer transposed (its Conv1D).
+GPT-2 always has biases: a model without gets zeros. The function is then the same, but training would change them, so
+the export of a model without biases is for inference (docs/gpt2.md).
 
 Sources: nanoGPT's from_pretrained (model.py @ 3adf61e); Transformers' models/gpt2 and Conv1D.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers  # GPT2LMHeadModel is imported with its first use: few programs need it
+import transformers  # which imports GPT2LMHeadModel at its first use: few programs need it
 from transformers import GPT2Config, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -21,22 +21,28 @@ from ..errors import ConversionError, list_some
 from ..files import check_folder, open_folder
 from ..model.configuration_nano_gpt import ACTIVATION_FUNCTIONS, NanoGPTConfig
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
-from ..tokenization.vocabulary import make_settings
+from ..tokenization.vocabulary import make_generation_config
 from .pretrained import load_whole_model, select_hub
-from .tensors import check_tensors, export_state_dict, list_args, refuse_changed_layers, select_tensors, take_tensors
+from .tensors import (
+    check_tensors,
+    export_state_dict,
+    gather_checked_tensors,
+    get_model_args,
+    refuse_changed_layers,
+    select_tensors,
+)
 
 logger = logging.get_logger(__name__)
 
-# Conv1D's weights, (n_in, n_out) where nn.Linear has (n_out, n_in). They are listed by name, because attn.c_proj is
-# square: its shape does not show whether it is transposed.
+# Conv1D's weights, (n_in, n_out) where nn.Linear has (n_out, n_in). They are listed by name because attn.c_proj is
+# square, so that its shape does not show whether it is transposed.
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
-# Of every LayerNorm of nanoGPT.
-_EPSILON = 1e-5
+_EPSILON = 1e-5  # of every LayerNorm of nanoGPT
 
 _DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
-# Under the same name and with the same meaning in both configurations.
+# Fields with the same name and meaning in both configurations.
 _SHARED_FIELDS = (
     "activation_function",
     "bos_token_id",
@@ -61,27 +67,24 @@ def export_gpt2(
 ) -> tuple[str, ...]:
     """Writes a model as a folder that stock GPT2LMHeadModel loads.
 
-    Weights are moved and not computed with, so import_gpt2 gives back the same bits. Logits differ by the order of
-    float32 sums alone (docs/gpt2.md). What generate does past block_size is not part of GPT-2: it stops there.
+    Weights are only moved, so import_gpt2 gives back the same bits. Logits differ only by the order of float32 sums
+    (docs/gpt2.md). GPT-2's generate stops at block_size.
 
     Args:
         model: The model, of any floating dtype; tied or not.
-        folder: Folder to write: a new or an empty one.
-        tokenizer: Tokenizer to write beside it.
-        max_shard_size: Largest size of a file of weights, such as "5GB".
-        overwrite: Whether files in the folder may be replaced; those that are not a model's stay.
+        tokenizer: Tokenizer to save in the folder too.
+        folder, max_shard_size, overwrite: As in convert_to_folder.
 
     Returns:
-        What the folder does not keep, a sentence each.
+        What the folder drops, a sentence each.
 
     Raises:
-        ConversionError: If the model has wrapped or quantised layers or NaN, the folder has files and overwrite is
-            not given, or it cannot be written.
+        ConversionError: If the model has wrapped or quantised layers or NaN, or the folder cannot be written.
         TokenizerError: If the tokenizer has more tokens than the model has rows.
     """
     folder = Path(folder)
     check_folder(folder, overwrite)
-    gpt2 = _make_gpt2(model, take_tensors(model, folder, tokenizer), tokenizer)
+    gpt2 = _make_gpt2(model, gather_checked_tensors(model, folder, tokenizer), tokenizer)
     with open_folder(folder, overwrite) as temporary:
         gpt2.save_pretrained(temporary, max_shard_size=max_shard_size)
         if tokenizer is not None:
@@ -98,27 +101,26 @@ def import_gpt2(
     dropout: float | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Makes a nanoGPT model of GPT-2, as nanoGPT's init_from=gpt2 does.
+    """Makes a nanoGPT model from GPT-2, as nanoGPT's init_from=gpt2 does.
 
-    Every tensor is taken over bit for bit, and so is the GELU: OpenAI's models compute "gelu_new", where today's
-    nanoGPT would compute the exact one.
+    Every tensor is copied bit for bit, and the GELU stays: OpenAI's models compute "gelu_new", today's nanoGPT the
+    exact one.
 
     Args:
         source: Folder, Hub id or model; its weights are copied.
         bias: Whether the model has biases. False drops those of all Linear and LayerNorm modules, which must be zero.
-            By default an export of a model without biases comes back without, unless they were trained since, and
-            every other model keeps its biases, zero or not.
-        dropout: The one dropout of nanoGPT, in place of GPT-2's three.
+            By default biases stay, except those that export_gpt2 added and that are still zero.
+        dropout: The one dropout of nanoGPT, instead of GPT-2's three.
         **kwargs: What from_pretrained takes, such as `dtype`, `revision` and `subfolder`; by default the dtype is
             GPT-2's.
 
     Returns:
-        A NanoGPTLMHeadModel in eval mode, with GPT-2's generation settings; with output_loading_info=True, the model
+        A NanoGPTLMHeadModel in eval mode, with GPT-2's generation config; with output_loading_info=True, the model
         and from_pretrained's info.
 
     Raises:
-        ConversionError: If GPT-2 has an option that nanoGPT has no counterpart for (each is listed), wrapped or
-            quantised layers or NaN, or bias=False and a bias that is not zero.
+        ConversionError: If GPT-2 has options without a counterpart in nanoGPT (each is listed), wrapped or quantised
+            layers or NaN, or bias=False and a bias that is not zero.
         CheckpointError: If there is no whole GPT-2 model in safetensors, or the Hub cannot be reached.
     """
     hub = select_hub(kwargs)
@@ -146,14 +148,14 @@ def import_gpt2(
     tensors = _transpose({name: tensor.clone() for name, tensor in export_state_dict(gpt2).items()})
     check_tensors(where, config, tensors)
     config.bias = _settle_bias(where, tensors, bias, was_without=not getattr(gpt2.config, "nanogpt_bias", True))
-    state_dict = select_tensors(tensors, list_args(config), is_tied=config.tie_word_embeddings)
+    state_dict = select_tensors(tensors, get_model_args(config), is_tied=config.tie_word_embeddings)
     wants_info = kwargs.pop("output_loading_info", False)
     others = {name: value for name, value in kwargs.items() if name not in hub}
     model, info = NanoGPTLMHeadModel.from_pretrained(
         None, config=config, state_dict=state_dict, output_loading_info=True, **others
     )
     model.name_or_path = model.config.name_or_path = where
-    model.generation_config = make_settings(gpt2, None)
+    model.generation_config = make_generation_config(gpt2, None)
     return (model, info) if wants_info else model
 
 
@@ -162,12 +164,12 @@ def _make_gpt2(
 ) -> "transformers.GPT2LMHeadModel":
     config = model.config
     gpt2_config = make_gpt2_config(config)
-    gpt2_config.nanogpt_bias = config.bias  # for the way back, as nanogpt_training_state is
+    gpt2_config.nanogpt_bias = config.bias  # for import_gpt2, as is nanogpt_training_state
     gpt2_config.nanogpt_training_state = config.to_dict()["nanogpt_training_state"]
-    selected = select_tensors(tensors, {**list_args(config), "bias": True}, config.tie_word_embeddings)
+    selected = select_tensors(tensors, {**get_model_args(config), "bias": True}, config.tie_word_embeddings)
     state_dict = _transpose(selected)
     gpt2 = transformers.GPT2LMHeadModel.from_pretrained(None, config=gpt2_config, state_dict=state_dict)
-    gpt2.generation_config = make_settings(model, tokenizer)
+    gpt2.generation_config = make_generation_config(model, tokenizer)
     return gpt2
 
 
@@ -177,21 +179,20 @@ def make_gpt2_config(config: NanoGPTConfig) -> GPT2Config:
         **{name: getattr(config, name) for name in _SHARED_FIELDS},
         **dict.fromkeys(_DROPOUTS, config.dropout),
         n_positions=config.block_size,
-        n_ctx=config.block_size,  # llama.cpp's converter reads it, and Transformers 5 does not write it by itself
+        n_ctx=config.block_size,  # llama.cpp's converter reads it, and Transformers 5 does not write it on its own
         layer_norm_epsilon=_EPSILON,
     )
 
 
 def _make_config(where: str, gpt2: PreTrainedConfig, dropout: float | None) -> NanoGPTConfig:
-    settings = dict(
-        **{name: getattr(gpt2, name) for name in _SHARED_FIELDS},
-        block_size=gpt2.n_positions,
-        bias=True,
-        dropout=gpt2.resid_pdrop if dropout is None else dropout,
-        nanogpt_training_state=getattr(gpt2, "nanogpt_training_state", None),
-    )
     try:
-        return NanoGPTConfig(**settings)
+        return NanoGPTConfig(
+            **{name: getattr(gpt2, name) for name in _SHARED_FIELDS},
+            block_size=gpt2.n_positions,
+            bias=True,
+            dropout=gpt2.resid_pdrop if dropout is None else dropout,
+            nanogpt_training_state=getattr(gpt2, "nanogpt_training_state", None),
+        )
     except ValueError as error:
         raise ConversionError(
             f"{where}: cannot be a nanoGPT model: {error}; give dropout= a possible value"
@@ -204,7 +205,7 @@ def _transpose(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _check_options(where: str, config: PreTrainedConfig, dropout: float | None) -> None:
-    """Raises ConversionError with every option of GPT-2 that nanoGPT has no counterpart for."""
+    """Raises ConversionError with every option of GPT-2 that has no counterpart in nanoGPT."""
     expected: dict[str, tuple[Any, ...]] = {
         "activation_function": ACTIVATION_FUNCTIONS,
         "add_cross_attention": (False,),
@@ -223,8 +224,8 @@ def _check_options(where: str, config: PreTrainedConfig, dropout: float | None) 
     ]
     dropouts = {name: getattr(config, name) for name in _DROPOUTS}
     if dropout is None and len(set(dropouts.values())) > 1:
-        settings = ", ".join(f"{name}={value!r}" for name, value in dropouts.items())
-        faults.append(f"dropouts: expected one for all three, or dropout= in their place, got {settings}")
+        got = ", ".join(f"{name}={value!r}" for name, value in dropouts.items())
+        faults.append(f"dropouts: expected one for all three, or dropout= instead of them, got {got}")
     if faults:
         raise ConversionError(
             f"{where}: has no counterpart in nanoGPT: {'; '.join(faults)}; use it as GPT2LMHeadModel"

@@ -1,14 +1,13 @@
-"""What a checkpoint file or a saved folder holds, without making a model of it."""
+"""What a checkpoint file or a saved folder contains, read without making a model of it."""
 
 import math
 import os
 import textwrap
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedConfig
 
 from ..checkpoint.contents import NO_VAL_LOSS, TrainingState
 from ..checkpoint.formats import FILE_KINDS, read_checkpoint
@@ -19,29 +18,23 @@ from .facts import count_model_parameters, describe_model, describe_training
 from .nanogpt import make_config, read_training_state
 from .pretrained import read_config
 from .source import FOLDER, refuse_reading
-from .tensors import list_args
+from .tensors import get_model_args
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a file or folder holds.
+    """What a file or folder contains.
 
     Args:
         path: The file or folder.
         kind: What it is, in words.
         size_bytes: Size of the file, or of all files of the folder.
-        model_args: nanoGPT's seven model_args.
-        activation_function: The activation, in NanoGPTConfig's terms.
-        tie_word_embeddings: Whether lm_head is the token embedding.
+        model_config: Configuration of the model.
+        training_state: State of the run, without its optimizer.
         dtypes: The tensors' dtypes.
-        n_params: Parameters as nanoGPT counts them: without the position embedding.
-        n_params_total: All parameters.
-        iter_num: Optimizer updates made.
-        best_val_loss: Lowest validation loss seen, in nats per token, or None before the first evaluation.
-        config: train.py's settings.
-        era: Which nanoGPT wrote it, as far as the file tells; empty if there is nothing to tell.
+        era: Which nanoGPT wrote the file, as far as it shows that; empty otherwise.
         has_optimizer: Whether there is an optimizer state.
         has_tokenizer: Whether there is a tokenizer; only folders have one.
         assumptions: What is not recorded and was assumed.
@@ -50,93 +43,79 @@ class Inspection:
     path: str
     kind: str
     size_bytes: int
-    model_args: dict[str, Any]
-    activation_function: str
-    tie_word_embeddings: bool
+    model_config: NanoGPTConfig
+    training_state: TrainingState
     dtypes: tuple[str, ...]
-    n_params: int
-    n_params_total: int
-    iter_num: int
-    best_val_loss: float | None
-    config: dict[str, Any]
     era: str = ""
     has_optimizer: bool = False
     has_tokenizer: bool = False
     assumptions: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the fields as plain JSON types: other values, infinity and NaN too, are written out as text."""
-        return to_json(asdict(self))
+        """Returns the facts as plain JSON types; other values, also infinity and NaN, are written as text."""
+        config, state = self.model_config, self.training_state
+        n_params, n_params_total = count_model_parameters(config)
+        facts = {
+            "path": self.path,
+            "kind": self.kind,
+            "size_bytes": self.size_bytes,
+            "model_args": get_model_args(config),
+            "activation_function": config.activation_function,
+            "tie_word_embeddings": config.tie_word_embeddings,
+            "dtypes": self.dtypes,
+            "n_params": n_params,
+            "n_params_total": n_params_total,
+            "iter_num": state.iter_num,
+            "best_val_loss": None if state.best_val_loss >= NO_VAL_LOSS else state.best_val_loss,
+            "config": state.config,
+            "era": self.era,
+            "has_optimizer": self.has_optimizer,
+            "has_tokenizer": self.has_tokenizer,
+            "assumptions": self.assumptions,
+        }
+        return to_json(facts)
 
     def __str__(self) -> str:
-        config = NanoGPTConfig(
-            **self.model_args,
-            activation_function=self.activation_function,
-            tie_word_embeddings=self.tie_word_embeddings,
-        )
-        loss = NO_VAL_LOSS if self.best_val_loss is None else self.best_val_loss
         rows = {
             "what": f"{self.kind}{f', {self.era}' if self.era else ''}, {self.size_bytes / 1e6:,.1f} MB",
-            **describe_model(config),
+            **describe_model(self.model_config),
             "dtype": ", ".join(self.dtypes),
-            **describe_training(TrainingState(self.iter_num, loss)),
+            **describe_training(self.training_state),
             "optimizer state": "yes" if self.has_optimizer else "no",
-            "settings": ", ".join(f"{name}={value!r}" for name, value in self.config.items()) or "none",
-            "tokenizer": "yes" if self.has_tokenizer else "no",
+            "settings": ", ".join(f"{name}={value!r}" for name, value in self.training_state.config.items()) or "none",
         }
-        if self.kind != FOLDER:
-            del rows["tokenizer"]
+        if self.kind == FOLDER:
+            rows["tokenizer"] = "yes" if self.has_tokenizer else "no"
         lines = [*rows.items(), *(("assumed", text) for text in self.assumptions)]
         return "\n".join([self.path, *(_wrap(name, text) for name, text in lines)])
 
 
 def inspect_path(path: str | os.PathLike[str], **kwargs: Any) -> Inspection:
-    """Says what a checkpoint file or a saved folder contains.
+    """Describes what a checkpoint file or a saved folder contains.
 
-    A checkpoint's tensors are read and checked, but for the optimizer's; of a folder only the headers are read.
+    The tensors of a checkpoint are read and checked, except the optimizer's; of a folder only the headers are read.
 
     Args:
         path: A checkpoint of the nanoGPT family, or a folder that save_pretrained wrote.
-        **kwargs: `n_head` and `activation_function`, for what a file does not record, and `ignore_extra`, as in
-            read_checkpoint.
+        **kwargs: `n_head`, `activation_function` and `ignore_extra`, as in read_checkpoint.
 
     Raises:
         CheckpointError: If it is neither, a checkpoint is damaged, or a folder is asked to be read in another way than
             it records.
     """
-    if not Path(path).is_dir():
-        return _inspect_file(Path(path), **kwargs)
-    refuse_reading(path, kwargs)
-    return _inspect_folder(Path(path))
-
-
-def to_json(value: Any) -> Any:
-    """Returns a value in JSON's types; what JSON does not have, infinities and NaN too, as Python writes it."""
-    if isinstance(value, dict):
-        return {key if isinstance(key, str) else repr(key): to_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_json(item) for item in value]
-    is_json = (
-        value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
-    )
-    return value if is_json else repr(value)
-
-
-def _wrap(name: str, text: str) -> str:
-    indent = " " * len(f"{'validation loss':<17}")
-    return textwrap.fill(text, 100, initial_indent=f"{name:<17}", subsequent_indent=indent, break_long_words=False)
-
-
-def _inspect_file(path: Path, **kwargs: Any) -> Inspection:
+    path = Path(path)
+    if path.is_dir():
+        refuse_reading(path, kwargs)
+        return _inspect_folder(path)
     checkpoint = read_checkpoint(path, with_optimizer=False, **kwargs)
-    return _make_inspection(
+    return Inspection(
+        os.fspath(path),
+        FILE_KINDS[checkpoint.format],
+        path.stat().st_size,
         make_config(checkpoint),
         checkpoint.training_state,
-        path=os.fspath(path),
-        kind=FILE_KINDS[checkpoint.format],
+        tuple(sorted({str(t.dtype).removeprefix("torch.") for t in checkpoint.state_dict.values()})),
         era=checkpoint.era,
-        size_bytes=path.stat().st_size,
-        dtypes=tuple(sorted({str(t.dtype).removeprefix("torch.") for t in checkpoint.state_dict.values()})),
         has_optimizer=checkpoint.has_optimizer,
         assumptions=checkpoint.assumptions,
     )
@@ -144,29 +123,14 @@ def _inspect_file(path: Path, **kwargs: Any) -> Inspection:
 
 def _inspect_folder(folder: Path) -> Inspection:
     config = read_config(NanoGPTLMHeadModel, folder)
-    return _make_inspection(
+    return Inspection(
+        os.fspath(folder),
+        FOLDER,
+        sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
         config,
         read_training_state(config),
-        path=os.fspath(folder),
-        kind=FOLDER,
-        size_bytes=sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
-        dtypes=_read_dtypes(folder),
+        _read_dtypes(folder),
         has_tokenizer=all((folder / name).is_file() for name in _TOKENIZER_FILES),
-    )
-
-
-def _make_inspection(config: PreTrainedConfig, state: TrainingState, **fields: Any) -> Inspection:
-    n_params, n_params_total = count_model_parameters(config)
-    return Inspection(
-        model_args=list_args(config),
-        activation_function=config.activation_function,
-        tie_word_embeddings=config.tie_word_embeddings,
-        n_params=n_params,
-        n_params_total=n_params_total,
-        iter_num=state.iter_num,
-        best_val_loss=None if state.best_val_loss >= NO_VAL_LOSS else state.best_val_loss,
-        config=state.config,
-        **fields,
     )
 
 
@@ -185,3 +149,17 @@ def _read_dtypes(folder: Path) -> tuple[str, ...]:
         )
     names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
     return tuple(sorted(names.get(dtype, dtype) for dtype in dtypes))
+
+
+def to_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key if isinstance(key, str) else repr(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    is_finite = not isinstance(value, float) or math.isfinite(value)
+    return value if value is None or (isinstance(value, bool | int | float | str) and is_finite) else repr(value)
+
+
+def _wrap(name: str, text: str) -> str:
+    indent = " " * len(f"{'validation loss':<17}")
+    return textwrap.fill(text, 100, initial_indent=f"{name:<17}", subsequent_indent=indent, break_long_words=False)

@@ -1,4 +1,4 @@
-"""A nanoGPT model that is in memory, as a Transformers model that shares its tensors: no copy, and nothing is read."""
+"""A nanoGPT model in memory as a Transformers model that shares its tensors: nothing is copied or read."""
 
 from typing import Any, TypeVar
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from ..checkpoint.layout import MODEL_ARGS, strip_wrappers
 from ..errors import ConversionError, list_some
 from ..model.configuration_nano_gpt import NanoGPTConfig
-from ..tokenization.vocabulary import guess_settings
+from ..tokenization.vocabulary import guess_generation_config
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -17,7 +17,7 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 _WRAPPERS = ("module", "_orig_mod", "_forward_module")
 
 
-def share_model(model_class: type[Model], gpt: nn.Module, **settings: Any) -> Model:
+def share_model(model_class: type[Model], gpt: nn.Module, **fields: Any) -> Model:
     """Makes a model of a class that has the parameters of a nanoGPT GPT; see NanoGPTPreTrainedModel.from_nanogpt."""
     while (wrapper := next((name for name in _WRAPPERS if hasattr(gpt, name)), None)) is not None:
         gpt = getattr(gpt, wrapper)
@@ -32,8 +32,8 @@ def share_model(model_class: type[Model], gpt: nn.Module, **settings: Any) -> Mo
     parameters = {strip_wrappers(name): parameter for name, parameter in gpt.named_parameters(remove_duplicate=False)}
     is_tied = parameters.get("lm_head.weight") is parameters.get("transformer.wte.weight")
     shape = {name: getattr(found, name) for name in MODEL_ARGS}
-    config = NanoGPTConfig(**{**shape, "tie_word_embeddings": is_tied, **settings})
-    with torch.device("meta"):  # nothing is drawn, and torch's generator stays as it is
+    config = NanoGPTConfig(**{**shape, "tie_word_embeddings": is_tied, **fields})
+    with torch.device("meta"):  # no random numbers are drawn
         model = model_class(config)
     expected = model.state_dict().keys()
     differing = sorted(expected ^ parameters.keys())
@@ -46,7 +46,7 @@ def share_model(model_class: type[Model], gpt: nn.Module, **settings: Any) -> Mo
         owner, _, own_name = name.rpartition(".")
         _check_shape(where, name, model.get_parameter(name), parameter)
         setattr(model.get_submodule(owner), own_name, parameter)
-    guess_settings(model.generation_config, config.vocab_size, None)
+    guess_generation_config(model.generation_config, config.vocab_size, None)
     return model.eval()
 
 

@@ -1,7 +1,7 @@
 """Between checkpoints and models: a Checkpoint becomes a Transformers model, and a model becomes a Checkpoint.
 
-Loading goes through Transformers' own from_pretrained, so every argument that users know from there works here, and
-nothing is initialised that the checkpoint then overwrites. The classmethods of the model classes call these functions.
+Loading goes through Transformers' own from_pretrained, so all of its arguments work here too, and no weight is
+initialized only to be overwritten. The methods of the model classes call these functions.
 """
 
 import os
@@ -18,14 +18,14 @@ from ..checkpoint.layout import MODEL_ARGS
 from ..checkpoint.moments import OptimizerState, from_adamw
 from ..errors import ConversionError, list_some
 from ..model.configuration_nano_gpt import NanoGPTConfig, is_exact_in_json
-from ..tokenization.vocabulary import guess_settings
-from .tensors import export_state_dict, list_args, refuse_changed_layers
+from ..tokenization.vocabulary import guess_generation_config
+from .tensors import export_state_dict, get_model_args, refuse_changed_layers
 
 logger = logging.get_logger(__name__)
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
-# What a user may set in place of the checkpoint's: nothing here changes the shape of a tensor.
+# What says how to read a checkpoint, and what may be set instead of the checkpoint's own: neither changes a shape.
 READING_KWARGS = ("activation_function", "ignore_extra", "n_head", "tie_word_embeddings")
 _CONFIG_KWARGS = (
     "bos_token_id",
@@ -48,7 +48,7 @@ def load_model(model_class: type[Model], path: str | os.PathLike[str], **kwargs:
 
 
 def make_model(model_class: type[Model], path: str | os.PathLike[str], checkpoint: Checkpoint, **kwargs: Any) -> Any:
-    """Makes a model of a class from a checkpoint in memory that was read from a path; see from_nanogpt_ckpt."""
+    """Makes a model of a class from a checkpoint that was read from a path; see from_nanogpt_ckpt."""
     fixed = [name for name in MODEL_ARGS if name in kwargs and name not in _CONFIG_KWARGS]
     if fixed:
         raise ConversionError(
@@ -73,20 +73,14 @@ def make_model(model_class: type[Model], path: str | os.PathLike[str], checkpoin
     model.name_or_path = model.config.name_or_path = os.fspath(path)
     remember_training_state(model, checkpoint.training_state)
     if model.can_generate():
-        guess_settings(model.generation_config, model.config.vocab_size, checkpoint.n_tokens)
+        guess_generation_config(model.generation_config, model.config.vocab_size, checkpoint.n_tokens)
     return (model, info) if wants_info else model
 
 
-def make_config(checkpoint: Checkpoint, **settings: Any) -> NanoGPTConfig:
-    """Makes the configuration of a checkpoint's model, with other settings of it in place of the checkpoint's."""
-    return NanoGPTConfig(
-        **{
-            **checkpoint.model_args,
-            "activation_function": checkpoint.activation_function,
-            "tie_word_embeddings": checkpoint.tie_word_embeddings,
-            **settings,
-        }
-    )
+def make_config(checkpoint: Checkpoint, **fields: Any) -> NanoGPTConfig:
+    """Makes the configuration of a checkpoint's model; `fields` replace those of the checkpoint."""
+    names = ("activation_function", "tie_word_embeddings")
+    return NanoGPTConfig(**{**checkpoint.model_args, **{name: getattr(checkpoint, name) for name in names}, **fields})
 
 
 def save_model(
@@ -101,18 +95,17 @@ def save_model(
     """Writes a model to a checkpoint file; see NanoGPTLMHeadModel.to_nanogpt_ckpt."""
     refuse_changed_layers(model, path)
     state = read_training_state(model.config)
-    model_args = list_args(model.config)
-    settings = state.config if config is None else dict(config)
+    model_args = get_model_args(model.config)
     state = TrainingState(
         iter_num=state.iter_num if iter_num is None else int(iter_num),
         best_val_loss=state.best_val_loss if best_val_loss is None else float(best_val_loss),
-        config=settings,
+        config=state.config if config is None else dict(config),
         optimizer=_name_moments(path, optimizer, model_args),
     )
     if model.config.activation_function != "gelu":
         logger.warning(
             f"{os.fspath(path)}: the model computes {model.config.activation_function!r}, today's nanoGPT exact "
-            f"GELU, so nanoGPT's numbers will differ slightly; its checkpoints have no place to record the activation"
+            f"GELU, so nanoGPT's numbers will differ slightly; its checkpoints cannot record the activation"
         )
     checkpoint = Checkpoint(model_args, export_state_dict(model), training_state=state)
     if _is_main_process():
@@ -120,12 +113,12 @@ def save_model(
 
 
 def remember_training_state(model: PreTrainedModel, state: TrainingState) -> None:
-    """Keeps a training state, but for the optimizer's, in the configuration of a model, and so in saved folders."""
+    """Keeps a training state, without its optimizer, in the configuration of a model, and so in saved folders."""
     lost = [name for name, value in state.config.items() if not is_exact_in_json({name: value})]
     if lost:
         logger.warning(
             f"{model.name_or_path}: config: save_pretrained will leave out {list_some(lost)}: expected what JSON "
-            f"holds exactly, got other types; give config= to to_nanogpt_ckpt after from_pretrained"
+            f"can represent exactly, got other types; give config= to to_nanogpt_ckpt after from_pretrained"
         )
     model.config.nanogpt_training_state = {
         "iter_num": state.iter_num,
@@ -135,7 +128,7 @@ def remember_training_state(model: PreTrainedModel, state: TrainingState) -> Non
 
 
 def read_training_state(config: PreTrainedConfig) -> TrainingState:
-    """Returns the training state that a configuration keeps, or that of a run before its first update."""
+    """Returns the training state in a configuration, or that of a run before its first update."""
     kept = getattr(config, "nanogpt_training_state", None) or {}
     return TrainingState(
         iter_num=kept.get("iter_num", 0),

@@ -1,4 +1,4 @@
-"""Loading whole models in safetensors from folders and from the Hub. Nothing is executed."""
+"""Loading complete models in safetensors from folders and from the Hub. None of their code is executed."""
 
 import os
 import re
@@ -15,21 +15,22 @@ from ..errors import CheckpointError, NanoGPTError, list_some
 from ..files import advise_on_folder
 from ..model.folder_nano_gpt import describe_interruption, refuse_change
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
+from ..model.persistence_nano_gpt import describe_checkpoint
 from ..tokenization.find import HUB_KWARGS
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
-# Of the models that the Hub has without an owner, these are GPT-2. Other names are not asked for: offline that waits.
+# The models of the Hub without an owner that are GPT-2. Other such names are not looked for, which is slow offline.
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*|gpt2(-medium|-large|-xl)?|distilgpt2")
 
 
 def is_hub_id(source: str | os.PathLike[str]) -> bool:
-    """Returns whether a name may be that of a GPT on the Hub: owner/name, or one of those without an owner."""
+    """Returns whether a name may be a GPT on the Hub: owner/name, or one of those without an owner."""
     return _HUB_ID.fullmatch(os.fspath(source)) is not None
 
 
 def select_hub(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Selects what says where on the Hub a model is and how it is fetched: its tokenizer is in the same place."""
+    """Selects the arguments that say where on the Hub a model and its tokenizer are, and how to fetch them."""
     return {name: kwargs[name] for name in HUB_KWARGS if kwargs.get(name) is not None}
 
 
@@ -46,7 +47,7 @@ def read_config(model_class: type[PreTrainedModel], source: str | os.PathLike[st
     """Reads the configuration of a model of a class from a folder or the Hub; `hub` is of HUB_KWARGS.
 
     Raises:
-        CheckpointError: If there is none, or one of another kind of model, or the Hub cannot be reached.
+        CheckpointError: If no config.json exists, it is of another kind of model, or the Hub cannot be reached.
     """
     fields = _read_fields(source, hub)
     _check_model_type(model_class, source, fields)
@@ -61,7 +62,7 @@ def load_whole_model(
     check: Callable[[PreTrainedConfig], None] | None = None,
     **kwargs: Any,
 ) -> Model:
-    """Loads a model of a class from a folder or the Hub: every tensor of it, from safetensors.
+    """Loads a model of a class from a folder or the Hub, every tensor of it, from safetensors.
 
     Args:
         model_class: Class of the model.
@@ -73,12 +74,18 @@ def load_whole_model(
         CheckpointError: If there is no whole model of this class there, or the Hub cannot be reached.
     """
     if kwargs.get("subfolder") and Path(source).is_dir():
-        source = Path(source, kwargs.pop("subfolder"))  # Transformers takes generation_config.json from above it
+        source = Path(
+            source, kwargs.pop("subfolder")
+        )  # Transformers would take generation_config.json from its parent
     with _explaining(source), refuse_change(Path(source)):
         config = read_config(model_class, source, **select_hub(kwargs))
         if check is not None:
             check(config)
-        _check_numbers(source, config)
+        if getattr(config, "quantization_config", None):
+            raise CheckpointError(
+                f"{source}: quantised: expected the model's own numbers, got a quantization_config; give the model "
+                f"that it was made from"
+            )
         model, info = model_class.from_pretrained(
             source, **{"dtype": "auto", **kwargs}, use_safetensors=True, output_loading_info=True
         )
@@ -94,7 +101,7 @@ def load_whole_model(
 def _check_model_type(
     model_class: type[PreTrainedModel], source: str | os.PathLike[str], fields: dict[str, Any]
 ) -> None:
-    """Refuses another kind of model, which from_pretrained would load as if it were this one."""
+    """Refuses another kind of model, which from_pretrained would load as if it were of this class."""
     expected, model_type = model_class.config_class.model_type, fields.get("model_type")
     if not fields and Path(source).is_dir():
         raise CheckpointError(
@@ -109,26 +116,14 @@ def _check_model_type(
         )
 
 
-def _check_numbers(source: str | os.PathLike[str], config: PreTrainedConfig) -> None:
-    """Refuses a quantised model: its numbers are rounded, and no longer the model's own."""
-    if getattr(config, "quantization_config", None):
-        raise CheckpointError(
-            f"{source}: quantised: expected the model's own numbers, got a quantization_config; give the model that "
-            f"it was made from"
-        )
-
-
 def _read_fields(source: str | os.PathLike[str], hub: dict[str, Any]) -> dict[str, Any]:
-    if Path(source).is_file():
-        raise CheckpointError(
-            f"{source}: expected a folder that save_pretrained wrote, or a hub id, got a file; load a checkpoint with "
-            f"from_nanogpt_ckpt, or make a folder of it with `hugging-nano-gpt convert`"
-        )
-    interruption = describe_interruption(Path(source))
-    if interruption is not None:
-        raise CheckpointError(interruption)
+    path = Path(source)
+    is_file = path.is_file()
+    fault = describe_checkpoint(path, NanoGPTLMHeadModel.__name__) if is_file else describe_interruption(path)
+    if fault is not None:
+        raise CheckpointError(fault)
     with _explaining(source):
-        if not (Path(source).is_dir() or is_hub_id(source)):
+        if not (path.is_dir() or is_hub_id(source)):
             raise FileNotFoundError("no such folder, and no hub id, which is owner/name")
         fields, _ = PreTrainedConfig.get_config_dict(source, **hub)
     return fields

@@ -1,4 +1,4 @@
-"""A model's tensors as writers take them: on the CPU, checked to be nanoGPT's, whole and finite; biases filled in."""
+"""A model's tensors for writers: on the CPU, checked to be nanoGPT's, complete and finite, with biases filled in."""
 
 import os
 from collections.abc import Mapping
@@ -20,18 +20,18 @@ _LAYERS = frozenset(("wte", "wpe", "ln_1", "ln_2", "ln_f", "c_attn", "c_proj", "
 _FORWARDS = (nn.Linear.forward, nn.Embedding.forward, nn.LayerNorm.forward, Conv1D.forward)
 
 
-def list_args(config: NanoGPTConfig) -> dict[str, Any]:
+def get_model_args(config: NanoGPTConfig) -> dict[str, Any]:
     """Returns nanoGPT's model_args of a configuration."""
     return {name: getattr(config, name) for name in MODEL_ARGS}
 
 
-def take_tensors(
+def gather_checked_tensors(
     model: PreTrainedModel, out: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase | None
 ) -> dict[str, torch.Tensor]:
-    """Returns the tensors of a nanoGPT model on the CPU, to be written to a place beside a tokenizer.
+    """Returns the tensors of a nanoGPT model on the CPU, to be written to `out` together with a tokenizer.
 
     Raises:
-        ConversionError: If the model is not whole and plain.
+        ConversionError: If the model is not complete, or has layers that nanoGPT does not have.
         TokenizerError: If the tokenizer has more tokens than the model has rows.
     """
     if tokenizer is not None:
@@ -43,9 +43,9 @@ def take_tensors(
 
 
 def check_tensors(where: str, config: NanoGPTConfig, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raises ConversionError where tensors, in nanoGPT's layout, are not a nanoGPT model of finite numbers."""
+    """Raises ConversionError if tensors in nanoGPT's layout are not a nanoGPT model of finite numbers."""
     faults = find_dense_faults(tensors)
-    faults = faults or find_model_faults(list_args(config), tensors)
+    faults = faults or find_model_faults(get_model_args(config), tensors)
     faults = faults or find_number_faults(tensors)
     if not faults and config.tie_word_embeddings:
         faults = find_tying_faults(tensors)
@@ -56,7 +56,7 @@ def check_tensors(where: str, config: NanoGPTConfig, tensors: Mapping[str, torch
 def select_tensors(
     tensors: Mapping[str, torch.Tensor], model_args: Mapping[str, Any], is_tied: bool
 ) -> dict[str, torch.Tensor]:
-    """Returns the tensors that a model of these model_args saves, with zeros where the biases are missing."""
+    """Returns the tensors that a model of these model_args saves, with zeros for missing biases."""
     dtype = tensors["transformer.wte.weight"].dtype
     return {
         name: tensors[name] if name in tensors else torch.zeros(shape, dtype=dtype)
@@ -66,12 +66,8 @@ def select_tensors(
 
 
 def refuse_changed_layers(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
-    """Refuses layers that PEFT, torchao, bitsandbytes or others put where nanoGPT's were, and says what to do.
-
-    Raises:
-        ConversionError: If there are any.
-    """
-    # PEFT wraps what it adapts: base_layer in its own layers, original_module around layers that it trains whole.
+    """Raises ConversionError if PEFT, torchao, bitsandbytes or others have replaced layers, and says what to do."""
+    # PEFT wraps what it adapts: base_layer is in its own layers, original_module in copies of layers that it trains.
     inner = ("base_layer", "original_module")
     adapted = [parent for parent, _, name in (n.rpartition(".") for n, _ in model.named_modules()) if name in inner]
     if adapted:
@@ -79,7 +75,7 @@ def refuse_changed_layers(model: PreTrainedModel, path: str | os.PathLike[str]) 
             f"{os.fspath(path)}: expected nanoGPT's own layers, got PEFT's at {list_some(adapted)}; merge the adapter "
             f"first, and write what peft_model.merge_and_unload() returns; nothing was written"
         )
-    # torchao puts a tensor class of its own in the layers; bitsandbytes a subclass of Parameter, and says it here.
+    # torchao uses a tensor class of its own; bitsandbytes a subclass of Parameter, and sets is_quantized.
     plain = (torch.Tensor, torch.nn.Parameter)
     odd = [n for n, p in model.named_parameters() if type(p) not in plain and not hasattr(p, "full_tensor")]
     if odd or getattr(model, "is_quantized", False):
@@ -88,7 +84,7 @@ def refuse_changed_layers(model: PreTrainedModel, path: str | os.PathLike[str]) 
             f"{os.fspath(path)}: expected floating-point layers, got quantised ones{at}; "
             f"their rounding cannot be undone: write the model that was quantised; nothing was written"
         )
-    # A subclass computes the same if it has the same forward, as FSDP's have.
+    # A subclass with the same forward, such as FSDP's, computes the same.
     changed = [
         f"{type(module).__module__}.{type(module).__qualname__} at {name!r}"
         for name, module in model.named_modules()
@@ -97,7 +93,7 @@ def refuse_changed_layers(model: PreTrainedModel, path: str | os.PathLike[str]) 
     if changed:
         raise ConversionError(
             f"{os.fspath(path)}: expected the layers that the model was built with, got {join_some(changed)}; "
-            f"give the model as it was before they were put in; nothing was written"
+            f"give the model as it was before they were replaced; nothing was written"
         )
 
 

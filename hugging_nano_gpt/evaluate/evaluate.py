@@ -20,13 +20,12 @@ from transformers.utils import logging
 
 from ..checkpoint.contents import NO_VAL_LOSS, TrainingState
 from ..convert.inspect import to_json
-from ..convert.source import choose_device, load_source
+from ..convert.source import Source, choose_device, load_source
 from ..data.dataset import TokenDataset
 from ..errors import DataError
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
-from ..tokenization.find import find_tokenizer_or_reason, load_tokenizer
 from ..tokenization.text import count_units, encode_text, read_text
-from ..tokenization.vocabulary import make_settings
+from ..tokenization.vocabulary import make_generation_config
 from .estimate import Estimate, compute_losses, estimate_loss, get_estimate_settings
 
 # Windows in one batch; compute_losses splits it where its logits are large.
@@ -117,8 +116,6 @@ def evaluate_loss(
     stride: int | None = None,
     eval_iters: int | None = None,
     device: str | None = None,
-    meta_path: str | os.PathLike[str] | None = None,
-    tokenizer: str | None = None,
     **kwargs: Any,
 ) -> Evaluation:
     """Computes a model's mean loss over a whole token file or text, and nanoGPT's estimate of it for a token file.
@@ -129,10 +126,12 @@ def evaluate_loss(
     means over random windows, and agree if they are within three standard errors of their difference.
 
     Args:
-        source, device, meta_path, tokenizer, **kwargs: As for sample_text.
+        source: What load_source takes: a checkpoint file, a saved folder or a Hub id.
         data_path: A .bin or .npy file of tokens, a folder with val.bin, or a UTF-8 text under any other name.
         stride: Number of tokens from one window to the next, 1 to block_size; block_size by default.
         eval_iters: Number of batches for nanoGPT's estimate, instead of the checkpoint's.
+        device: Device of torch; by default CUDA if there is a GPU for it, else the CPU.
+        **kwargs: What load_source takes (convert/source.py), such as `meta_path`, `tokenizer`, `dtype`, `revision`.
 
     Raises:
         DeviceError: If torch cannot compute on the device.
@@ -144,15 +143,12 @@ def evaluate_loss(
     path = Path(data_path) / "val.bin" if Path(data_path).is_dir() else Path(data_path)
     if eval_iters is not None and path.suffix not in _TOKEN_SUFFIXES:
         raise DataError(f"{path}: expected no eval_iters for a text, got {eval_iters}; leave out --eval-iters")
-    torch_device = choose_device(device)
-    loaded = load_source(source, attn_implementation="sdpa", **kwargs)
+    loaded = load_source(source, device=choose_device(device), attn_implementation="sdpa", **kwargs)
     model = loaded.model
     stride = model.config.block_size if stride is None else stride
     if not 1 <= stride <= model.config.block_size:
         raise DataError(f"stride: expected 1 to block_size={model.config.block_size}, got {stride}; change --stride")
-    model.to(torch_device)
-    asked = {"meta_path": meta_path, "tokenizer": tokenizer, **loaded.hub}
-    windows, own_tokenizer, reasons = _open_windows(model, source, path, asked)
+    windows, own_tokenizer, reasons = _open_windows(loaded, path)
     loss, scored = _score(model, windows, stride, path)
     unit, n_units = (None, 0) if own_tokenizer is None else count_units(own_tokenizer, scored)
     estimate, recorded = None, None
@@ -201,18 +197,16 @@ class _TextWindows:
         return {"input_ids": window[:-1], "shift_labels": window[1:]}
 
 
-def _open_windows(
-    model: NanoGPTLMHeadModel, source: str | os.PathLike[str], path: Path, asked: dict[str, Any]
-) -> tuple[_Windows, PreTrainedTokenizerBase | None, list[str]]:
+def _open_windows(loaded: Source, path: Path) -> tuple[_Windows, PreTrainedTokenizerBase | None, list[str]]:
     """Returns the windows of a file, the tokenizer of its tokens, and otherwise the reason for not having one."""
-    block_size = model.config.block_size
+    block_size = loaded.model.config.block_size
     if path.suffix in _TOKEN_SUFFIXES:
         windows = TokenDataset(path, block_size)
-        tokenizer, reasons = find_tokenizer_or_reason(model, source, **asked)
+        tokenizer, reasons = loaded.find_tokenizer()
         return windows, tokenizer, [f"no bits per byte or character: {reason}" for reason in reasons]
     text = read_text(path)
-    tokenizer = load_tokenizer(model, source, **asked)
-    start = make_settings(model, tokenizer).bos_token_id
+    tokenizer = loaded.tokenizer
+    start = make_generation_config(loaded.model, tokenizer).bos_token_id
     ids = [*([] if start is None else [start]), *encode_text(tokenizer, text, path)]
     if len(ids) < 2:
         raise DataError(f"{path}: nothing to score: expected two tokens or more, got {len(ids)}; give a longer text")

@@ -14,7 +14,6 @@ from ..convert.folder import Conversion, check_other_place
 from ..convert.gpt2 import export_gpt2
 from ..convert.source import load_source
 from ..errors import ConversionError
-from ..tokenization.find import find_tokenizer_or_reason
 from .gguf import export_gguf
 from .onnx import export_onnx
 
@@ -47,8 +46,6 @@ def export_model(
     out: str | os.PathLike[str],
     *,
     to: str,
-    meta_path: str | os.PathLike[str] | None = None,
-    tokenizer: str | None = None,
     file_type: str | None = None,
     overwrite: bool = False,
     **kwargs: Any,
@@ -56,15 +53,13 @@ def export_model(
     """Exports a model, with its tokenizer if it has one, to the layout of another program.
 
     Args:
-        source: Checkpoint file of the nanoGPT family, folder that save_pretrained wrote, or Hub id. It is only read.
+        source: What load_source takes: a checkpoint file, a saved folder or a Hub id. It is only read.
         out: Folder or file to write, depending on the format.
         to: "gpt2", a folder for stock GPT2LMHeadModel; "gguf", a file for llama.cpp; "onnx", a folder for ONNX
             Runtime.
-        meta_path: meta.pkl of the model's characters, in place of the tokenizer that belongs to the source.
-        tokenizer: Name, folder or Hub id of a tokenizer, in place of meta_path.
         file_type: For "gguf" alone: "f32" (the default), "f16" or "q8_0".
         overwrite: Whether existing files may be replaced.
-        **kwargs: What from_nanogpt_ckpt or from_pretrained takes, such as `dtype`, `n_head`, `activation_function`.
+        **kwargs: What load_source takes (convert/source.py), such as `meta_path`, `tokenizer`, `dtype`, `revision`.
 
     Raises:
         ConversionError: If the format cannot express the model, or `out` exists and overwrite is not given.
@@ -80,9 +75,7 @@ def export_model(
         )
     check_other_place(source, out)
     loaded = load_source(source, **kwargs)
-    found, reasons = find_tokenizer_or_reason(
-        loaded.model, source, meta_path=meta_path, tokenizer=tokenizer, **loaded.hub
-    )
+    found, reasons = loaded.find_tokenizer()
     options = {} if file_type is None else {"file_type": file_type}
     lost = EXPORTS[to].write(loaded.model, out, tokenizer=found, overwrite=overwrite, **options)
     return Conversion(Path(out), loaded.model, found, (*loaded.notes, *reasons, *lost))

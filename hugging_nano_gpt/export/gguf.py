@@ -17,12 +17,12 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
-from ..convert.tensors import list_args, select_tensors, take_tensors
+from ..convert.tensors import gather_checked_tensors, get_model_args, select_tensors
 from ..errors import ConversionError, join_some, require
 from ..files import check_file, open_atomically
 from ..model.configuration_nano_gpt import NanoGPTConfig
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
-from ..tokenization.vocabulary import make_settings
+from ..tokenization.vocabulary import make_generation_config
 from .gguf_vocabulary import add_vocabulary
 
 if TYPE_CHECKING:
@@ -91,9 +91,9 @@ def export_gguf(
         )
     check_file(Path(path), overwrite)
     writer = _make_writer(where, model.config, file_type)
-    tensors = take_tensors(model, path, tokenizer)
+    tensors = gather_checked_tensors(model, path, tokenizer)
     typed = _choose_types(where, model.config, tensors, file_type)
-    suppressed = make_settings(model, tokenizer).suppress_tokens or []
+    suppressed = make_generation_config(model, tokenizer).suppress_tokens or []
     lost = add_vocabulary(writer, tokenizer, model.config.vocab_size, suppressed)
     lost += [*_list_limits(model, file_type), *_compare_gelus(model, tensors)]
     with open_atomically(path) as file:
@@ -131,7 +131,7 @@ def _choose_types(
 ) -> "_TypedTensors":
     """Returns each tensor and the type to write it in, by llama.cpp's name."""
     gguf = _import_gguf()
-    selected = select_tensors(tensors, {**list_args(config), "bias": True}, config.tie_word_embeddings)
+    selected = select_tensors(tensors, {**get_model_args(config), "bias": True}, config.tie_word_embeddings)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
     typed, beyond = {}, []
     for name, tensor in selected.items():

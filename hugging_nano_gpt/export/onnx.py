@@ -21,12 +21,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..convert.gpt2 import make_gpt2_config
-from ..convert.tensors import take_tensors
+from ..convert.tensors import gather_checked_tensors
 from ..errors import require
 from ..files import check_folder, open_folder
 from ..model.configuration_nano_gpt import NanoGPTConfig
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
-from ..tokenization.vocabulary import make_settings
+from ..tokenization.vocabulary import make_generation_config
 
 _OPSET = 18
 
@@ -63,13 +63,13 @@ def export_onnx(
     require("export to ONNX", "onnx", "onnxscript")
     folder = Path(folder)
     check_folder(folder, overwrite)
-    graph = _make_graph(_make_plain(model, take_tensors(model, folder, tokenizer)))
+    graph = _make_graph(_make_plain(model, gather_checked_tensors(model, folder, tokenizer)))
     config = make_gpt2_config(model.config)
     config.architectures = ["GPT2LMHeadModel"]
     with open_folder(folder, overwrite) as temporary:
         _write(graph, temporary)
         config.save_pretrained(temporary)
-        make_settings(model, tokenizer).save_pretrained(temporary)
+        make_generation_config(model, tokenizer).save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
     return ("bfloat16 became float32, without a change of any number",) if model.dtype == torch.bfloat16 else ()

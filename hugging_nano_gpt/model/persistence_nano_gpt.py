@@ -39,7 +39,9 @@ class NanoGPTPersistence(PreTrainedModel):
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *args, **kwargs)
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-        _refuse_checkpoint(Path(pretrained_model_name_or_path), cls.__name__)
+        advice = describe_checkpoint(Path(pretrained_model_name_or_path), cls.__name__)
+        if advice is not None:
+            raise ValueError(advice)
         _refuse_incomplete(folder, kwargs.get("config"))
         with refuse_change(folder):
             _refuse_other_config(folder, pretrained_model_name_or_path, kwargs.get("config"))
@@ -143,14 +145,15 @@ class NanoGPTPersistence(PreTrainedModel):
             package.write_card(self, folder)
 
 
-def _refuse_checkpoint(path: Path, class_name: str) -> None:
-    """Raises ValueError for a checkpoint, or a folder that contains one and no saved model."""
+def describe_checkpoint(path: Path, class_name: str) -> str | None:
+    """Returns how to load a checkpoint, or a folder that contains one and no saved model; None for other paths."""
     is_folder = path.is_dir() and (path / "ckpt.pt").is_file() and not (path / "config.json").is_file()
-    if is_folder or path.is_file() or path.suffix in (".ckpt", ".pt", ".pth"):
-        raise ValueError(
-            f"{path}: expected a folder that save_pretrained wrote, or a hub id, got a checkpoint; load it with "
-            f"{class_name}.from_nanogpt_ckpt, or make a folder of it with `hugging-nano-gpt convert`"
-        )
+    if not (is_folder or path.is_file() or path.suffix in (".ckpt", ".pt", ".pth")):
+        return None
+    return (
+        f"{path}: expected a folder that save_pretrained wrote, or a hub id, got a checkpoint; load it with "
+        f"{class_name}.from_nanogpt_ckpt, or make a folder of it with `hugging-nano-gpt convert`"
+    )
 
 
 def _refuse_incomplete(folder: Path, config: object) -> None:

@@ -1,1 +1,1 @@
-"""Text as nanoGPT's sample.py draws it, token by token with its probabilities, and a local page that shows it."""
+"""Text sampled as nanoGPT's sample.py does, token by token with probabilities, and a local page that shows it."""

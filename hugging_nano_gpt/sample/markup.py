@@ -4,9 +4,10 @@ Names and tokens come from files that are not trusted, so every text is escaped.
 """
 
 from html import escape
+from pathlib import Path
 
 from ..convert.facts import describe_model, describe_training
-from .sampling import Sampler
+from ..convert.source import Source
 from .streaming import Candidate
 
 CSS = """
@@ -29,17 +30,12 @@ CSS = """
 """
 
 
-def list_facts(name: str, sampler: Sampler) -> dict[str, str]:
-    """Returns what model it is: names and values, for people to read.
-
-    Args:
-        name: Of its file or folder, or its Hub id.
-        sampler: The model and where it is from.
-    """
-    model = sampler.model
+def list_facts(source: Source) -> dict[str, str]:
+    """Returns what model it is: names and values, for people to read."""
+    model, path = source.model, Path(source.name)
     return {
-        "model": name,
-        "kind": sampler.kind,
+        "model": path.resolve().name if path.exists() else source.name,
+        "kind": source.kind,
         **describe_model(model.config),
         **describe_training(model.nanogpt_training_state),
         "computes on": f"{model.device}, {str(model.dtype).removeprefix('torch.')}",

@@ -1,6 +1,6 @@
 """The page itself: prompt, sample.py's settings and the model on the left, text and bars on the right.
 
-Text is shown as it is drawn, a few times a second; it is the first sample of `hugging-nano-gpt generate`.
+Text is shown while it is generated, a few times a second; it is the first sample of `hugging-nano-gpt generate`.
 """
 
 import math
@@ -19,8 +19,8 @@ from .streaming import list_candidates, stream_steps
 if TYPE_CHECKING:
     import gradio
 
-_INTERVAL_S = 0.05  # between two states of the page, so that drawing them does not hold the model up
-_LARGEST_SEED = 2**53 - 1  # of the whole numbers that a browser holds exactly
+_INTERVAL_S = 0.05  # between two states of the page, so that rendering does not slow the model down
+_LARGEST_SEED = 2**53 - 1  # the largest integer up to which a browser represents all exactly
 
 
 def build_page(sampler: Sampler, facts: dict[str, str]) -> "gradio.Blocks":
@@ -31,7 +31,7 @@ def build_page(sampler: Sampler, facts: dict[str, str]) -> "gradio.Blocks":
         facts: What model it is, as list_facts returns it.
 
     Returns:
-        The page, not launched. It draws one text at a time: who comes second waits.
+        The page, not launched. It generates one text at a time; other visitors wait.
     """
     import gradio as gr
 
@@ -69,12 +69,12 @@ def build_page(sampler: Sampler, facts: dict[str, str]) -> "gradio.Blocks":
 def show_steps(
     sampler: Sampler, prompt: str, *, max_new_tokens: int, **settings: Any
 ) -> Iterator[tuple[str, str, str]]:
-    """Draws a text and yields what the page shows of it: the text so far, the bars as HTML, and how far it is.
+    """Generates a text and yields what the page shows: the text so far, the bars as HTML, and the progress.
 
     Args:
         sampler: Model and tokenizer.
-        prompt: Text to go on from; a newline where it is empty, as in sample.py.
-        max_new_tokens: Tokens to draw.
+        prompt: Text to continue; a newline if it is empty, as in sample.py.
+        max_new_tokens: Number of tokens to generate.
         **settings: The others of stream_steps.
 
     Raises:

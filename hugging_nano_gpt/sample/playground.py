@@ -1,16 +1,16 @@
-"""Serving the page on this machine alone, until Ctrl-C: no other machine is asked for anything, or told anything."""
+"""Serving the page only on this machine, until Ctrl-C. No other machine is contacted."""
 
 import os
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..convert.source import choose_device, load_source
 from ..demo import CKPT_PATH, META_PATH
 from ..errors import require
 from .address import HOST, check_port
 from .markup import CSS, list_facts
 from .page import build_page
-from .sampling import load_sampler
+from .sampling import make_sampler
 
 if TYPE_CHECKING:
     import gradio
@@ -21,20 +21,15 @@ def run_playground(
     *,
     port: int = 7860,
     device: str | None = None,
-    meta_path: str | os.PathLike[str] | None = None,
-    tokenizer: str | None = None,
     **kwargs: Any,
 ) -> None:
     """Serves a page to try a model in, on 127.0.0.1, until it is interrupted (Ctrl-C).
 
     Args:
-        source: Checkpoint file of the nanoGPT family, folder that save_pretrained wrote, or Hub id; the bundled
-            character model of Shakespeare by default.
+        source: What load_source takes; by default the bundled character model of Shakespeare.
         port: Port to listen on.
-        device: Device of torch; by default CUDA where there is a GPU for it, else the CPU.
-        meta_path: meta.pkl of the model's characters, in place of the tokenizer that belongs to the source.
-        tokenizer: Name, folder or Hub id of a tokenizer, in place of meta_path.
-        **kwargs: What from_nanogpt_ckpt or from_pretrained takes, such as `dtype`, `n_head`, `activation_function`.
+        device: Device of torch; by default CUDA if there is a GPU for it, else the CPU.
+        **kwargs: What load_source takes (convert/source.py), such as `meta_path`, `tokenizer`, `dtype`, `revision`.
 
     Raises:
         MissingDependencyError: If Gradio is not installed.
@@ -46,11 +41,11 @@ def run_playground(
     check_port(HOST, port)
     if source is None:
         source = CKPT_PATH
-        meta_path = META_PATH if tokenizer is None and meta_path is None else meta_path
-    sampler = load_sampler(source, device=device, meta_path=meta_path, tokenizer=tokenizer, **kwargs)
-    path = Path(source)
-    name = path.resolve().name if path.exists() else str(source)
-    _serve(build_page(sampler, list_facts(name, sampler)), port)
+        if kwargs.get("tokenizer") is None and kwargs.get("meta_path") is None:
+            kwargs["meta_path"] = META_PATH
+    loaded = load_source(source, device=choose_device(device), **kwargs)
+    sampler = make_sampler(loaded, is_autocast=kwargs.get("dtype") is None)
+    _serve(build_page(sampler, list_facts(loaded)), port)
 
 
 def _serve(page: "gradio.Blocks", port: int) -> None:
@@ -67,7 +62,7 @@ def _serve(page: "gradio.Blocks", port: int) -> None:
 
 
 def _launch(page: "gradio.Blocks", port: int) -> None:
-    """Starts serving a page in threads, without anything that Gradio would tell or ask other machines."""
+    """Starts serving a page in threads, with everything off by which Gradio would contact other machines."""
     import gradio as gr
 
     # Gradio asks its own server whether it is up; a proxy would not find it.

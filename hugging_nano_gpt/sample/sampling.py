@@ -1,6 +1,6 @@
-"""Drawing text as nanoGPT's sample.py does (@ 3adf61e): the same settings, the same seed, the same text.
+"""Sampling text as nanoGPT's sample.py does (@ 3adf61e): the same defaults, and the same text from the same seed.
 
-A prompt is encoded, and every token is written as text as soon as it is drawn. Nothing stops at an end of text.
+A prompt is encoded, and every token is written as text as soon as it is generated. An end-of-text token stops nothing.
 """
 
 import contextlib
@@ -23,13 +23,12 @@ from transformers import (
     TopKLogitsWarper,
 )
 
-from ..convert.source import choose_device, load_source
+from ..convert.source import Source, choose_device, load_source
 from ..errors import DataError
 from ..model.configuration_nano_gpt import NanoGPTConfig
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
-from ..tokenization.find import load_tokenizer
 from ..tokenization.text import encode_text, read_text
-from ..tokenization.vocabulary import make_settings
+from ..tokenization.vocabulary import make_generation_config
 
 # What sample.py prints after each sample.
 SEPARATOR = "---------------"
@@ -47,38 +46,35 @@ def sample_text(
     seed: int = 1337,
     stride: int = 1,
     device: str | None = None,
-    meta_path: str | os.PathLike[str] | None = None,
-    tokenizer: str | None = None,
     stream: TextIO | None = None,
     **kwargs: Any,
 ) -> None:
-    """Draws samples after a prompt and writes them to a stream, a line of dashes after each.
+    """Samples texts that continue a prompt and writes them to a stream, with a line of dashes after each.
 
-    The defaults are sample.py's. On a GPU matrix products are in bfloat16 (float16 where it has none) and TF32, as
-    there, unless `dtype` is given.
+    The defaults are sample.py's. On a GPU, matrix products are in bfloat16 (float16 if it has no bfloat16) and TF32,
+    as in sample.py, unless `dtype` is given.
 
     Args:
-        source: Checkpoint file of the nanoGPT family, folder that save_pretrained wrote, or Hub id.
-        prompt: Text to go on from, or FILE:name for the text of a file, as sample.py has it.
+        source: What load_source takes: a checkpoint file, a saved folder or a Hub id.
+        prompt: Text to continue, or FILE:name for the text of a file, as in sample.py.
         num_samples: Number of samples.
         max_new_tokens: Length of each in tokens, past block_size too.
         temperature: Divides the logits; 0 always takes the likeliest token.
         top_k: Number of likeliest tokens to choose among, 0 for all.
-        seed: Of the random numbers, used as sample.py uses it: random weights are drawn before the first sample.
+        seed: Seed of the random numbers; as in sample.py, random weights are drawn before the first sample.
         stride: Tokens dropped at once past block_size; 1 is nanoGPT's way (docs/generation.md).
-        device: Device of torch; by default CUDA where there is a GPU for it, else the CPU.
-        meta_path: meta.pkl of the model's characters, in place of the tokenizer that belongs to the source.
-        tokenizer: Name, folder or Hub id of a tokenizer, in place of meta_path.
+        device: Device of torch; by default CUDA if there is a GPU for it, else the CPU.
         stream: Where to write; standard output by default.
-        **kwargs: What from_nanogpt_ckpt or from_pretrained takes, such as `dtype`, `n_head`, `activation_function`.
+        **kwargs: What load_source takes (convert/source.py), such as `meta_path`, `tokenizer`, `dtype`, `revision`.
 
     Raises:
         DeviceError: If torch cannot compute on the device.
         CheckpointError: If there is no whole model.
         TokenizerError: If there is no tokenizer, or the prompt has what it does not know.
-        DataError: If the prompt's file cannot be read, or the stride is none.
+        DataError: If the prompt's file cannot be read, or the stride is out of range.
     """
-    sampler = load_sampler(source, device=device, meta_path=meta_path, tokenizer=tokenizer, **kwargs)
+    loaded = load_source(source, device=choose_device(device), **kwargs)
+    sampler = make_sampler(loaded, is_autocast=kwargs.get("dtype") is None)
     block_size = sampler.model.config.block_size
     if not 1 <= stride <= block_size:
         raise DataError(f"stride: expected 1 to block_size={block_size}, got {stride}; change --stride")
@@ -99,18 +95,16 @@ def sample_text(
 
 @dataclass(frozen=True)
 class Sampler:
-    """A model that draws as sample.py does, and the tokenizer of its text. load_sampler makes one.
+    """A model that samples as sample.py does, and its tokenizer; make_sampler makes one.
 
     Args:
         model: The model, on its device.
         tokenizer: Its tokenizer.
-        kind: What the model was loaded from, in words.
         autocast_dtype: What matrix products are computed in, as sample.py does on a GPU; None for the model's dtype.
     """
 
     model: NanoGPTLMHeadModel
     tokenizer: PreTrainedTokenizerBase
-    kind: str
     autocast_dtype: torch.dtype | None = None
 
     def encode(self, prompt: str) -> torch.Tensor:
@@ -136,26 +130,26 @@ class Sampler:
         observe: LogitsProcessor | None = None,
         **kwargs: Any,
     ) -> None:
-        """Draws a sample with torch's global random numbers.
+        """Generates a sample with torch's global random numbers.
 
         Args:
             idx: (1, T) int64, the prompt.
-            max_new_tokens: Tokens to draw, past block_size too.
+            max_new_tokens: Number of tokens to generate, past block_size too.
             temperature: Divides the logits; 0 always takes the likeliest token.
             top_k: Number of likeliest tokens to choose among, 0 for all.
             stride: Tokens dropped at once past block_size.
-            observe: Is called with the tokens so far (1, T) and the logits (1, V) float32 that the next is drawn from,
-                after temperature and top_k, and returns them.
+            observe: Is called with the tokens so far (1, T) and the logits (1, V) float32 of the next one, after
+                temperature and top_k, and returns the logits.
             **kwargs: What generate takes, such as `streamer` and `stopping_criteria`.
         """
         is_greedy = temperature == 0
-        drawing: dict[str, Any] = (
+        generate_kwargs: dict[str, Any] = (
             {"do_sample": False} if is_greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0}
         )
         processors: list[LogitsProcessor] = [] if is_greedy else [TemperatureLogitsWarper(float(temperature))]
-        if self.autocast_dtype is not None:  # in which sample.py's logits and their quotients stay
+        if self.autocast_dtype is not None:  # the dtype of sample.py's logits, also after the temperature
             processors.append(_Rounding(self.autocast_dtype))
-            # Keys from a cache are rounded otherwise than in a whole pass, which is what sample.py makes.
+            # Keys from a cache are rounded differently from those of a whole pass, which is what sample.py computes.
             kwargs.setdefault("use_cache", stride > 1)
         processors += [TopKLogitsWarper(top_k)] if top_k > 0 and not is_greedy else []
         processors += [observe] if observe is not None else []
@@ -163,51 +157,35 @@ class Sampler:
             self.model.generate(
                 idx,
                 max_new_tokens=max_new_tokens,
-                **drawing,
+                **generate_kwargs,
                 logits_processor=LogitsProcessorList(processors),
                 stride=stride,
                 **kwargs,
             )
 
 
-def load_sampler(
-    source: str | os.PathLike[str],
-    *,
-    device: str | None = None,
-    meta_path: str | os.PathLike[str] | None = None,
-    tokenizer: str | None = None,
-    **kwargs: Any,
-) -> Sampler:
-    """Loads a model and its tokenizer to draw from; see sample_text for what it takes and raises."""
-    model, text_tokenizer, kind = load_model_and_tokenizer(
-        source, device=device, meta_path=meta_path, tokenizer=tokenizer, **kwargs
-    )
-    # What else a folder's generation_config.json holds, sample.py does not know: an end of text, a top_p, a penalty.
-    settings = make_settings(model, text_tokenizer)
-    model.generation_config = GenerationConfig(suppress_tokens=settings.suppress_tokens)
-    is_autocast = model.device.type == "cuda" and kwargs.get("dtype") is None  # another dtype is computed in as it is
-    autocast_dtype = torch.bfloat16 if is_autocast and torch.cuda.is_bf16_supported() else torch.float16
-    return Sampler(model, text_tokenizer, kind, autocast_dtype if is_autocast else None)
+def make_sampler(source: Source, *, is_autocast: bool = True) -> Sampler:
+    """Makes the sampler of a model that was loaded with its tokenizer.
 
+    Args:
+        source: The model, whose generation_config is replaced, and its tokenizer.
+        is_autocast: Whether matrix products on a GPU are in bfloat16, as in sample.py, or else in the model's dtype.
 
-def load_model_and_tokenizer(
-    source: str | os.PathLike[str],
-    *,
-    device: str | None = None,
-    meta_path: str | os.PathLike[str] | None = None,
-    tokenizer: str | None = None,
-    **kwargs: Any,
-) -> tuple[NanoGPTLMHeadModel, PreTrainedTokenizerBase, str]:
-    """Loads a model to a device, its tokenizer, and what it was loaded from, in words; see sample_text."""
-    torch_device = choose_device(device)
-    loaded = load_source(source, **kwargs)
-    text_tokenizer = load_tokenizer(loaded.model, source, meta_path=meta_path, tokenizer=tokenizer, **loaded.hub)
-    loaded.model.to(torch_device)
-    return loaded.model, text_tokenizer, loaded.kind
+    Raises:
+        TokenizerError: If there is no tokenizer.
+    """
+    model = source.model
+    # sample.py does not know what else a generation_config.json may set: an end of text, a top_p, a penalty.
+    suppressed = make_generation_config(model, source.tokenizer).suppress_tokens
+    model.generation_config = GenerationConfig(suppress_tokens=suppressed)
+    if not is_autocast or model.device.type != "cuda":
+        return Sampler(model, source.tokenizer)
+    autocast_dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return Sampler(model, source.tokenizer, autocast_dtype)
 
 
 class _Rounding(LogitsProcessor):
-    """Rounds logits (B, V) as a lesser dtype has them."""
+    """Rounds logits (B, V) to a smaller dtype."""
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
@@ -218,8 +196,8 @@ class _Rounding(LogitsProcessor):
 
 @contextlib.contextmanager
 def _computing_as_sample_py(device_type: str, autocast_dtype: torch.dtype | None) -> Iterator[None]:
-    """Turns on autocast, and TF32 for what float32 is left, while the block lasts."""
-    # torch 2.9 gave the switch another name. Trainer turns that one on, and then the old one cannot even be read.
+    """Turns on autocast, and TF32 for the remaining float32, inside the `with` block."""
+    # torch 2.9 renamed the switch. Trainer sets the new one, after which the old one cannot even be read.
     switch = torch.backends.cuda.matmul
     name, value = ("fp32_precision", "tf32") if hasattr(switch, "fp32_precision") else ("allow_tf32", True)
     before = getattr(switch, name)
@@ -232,7 +210,7 @@ def _computing_as_sample_py(device_type: str, autocast_dtype: torch.dtype | None
 
 
 def _seed_as_sample_py(config: NanoGPTConfig, seed: int) -> None:
-    """Seeds, and draws the random weights that sample.py draws between seeding and sampling, to overwrite them."""
+    """Seeds, then draws the random weights that sample.py draws between seeding and sampling."""
     C, tokens, positions = config.n_embd, (config.vocab_size, config.n_embd), (config.block_size, config.n_embd)
     layer = [(3 * C, C), (C, C), (4 * C, C), (C, 4 * C)]  # c_attn, c_proj, c_fc, c_proj
     torch.manual_seed(seed)

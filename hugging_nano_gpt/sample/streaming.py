@@ -1,7 +1,7 @@
-"""Text as it is drawn, token by token, with the probabilities that each token was drawn from.
+"""Text while it is generated, token by token, with the probabilities that each token was sampled from.
 
-The model draws in a thread of its own, as sample_text does and with the same random numbers. A reader that is slower
-than the model does not hold it up; one that goes away stops it.
+The model samples in a thread of its own, as sample_text does and with the same random numbers. A slow reader does not
+slow the model down; one that leaves stops it.
 """
 
 import queue
@@ -20,11 +20,11 @@ _DRAWING = threading.Lock()
 
 @dataclass(frozen=True)
 class Step:
-    """A token that was drawn, and what it was drawn from.
+    """A token that was sampled, and the probabilities.
 
     Args:
-        idx: The ids of the prompt and of all that was drawn.
-        probabilities: (V,) float32, what the last of them was drawn from: after temperature and top_k.
+        idx: The ids of the prompt and of all sampled tokens.
+        probabilities: (V,) float32, of the last token, after temperature and top_k.
     """
 
     idx: list[int]
@@ -33,12 +33,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A token that could have been drawn.
+    """A token that could have been sampled.
 
     Args:
-        token: Its text, readable: a space and what does not print are written out.
+        token: Its text, with visible signs for spaces and for characters that do not print.
         probability: Its probability, after temperature and top_k.
-        is_drawn: Whether it was drawn.
+        is_drawn: Whether it was sampled.
     """
 
     token: str
@@ -55,13 +55,13 @@ def stream_steps(
     top_k: int = 200,
     seed: int = 1337,
 ) -> Generator[Step, None, None]:
-    """Draws one sample after a prompt, the first one that sample_text draws, and yields after each token.
+    """Generates one sample, the first one of sample_text, and yields after each token.
 
     Closing the iterator stops the model at its next token.
 
     Args:
         sampler: Model and tokenizer.
-        prompt: Text to go on from.
+        prompt: Text to continue.
         max_new_tokens: Length in tokens, past block_size too.
         temperature: Divides the logits; more than 0.
         top_k: Number of likeliest tokens to choose among, 0 for all.
@@ -105,7 +105,7 @@ def stream_steps(
 
 
 def list_candidates(step: Step, tokenizer: PreTrainedTokenizerBase, limit: int = 10) -> list[Candidate]:
-    """Lists the likeliest tokens of a step, and the one that was drawn, the likeliest first."""
+    """Lists the likeliest tokens of a step and the one that was sampled, the likeliest first."""
     probabilities, drawn = step.probabilities, step.idx[-1]
     likeliest = probabilities.topk(min(limit, len(probabilities))).indices.tolist()
     ids = [index for index in likeliest if probabilities[index] > 0]
@@ -133,7 +133,7 @@ class _Recorder(LogitsProcessor):
 
 
 class _Sender(StoppingCriteria):
-    """Hands on each step, and stops when nobody wants more."""
+    """Sends each step, and stops when the reader has left."""
 
     def __init__(self, recorder: _Recorder, results: queue.SimpleQueue, is_wanted: threading.Event):
         self._recorder, self._results, self._is_wanted = recorder, results, is_wanted

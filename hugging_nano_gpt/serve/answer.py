@@ -1,48 +1,45 @@
-"""Pieces of answers as OpenAI's objects, whole or in the chunks of a stream."""
+"""Answers as OpenAI's JSON objects, whole or as the events of a stream."""
 
+import json
 import time
 import uuid
 from collections.abc import Iterable
 from typing import Any
-
-from openai.types import Completion
-from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from .draft import Piece, Token
 from .request import ChatRequest, Request
 
 
 class Answer:
-    """Writes the answer to a request whose prompts have n_prompt tokens, of the model of a name; counts its tokens."""
+    """Writes the answer of a model to a request whose prompts have n_prompt tokens together, and counts its tokens."""
 
     def __init__(self, request: Request, name: str, n_prompt: int):
         self._is_chat, self._has_logprobs = isinstance(request, ChatRequest), request.n_top is not None
         self._has_usage = request.stream and request.stream_options.include_usage
-        identity = f"{'chatcmpl' if self._is_chat else 'cmpl'}-{uuid.uuid4().hex}"
-        self._head = {"id": identity, "created": int(time.time()), "model": name}
+        self._head = {
+            "id": f"{'chatcmpl' if self._is_chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": f"chat.completion{'.chunk' if request.stream else ''}" if self._is_chat else "text_completion",
+            "created": int(time.time()),
+            "model": name,
+        }
         self.n_prompt, self.n_drawn = n_prompt, 0
 
     def write(self, pieces: Iterable[Piece]) -> str:
         """Writes an answer that is not streamed; each choice is one piece."""
-        kind = (ChatCompletion, "chat.completion") if self._is_chat else (Completion, "text_completion")
-        return self._write(*kind, [self._describe(piece, "message") for piece in pieces], usage=self._count())
+        choices = [self._describe(piece, "message") for piece in pieces]
+        return json.dumps({**self._head, "choices": choices, "usage": self._count()})
 
-    def write_chunk(self, piece: Piece) -> str:
+    def write_event(self, piece: Piece) -> str:
         """Writes an event of a stream."""
-        choices = [self._describe(piece, "delta")]
-        return self._write_chunk(choices, usage=None) if self._has_usage else self._write_chunk(choices)
+        return self._write_event([self._describe(piece, "delta")], None)
 
     def write_end(self) -> str:
         """Writes the events that end a stream."""
-        return (self._write_chunk([], usage=self._count()) if self._has_usage else "") + "data: [DONE]\n\n"
+        return (self._write_event([], self._count()) if self._has_usage else "") + "data: [DONE]\n\n"
 
-    def _write_chunk(self, choices: list[dict[str, Any]], **usage: Any) -> str:
-        kind = (ChatCompletionChunk, "chat.completion.chunk") if self._is_chat else (Completion, "text_completion")
-        return f"data: {self._write(*kind, choices, **usage)}\n\n"
-
-    def _write(self, kind: Any, word: str, choices: list[dict[str, Any]], **usage: Any) -> str:
-        answer = kind.construct(**self._head, object=word, choices=choices, **usage)
-        return answer.model_dump_json(exclude_unset=True, warnings=False)
+    def _write_event(self, choices: list[dict[str, Any]], usage: dict[str, int] | None) -> str:
+        chunk = {**self._head, "choices": choices, **({"usage": usage} if self._has_usage else {})}
+        return f"data: {json.dumps(chunk)}\n\n"
 
     def _count(self) -> dict[str, int]:
         total = self.n_prompt + self.n_drawn
@@ -58,7 +55,7 @@ class Answer:
 
 
 def _list(tokens: list[Token]) -> dict[str, Any]:
-    """Lists tokens as completions have them: each is among its likeliest in any case."""
+    """Lists tokens as completions do: top_logprobs always has the token itself."""
     return {
         "tokens": [token.text for token in tokens],
         "text_offset": [token.offset for token in tokens],

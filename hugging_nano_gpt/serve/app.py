@@ -1,4 +1,4 @@
-"""The app: OpenAI's paths and errors, who gets in, a line of log a request, and the end of what nobody waits for."""
+"""The app: OpenAI's paths and errors, the API key, a log line for each request, and clients that leave."""
 
 import asyncio
 import functools
@@ -16,7 +16,6 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response, StreamingResponse
-from openai.types import Model
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
@@ -48,7 +47,7 @@ def build_app(
     """Makes the app that serves a model on its device, with its tokenizer, under a name; see run_server."""
     app = FastAPI(title=name, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.desk = desk = _Desk(model, tokenizer, name, queue, max_tokens)
-    card = Model(id=name, object="model", created=int(time.time()), owned_by="local").model_dump()
+    card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "local"}
 
     @app.post("/v1/completions")
     async def complete(http: HTTPRequest) -> Response:
@@ -80,7 +79,7 @@ def build_app(
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which ends the streams of the app properly before it ends."""
+    """uvicorn, which ends the streams of the app properly before it stops."""
 
     def __init__(self, app: FastAPI, host: str, port: int):
         quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "ws": "none", "lifespan": "off"}
@@ -88,12 +87,12 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: Any = None) -> None:
         self.config.app.state.desk.drawer.close()
-        logging.getLogger("uvicorn.error").setLevel("CRITICAL")  # else a reader that does not read gets a traceback
+        logging.getLogger("uvicorn.error").setLevel("CRITICAL")  # or a client that does not read causes a traceback
         await super().shutdown(sockets)
 
 
 class _Desk:
-    """Takes requests in and hands answers out."""
+    """Takes in requests and hands out answers."""
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, name: str, queue: int, max_tokens: int):
         self._name, self._max_tokens, self._block_size = name, max_tokens, model.config.block_size
@@ -129,16 +128,14 @@ class _Desk:
 
 
 class _Gate:
-    """Lets in who has the key, and logs a line a request when it has been answered."""
+    """Refuses requests without the key, and logs a line for each request when it has been answered."""
 
     def __init__(self, app: Any, api_key: str | None, quiet: bool):
         self._app, self._quiet = app, quiet
         self._expected = None if api_key is None else f"Bearer {api_key}".encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        status, start = _LEFT, time.perf_counter()
+        status, start = 500, time.perf_counter()
 
         async def send_and_note(message: dict[str, Any]) -> None:
             nonlocal status
@@ -150,9 +147,6 @@ class _Gate:
         refusal = RequestError("key: expected the server's, got another or none", None, 401, "invalid_api_key")
         try:
             await (self._app if is_let_in else _respond(refusal))(scope, receive, send_and_note)
-        except Exception:
-            status = 500
-            raise
         finally:
             if not self._quiet:
                 _log(scope, status, time.perf_counter() - start)
@@ -177,7 +171,7 @@ async def _read_body(http: HTTPRequest) -> bytes:
 
 
 async def _watch(http: HTTPRequest, job: Job) -> None:
-    """Ends the work when the client has left; one that has its answer has no work left."""
+    """Ends the work when the client has left; after its answer there is no work to end."""
     while (await http.receive())["type"] != "http.disconnect":
         pass
     job.end(RequestError("client: is gone", status=_LEFT))
@@ -186,7 +180,7 @@ async def _watch(http: HTTPRequest, job: Job) -> None:
 async def _stream(answer: Answer, job: Job) -> AsyncIterator[str]:
     try:
         async for piece in job.read():
-            yield answer.write_chunk(piece)
+            yield answer.write_event(piece)
         yield answer.write_end()
     except RequestError as error:
         yield f"data: {_describe(error)}\n\ndata: [DONE]\n\n"
@@ -194,12 +188,11 @@ async def _stream(answer: Answer, job: Job) -> AsyncIterator[str]:
 
 async def _explain(http: HTTPRequest, error: Exception) -> Response:
     if isinstance(error, HTTPException):
-        message = f"{http.method} {http.url.path}: {error.detail}; docs/serving.md lists what there is"
+        message = f"{http.method} {http.url.path}: {error.detail}; docs/serving.md lists the paths"
         error = RequestError(message, status=error.status_code)
     elif isinstance(error, TimeoutError):
-        error = RequestError(
-            f"body: expected within {_PATIENCE_S} s, and read by then, got no whole one; send it at once", status=408
-        )
+        message = f"body: expected within {_PATIENCE_S} s, and read by then, got no whole one; send it at once"
+        error = RequestError(message, status=408)
     elif not isinstance(error, RequestError):
         status = _LEFT if isinstance(error, ClientDisconnect) else 500
         error = RequestError(f"server: {type(error).__name__}", status=status)
@@ -212,6 +205,6 @@ def _respond(error: RequestError) -> Response:
 
 
 def _describe(error: RequestError) -> str:
-    """Writes an error as OpenAI does; in ASCII, as what was asked may hold what UTF-8 cannot."""
+    """Writes an error as OpenAI does; in ASCII, because it may quote what UTF-8 cannot encode."""
     kind = "invalid_request_error" if error.status < 500 else "server_error"
     return json.dumps({"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}})

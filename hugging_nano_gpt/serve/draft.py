@@ -1,4 +1,4 @@
-"""An answer as it grows, token by token: whole characters, up to the first stop text, with log-probabilities."""
+"""An answer while it is generated: whole characters up to the first stop text, with log-probabilities."""
 
 from dataclasses import dataclass
 
@@ -6,14 +6,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 _PART = "\ufffd"  # how a tokenizer decodes a part of a character
-_LEAST = -9999.0  # OpenAI's number for what cannot be drawn; JSON has no infinity
+_LEAST = -9999.0  # what OpenAI writes for minus infinity, which JSON does not have
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token of an answer, the characters before it, and the model's own log-probabilities of it and of others.
+    """A token of an answer, the number of characters before it, and the model's log-probabilities of it and others.
 
-    The first token of a prompt has none. A token that is no text, or a part of a character, is spelt token_id:N.
+    The first token of a prompt has none. A token without text, or that is a part of a character, is token_id:N.
     """
 
     text: str
@@ -24,20 +24,20 @@ class Token:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of an answer: its next characters, the tokens that begin in it, and how many were drawn for it."""
+    """A part of an answer: its next characters, the tokens that begin in it, and how many were generated for it."""
 
     index: int
     is_first: bool
     text: str
     tokens: list[Token]
     n_drawn: int
-    finish_reason: str | None  # in the last piece alone
+    finish_reason: str | None  # only in the last piece
 
 
 class Draft:
-    """The answer of an index; it ends before a text of `stops` and before a token of `ends`.
+    """The answer of an index, which ends before a text of `stops` or a token of `ends`.
 
-    With n_top, it lists log-probabilities too, and those of so many likeliest tokens.
+    Unless n_top is None, it has log-probabilities, also those of the n_top likeliest tokens.
     """
 
     def __init__(
@@ -46,20 +46,20 @@ class Draft:
         self._tokenizer, self._index, self._stops, self._ends, self._n_top = tokenizer, index, stops, ends, n_top
         self._text, self._tokens = "", list[Token]()
         self._n_drawn = self._n_sent = self._begin = 0  # no stop begins before _begin
-        # The last ids, how many of them are in the text already, and as what.
+        # The last ids, how many of them are in the text already, and their text.
         self._window, self._n_known, self._known = list[int](), 0, ""
         self._is_first, self.finish_reason = True, "length"
 
     def add_prompt(self, ids: list[int], logprobs: torch.Tensor | None) -> None:
-        """Begins with a prompt of T ids; logprobs are (T - 1, V), of what may come after each but the last."""
+        """Begins with a prompt of T ids; logprobs are (T - 1, V), of the token after each of them but the last."""
         for place, token in enumerate([] if self._n_top is None else ids):
             self._read(token, None if logprobs is None or place == 0 else logprobs[place - 1])
-        self._window = ids if self._n_top is None else self._window  # where each token alone is nobody's concern
+        self._window = ids if self._n_top is None else self._window  # without logprobs, all at once
         self._flush()
         self._begin = len(self._text)
 
     def add(self, token: int, logprobs: torch.Tensor | None) -> bool:
-        """Adds a token that was drawn from (V,) logprobs; returns whether the answer ends there."""
+        """Adds a token that was sampled with (V,) logprobs; returns whether the answer ends there."""
         self._n_drawn += 1
         if token in self._ends:
             self.finish_reason = "stop"
@@ -69,7 +69,7 @@ class Draft:
         return self.finish_reason == "stop"
 
     def take(self, is_last: bool) -> Piece:
-        """Returns what is new since the last call, without what may still become a stop unless it is the last."""
+        """Returns what is new since the last call, except what may still become a stop unless this is the last."""
         if is_last:
             self._flush()
             self._cut()
@@ -89,12 +89,12 @@ class Draft:
             self._text += text[len(self._known) :]
             self._window = self._window[self._n_known :]
             self._n_known, self._known = len(self._window), self._decode(self._window)
-        if self._n_top is not None:  # before it, there may be parts of characters that are text only now
+        if self._n_top is not None:  # parts of characters before it may have become text only now
             begin = max(begin, len(self._text) - len(self._decode([token])))
             self._tokens.append(self._describe(token, begin, logprobs))
 
     def _flush(self) -> None:
-        """Takes parts of characters for what they are, as nothing follows."""
+        """Adds parts of characters to the text, because nothing follows."""
         self._text += self._decode(self._window)[len(self._known) :]
         self._window, self._n_known, self._known = [], 0, ""
 
@@ -117,9 +117,9 @@ class Draft:
             return Token(self._spell(token), offset, None, {})
         values, ids = logprobs.topk(min(self._n_top or 0, len(logprobs)))
         top = {
-            self._spell(index): max(value, _LEAST) for index, value in zip(ids.tolist(), values.tolist(), strict=True)
+            self._spell(index): max(_LEAST, value) for index, value in zip(ids.tolist(), values.tolist(), strict=True)
         }
-        return Token(self._spell(token), offset, max(logprobs[token].item(), _LEAST), top)
+        return Token(self._spell(token), offset, max(_LEAST, logprobs[token].item()), top)
 
     def _spell(self, token: int) -> str:
         text = self._decode([token])

@@ -1,7 +1,7 @@
-"""One thread that draws, an answer of each request in turn, and what waits for it.
+"""The thread that generates: one answer of each request in turn, and the requests that wait for it.
 
-torch's random numbers belong to the whole process, so one answer is drawn at a time. A reader that is slower than the
-model does not hold it up; one that goes away ends its work at the next token.
+torch's random numbers belong to the whole process, so one answer is generated at a time. A slow reader does not slow
+the model down; one that leaves ends its work at the next token.
 """
 
 import asyncio
@@ -30,9 +30,9 @@ from .request import Request, RequestError
 
 
 class Drawer:
-    """Draws answers with a model, while at most `queue` other requests wait.
+    """Generates answers with a model, while at most `queue` other requests wait.
 
-    Of its generation_config, which is replaced, the tokens that end a text and those that are never drawn count.
+    The model's generation_config is replaced; only its end-of-text tokens and suppress_tokens are used.
     """
 
     def __init__(self, model: NanoGPTLMHeadModel, tokenizer: PreTrainedTokenizerBase, queue: int):
@@ -40,10 +40,10 @@ class Drawer:
         self._thread = ThreadPoolExecutor(1, "hugging-nano-gpt drawing")
         self._jobs: set[Job] = set()
         self._end_reason: RequestError | None = None
-        settings, ends = model.generation_config, model.generation_config.eos_token_id
+        before, ends = model.generation_config, model.generation_config.eos_token_id
         self._ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        self._suppressed = [index for index in settings.suppress_tokens or () if index not in self._ends]
-        model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=settings.pad_token_id)
+        self._suppressed = [index for index in before.suppress_tokens or () if index not in self._ends]
+        model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=before.pad_token_id)
 
     def start(self, request: Request, prompts: list[list[int]]) -> "Job":
         """Starts answering each prompt n times, when its turn comes.
@@ -61,14 +61,14 @@ class Drawer:
         return job
 
     def close(self) -> None:
-        """Ends all drawing, for good."""
+        """Ends all work, for good."""
         self._end_reason = RequestError("server: it is being ended; try again later", status=503)
         for job in self._jobs:
             job.end(self._end_reason)
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _answer(self, request: Request, prompts: list[list[int]], job: "Job") -> None:
-        """Draws one answer after the other; other requests have their turn between two of them."""
+        """Generates one answer after the other; other requests have their turn between two of them."""
         loop = asyncio.get_running_loop()
 
         def send(piece: Piece) -> None:
@@ -86,12 +86,12 @@ class Drawer:
         job.pieces.put_nowait(None)
 
     def _draw(self, request: Request, prompt: list[int], index: int, job: "Job", send: Callable) -> None:
-        """Draws one answer, in the thread."""
+        """Generates one answer, in the thread."""
         draft = Draft(self._tokenizer, index, stops=request.stop, ends=self._ends, n_top=request.n_top)
         if request.echo:
             draft.add_prompt(prompt, self._score(prompt) if request.n_top is not None and len(prompt) > 1 else None)
         if request.max_tokens:
-            # Without a seed of its own, an answer would follow from the seed of the one before.
+            # Without a new seed, an answer would follow from the seed of the one before.
             torch.manual_seed(secrets.randbits(63) if request.seed is None else request.seed + index % request.n)
             idx = torch.tensor([prompt], device=self._model.device)
             observer = _Observer() if request.n_top is not None else None
@@ -102,12 +102,12 @@ class Drawer:
                 max_new_tokens=request.max_tokens,
                 logits_processor=self._list_processors(observer, request.repetition_penalty),
                 stopping_criteria=StoppingCriteriaList([reporter]),
-                **request.list_drawing(),
+                **request.get_generate_kwargs(),
             )
         send(draft.take(is_last=True))
 
     def _list_processors(self, observer: "_Observer | None", penalty: float) -> LogitsProcessorList:
-        """Lists what generate would do itself, behind the observer, which has to see the model's own logits."""
+        """Lists what generate would do itself, after the observer, which has to see the model's own logits."""
         processors = LogitsProcessorList([] if observer is None else [observer])
         if penalty != 1:
             processors.append(RepetitionPenaltyLogitsProcessor(penalty))
@@ -122,17 +122,17 @@ class Drawer:
 
 
 class Job:
-    """The work on a request: its pieces as they are drawn, and why it was ended, if it was."""
+    """The work on a request: its pieces as they are generated, and why it was ended early, if it was."""
 
     task: asyncio.Task
-    watch: asyncio.Task  # for the client to leave; nothing else refers to it
+    watch: asyncio.Task  # waits for the client to leave; kept here because asyncio does not keep tasks
 
     def __init__(self) -> None:
         self.pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
         self.end_reason: RequestError | None = None
 
     def end(self, reason: RequestError) -> None:
-        """Ends the work: at once if it waits, at the next token if it is drawn."""
+        """Ends the work: at once if it waits, at the next token if it is being generated."""
         self.end_reason = self.end_reason or reason
         self.task.cancel()
 
@@ -157,7 +157,7 @@ class _Observer(LogitsProcessor):
 
 
 class _Reporter(StoppingCriteria):
-    """Writes each token into the draft and sends what is new; stops where the answer ends or nobody waits for it."""
+    """Adds each token to the draft and sends what is new; stops when the answer or the job has ended."""
 
     def __init__(self, draft: Draft, observer: _Observer | None, job: Job, send: Callable | None):
         self._draft, self._observer, self._job, self._send = draft, observer, job, send

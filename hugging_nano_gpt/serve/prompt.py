@@ -1,23 +1,21 @@
-"""Prompts as token ids, no longer than a limit: of texts, of ids, and of messages in the folder's chat template."""
+"""Prompts as token ids, no longer than a limit: from texts, ids, and messages in the folder's chat template."""
 
 import inspect
+import re
 from typing import Any
 
 from jinja2 import Environment, meta
-from jinja2.ext import Extension
-from jinja2.nodes import Node
-from jinja2.parser import Parser
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import TokenizerError, list_some
 from ..tokenization.text import encode_text, find_unknown
 from .request import ChatRequest, Message, Request, RequestError
 
-_MOST_PROMPTS = 16  # of the longest, in one request
+_MOST_PROMPTS = 16  # of the greatest length, in one request
 
 
 class Prompter:
-    """Encodes the prompts of requests: `most_tokens` long at most, of a model with `n_rows` rows of tokens."""
+    """Encodes the prompts of requests to a model of `n_rows` token rows, of `most_tokens` at most each."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, n_rows: int, most_tokens: int):
         self._tokenizer, self._n_rows, self._most_tokens = tokenizer, n_rows, most_tokens
@@ -28,7 +26,7 @@ class Prompter:
         """Returns the token ids of each prompt.
 
         Raises:
-            RequestError: If one is empty, too long, or none of the model's.
+            RequestError: If one is empty, too long, or has tokens that the model does not have.
         """
         if isinstance(request, ChatRequest):
             return [self._encode_chat(request)]
@@ -40,7 +38,7 @@ class Prompter:
         return ids
 
     def _encode(self, text: str, param: str = "prompt") -> list[int]:
-        if len(text) > self._most_characters:  # so it has more tokens, and is not worth encoding
+        if len(text) > self._most_characters:  # so it has too many tokens, and is not encoded
             raise self._refuse_length(f"{len(text)} characters", param)
         try:
             return self._check(encode_text(self._tokenizer, text, param), param)
@@ -95,26 +93,18 @@ class Prompter:
 
 
 def _simplify(message: Message) -> dict[str, Any]:
-    """Returns a message as templates take it, its content one text."""
+    """Returns a message for a template, with its content as one text."""
     content = message.content
     text = content if isinstance(content, str) else " ".join(part.text for part in content)
     return {**(message.model_extra or {}), "role": message.role, "content": text}
 
 
-class _Generation(Extension):
-    """The block of chat templates that marks what assistants say; Jinja does not know it."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> list[Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 def _list_variables(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """Lists the variables of a chat template that are its own: those that Transformers and Jinja do not set."""
-    environment = Environment(extensions=[_Generation, "jinja2.ext.loopcontrols"], autoescape=True)
-    names = meta.find_undeclared_variables(environment.parse(tokenizer.get_chat_template()))
+    """Lists the variables of a chat template that neither Transformers nor Jinja sets."""
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=True)
+    # Transformers' own block around what assistants say, which Jinja does not know.
+    template = re.sub(r"{%[-+]?\s*(end)?generation\s*[-+]?%}", "", tokenizer.get_chat_template())
+    names = meta.find_undeclared_variables(environment.parse(template))
     arguments = inspect.signature(tokenizer.apply_chat_template).parameters.keys()
     others = {"messages", "raise_exception", "strftime_now", *tokenizer.special_tokens_map, *environment.globals}
     return names - arguments - others

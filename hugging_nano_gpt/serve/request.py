@@ -1,6 +1,6 @@
-"""What a request asks for, checked before anything is drawn: OpenAI's names, and generate's as extensions.
+"""What a request asks for, checked before anything is generated: OpenAI's fields, and generate's as extensions.
 
-A setting that is not obeyed is refused, unless it has the value that changes nothing.
+A field that is not supported is refused, unless it has the value that changes nothing.
 """
 
 import json
@@ -8,9 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from ..errors import join_some
+from ..errors import join_some, show
 
-# Settings that are not obeyed, and what they may say because it changes nothing.
+# Fields that are not supported, and their values that change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "frequency_penalty": (0,),
@@ -22,11 +22,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "tools": ([],),
 }
-_IGNORED = {"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}  # clients' own notes
+_IGNORED = {"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}  # notes of clients
 _SAMPLING = {"temperature", "top_p", "top_k", "min_p", "seed"}
-_COLDEST = 1e-20  # below, logits divided by it can leave float32; long before, the likeliest token is always drawn
+_COLDEST = 1e-20  # greedy long before; logits divided by less can leave float32
 
-# Rules that are said better in one sentence.
+# Clearer than pydantic's own messages.
 _EXPECTED = {
     "messages": "a list of objects with a role and a content of text",
     "prompt": "a text, a list of texts, token ids, or a list of lists of token ids",
@@ -34,14 +34,8 @@ _EXPECTED = {
 }
 
 
-def shorten(value: Any) -> str:
-    """Returns how Python writes a value, cut at 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
-
-
 class RequestError(Exception):
-    """A request cannot be answered: a client gets the message with a status, the field to blame, and OpenAI's code."""
+    """A request cannot be answered. The client gets the message, the field to blame, a status, and OpenAI's code."""
 
     def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None):
         super().__init__(message)
@@ -57,8 +51,8 @@ class _StreamOptions(_Strict):
     include_usage: bool = False
 
 
-class _Settings(_Strict):
-    """What requests of both kinds may set."""
+class _Common(_Strict):
+    """The fields of both kinds of requests."""
 
     model: str | None = None
     max_tokens: int | None = Field(None, ge=0)
@@ -78,14 +72,14 @@ class _Settings(_Strict):
     repetition_penalty: float = Field(1, ge=0.01, le=100)
     stride: int = Field(1, ge=1)
 
-    def list_drawing(self) -> dict[str, Any]:
-        """Lists generate's settings: it samples where a request says how, or from which seed, and else is greedy."""
+    def get_generate_kwargs(self) -> dict[str, Any]:
+        """Returns arguments of generate. It samples if a field of sampling is given, and is greedy otherwise."""
         if not self.model_fields_set & _SAMPLING or self.temperature < _COLDEST:
             return {"do_sample": False, "stride": self.stride}
         return {"do_sample": True, **self.model_dump(include=(_SAMPLING | {"stride"}) - {"seed"})}
 
 
-class CompletionRequest(_Settings):
+class CompletionRequest(_Common):
     """A request to /v1/completions."""
 
     prompt: str | list[int] | list[str] | list[list[int]]
@@ -94,7 +88,7 @@ class CompletionRequest(_Settings):
 
     @property
     def n_top(self) -> int | None:
-        """How many of the likeliest tokens to list at each token; None for no log-probabilities."""
+        """How many of the likeliest tokens to list for each token; None for no log-probabilities."""
         return self.logprobs
 
 
@@ -104,14 +98,14 @@ class _Part(_Strict):
 
 
 class Message(_Strict):
-    """A message of a chat; a template may read more of it."""
+    """A message of a chat; a template may read more fields of it."""
 
     model_config = ConfigDict(extra="allow")
     role: str
     content: str | list[_Part]
 
 
-class ChatRequest(_Settings):
+class ChatRequest(_Common):
     """A request to /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
@@ -134,19 +128,19 @@ def read_request(body: bytes, kind: type[Request], name: str) -> Request:
     """Reads a request of a kind to the model of a name.
 
     Raises:
-        RequestError: If it is no JSON, asks for another model, or a setting is unknown, not obeyed or out of range.
+        RequestError: If it is not JSON, asks for another model, or a field is unknown, not supported or out of range.
     """
     try:
         given = json.loads(body.decode(), parse_constant=_refuse_constant)
-        json.dumps(given, ensure_ascii=False).encode()  # halves of characters, which escapes can spell, are no text
+        json.dumps(given, ensure_ascii=False).encode()  # fails for halves of characters, which escapes can spell
     except ValueError as error:
         raise RequestError(f"body: expected JSON in UTF-8, got other bytes: {error}; check them") from error
     if not isinstance(given, dict):
-        raise RequestError(f"body: expected an object in JSON, got {shorten(given)}; send one")
+        raise RequestError(f"body: expected an object in JSON, got {show(given)}; send one")
     given = {key: value for key, value in given.items() if value is not None and key not in _IGNORED}
     for key in sorted(given.keys() & _NEUTRAL.keys()):
         if (value := given.pop(key)) not in _NEUTRAL[key]:
-            raise RequestError(f"{key}: is not supported: expected none, got {shorten(value)}; leave it out", key)
+            raise RequestError(f"{key}: is not supported: expected none, got {show(value)}; leave it out", key)
     try:
         request = kind.model_validate(given)
     except ValidationError as error:
@@ -158,15 +152,15 @@ def read_request(body: bytes, kind: type[Request], name: str) -> Request:
 def check_name(asked: str, name: str) -> None:
     """Raises RequestError if another model is asked for."""
     if asked != name:
-        message = f"model: expected {name!r}, which is served here, got {shorten(asked)}; ask for that"
+        message = f"model: expected {name!r}, which is served here, got {show(asked)}; ask for that"
         raise RequestError(message, "model", 404, "model_not_found")
 
 
 def check_size(request: Request, prompts: list[list[int]], *, most_tokens: int, block_size: int) -> None:
-    """Sets the length that a request leaves open, OpenAI's 16 tokens or in a chat block_size, and checks the sizes.
+    """Checks the sizes; sets max_tokens if a request leaves it open: 16 as OpenAI, or block_size in a chat.
 
     Raises:
-        RequestError: If all answers together are longer than most_tokens, or the model's window is too short.
+        RequestError: If all answers together are longer than most_tokens, or block_size is too small.
     """
     n_choices, default = len(prompts) * request.n, block_size if isinstance(request, ChatRequest) else 16
     if request.max_tokens is None:
@@ -189,7 +183,7 @@ def _explain(error: ValidationError) -> RequestError:
     for fault in error.errors(include_url=False):
         param = str(fault["loc"][0])
         expected = _EXPECTED.get(param) or fault["msg"].replace("Input should be ", "")
-        got = "none" if fault["type"] == "missing" else shorten(fault["input"])
+        got = "none" if fault["type"] == "missing" else show(fault["input"])
         is_unknown = fault["type"] == "extra_forbidden" and len(fault["loc"]) == 1
         message = "is not known here; leave it out" if is_unknown else f"expected {expected}, got {got}; change it"
         sentences[param] = f"{param[:60]}: {message}"
@@ -197,4 +191,4 @@ def _explain(error: ValidationError) -> RequestError:
 
 
 def _refuse_constant(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no number of JSON")
+    raise ValueError(f"{constant} is not a number in JSON")

@@ -34,10 +34,10 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
         TokenizerError: If the tokenizer has ids that the model does not have.
     """
     check_tokenizer(tokenizer.name_or_path or "tokenizer", tokenizer, model.config.vocab_size)
-    model.generation_config = make_settings(model, tokenizer)
+    model.generation_config = make_generation_config(model, tokenizer)
 
 
-def make_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> GenerationConfig:
+def make_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> GenerationConfig:
     """Returns a copy of the model's generation config, with the special tokens and ids of the tokenizer if given."""
     settings: GenerationConfig = GenerationConfig.from_dict(model.generation_config.to_dict())
     if tokenizer is None:
@@ -51,7 +51,7 @@ def make_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
     return settings
 
 
-def guess_settings(settings: GenerationConfig, n_rows: int, n_tokens: int | None) -> None:
+def guess_generation_config(settings: GenerationConfig, n_rows: int, n_tokens: int | None) -> None:
     """Sets the special tokens and the suppressed ids of a model without a tokenizer, where they are not set.
 
     Args:

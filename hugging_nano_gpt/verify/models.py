@@ -1,11 +1,14 @@
 """Verifies two models against each other, in this process."""
 
 import os
+from typing import Any
 
-from ..convert.source import names_file
+from ..convert.nanogpt import READING_KWARGS
+from ..convert.pretrained import HUB_KWARGS
+from ..convert.source import load_source, names_file
 from .compare import compare_models, compare_numbers
 from .report import VerifyReport
-from .sides import load_side, make_batches
+from .sides import Side, make_batches
 
 
 def verify_models(
@@ -13,9 +16,7 @@ def verify_models(
     right: str | os.PathLike[str],
     *,
     gradients: bool = False,
-    activation_function: str | None = None,
-    n_head: int | None = None,
-    ignore_extra: bool = False,
+    **kwargs: Any,
 ) -> VerifyReport:
     """Compares two models: settings, tensors, and what they compute from the same seeded batches.
 
@@ -25,14 +26,20 @@ def verify_models(
     Args:
         left, right: Checkpoint file of the nanoGPT family, folder that save_pretrained wrote, or hub id.
         gradients: Whether to compare the gradients of the loss too (in eval mode, so without dropout).
-        activation_function, n_head, ignore_extra: How to read the checkpoint files, as in read_checkpoint.
+        **kwargs: What load_source takes (convert/source.py), such as `n_head` for a file or `revision` for the Hub.
 
     Raises:
         CheckpointError: If one of them cannot be loaded.
     """
-    reading = {"activation_function": activation_function, "n_head": n_head, "ignore_extra": ignore_extra}
-    has_file = names_file(left) or names_file(right)  # without one, load_source refuses these arguments
-    sides = [load_side(side, **(reading if names_file(side) or not has_file else {})) for side in (left, right)]
+    are_files = [names_file(left), names_file(right)]
+    if are_files[0] != are_files[1]:  # a file and a folder take different arguments
+        others = {True: HUB_KWARGS, False: READING_KWARGS}
+        each = [{name: kwargs[name] for name in kwargs.keys() - others[is_file]} for is_file in are_files]
+    else:
+        each = [kwargs, kwargs]
+    sides = [
+        Side(load_source(side, attn_implementation="sdpa", **own)) for side, own in zip((left, right), each, strict=True)
+    ]
     checks = compare_models(*sides)
     configs = [side.model.config for side in sides]
     notes = sides[0].list_notes("left") + sides[1].list_notes("right")

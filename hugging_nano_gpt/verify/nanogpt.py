@@ -12,14 +12,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..convert.tensors import list_args
+from ..convert.source import load_source
+from ..convert.tensors import get_model_args
 from ..errors import VerifyError, list_some
 from ..model.configuration_nano_gpt import ACTIVATION_FUNCTIONS
 from . import computing
 from .compare import Tensors, compare_numbers, compare_pair, list_unshared
 from .computing import Batches
 from .report import Check, VerifyReport
-from .sides import Side, load_side, make_batches
+from .sides import Side, make_batches
 
 # Largest difference that counts as equal, relative to the largest number: 100 times float32's eps. Measured with toy
 # models and all versions of nanoGPT: the same function with its sums in another order differs by at most 5 eps, the
@@ -32,9 +33,7 @@ def verify_against_nanogpt(
     nanogpt_dir: str | os.PathLike[str],
     *,
     gradients: bool = False,
-    activation_function: str | None = None,
-    n_head: int | None = None,
-    ignore_extra: bool = False,
+    **kwargs: Any,
 ) -> VerifyReport:
     """Compares a model with what the model.py of a nanoGPT checkout computes from the same weights.
 
@@ -46,7 +45,7 @@ def verify_against_nanogpt(
     Args:
         path: Checkpoint file of the nanoGPT family, folder that save_pretrained wrote, or hub id.
         nanogpt_dir: Folder with nanoGPT's model.py, of any version.
-        gradients, activation_function, n_head, ignore_extra: As for verify_models.
+        gradients, **kwargs: As for verify_models.
 
     Raises:
         CheckpointError: If the model cannot be loaded.
@@ -55,7 +54,7 @@ def verify_against_nanogpt(
     folder = Path(nanogpt_dir).resolve()
     if not (folder / "model.py").is_file():
         raise VerifyError(f"{nanogpt_dir}: expected a checkout of nanoGPT, got no model.py in it; give its folder")
-    side = load_side(path, activation_function=activation_function, n_head=n_head, ignore_extra=ignore_extra)
+    side = Side(load_source(path, attn_implementation="sdpa", **kwargs))
     notes, config = side.list_notes("left"), side.model.config
     if side.model.dtype != torch.float32:
         notes.append(f"left: {side.model.dtype} weights, computed in float32 on both sides")
@@ -84,7 +83,7 @@ def _run_theirs(
     for i, (idx, targets) in enumerate(batches):
         tensors |= {f"idx/{i}": idx, f"targets/{i}": targets}
     request = {
-        "model_args": list_args(side.model.config),
+        "model_args": get_model_args(side.model.config),
         "is_tied": side.is_tied,
         "n_batches": len(batches),
         "n_threads": torch.get_num_threads(),

@@ -2,17 +2,15 @@
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from transformers import GenerationConfig
 from transformers.activations import ACT2FN
 
-from ..convert.source import Source, load_source
-from ..model.modeling_nano_gpt import NanoGPTLMHeadModel, NanoGPTMLP
+from ..convert.source import Source
+from ..model.modeling_nano_gpt import NanoGPTMLP
 from .computing import N_GREEDY, Batches, compute_numbers
 
 # Number of rows of each batch, and the seed of the batches.
@@ -20,28 +18,27 @@ _N_ROWS = 2
 _SEED = 1337
 
 
-@dataclass(frozen=True)
 class Side:
     """One of two models to compare.
 
     Args:
-        name: What the user named.
-        source: The model, in eval mode, on the CPU, and where it was loaded from.
+        source: The model, loaded with attention "sdpa" to the CPU. It is made independent of its file.
     """
 
-    name: str
-    source: Source
-
-    @property
-    def model(self) -> NanoGPTLMHeadModel:
-        """The model."""
-        return self.source.model
+    def __init__(self, source: Source):
+        self.source, self.model = source, source.model
+        self.model.config.loss_chunk_size = None  # a folder's own would leave no logits to compare
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                # To where torch allocates: safetensors maps tensors at any address, and a matrix library may order
+                # its sums by the alignment.
+                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
     @property
     def label(self) -> str:
         """Describes the side in words."""
         iter_num = self.model.nanogpt_training_state.iter_num
-        return f"{self.name} ({self.source.kind}{f', iteration {iter_num:,}' if iter_num else ''})"
+        return f"{self.source.name} ({self.source.kind}{f', iteration {iter_num:,}' if iter_num else ''})"
 
     def list_notes(self, name: str) -> list[str]:
         """Lists what was assumed about the model, after the name of the side."""
@@ -84,18 +81,6 @@ class Side:
         finally:
             for layer in layers:
                 layer.act = ACT2FN[self.model.config.activation_function]
-
-
-def load_side(source: str | os.PathLike[str], **reading: Any) -> Side:
-    """Loads what a user names, as load_source does."""
-    side = Side(os.fspath(source), load_source(source, attn_implementation="sdpa", **reading))
-    side.model.config.loss_chunk_size = None  # with chunks there are no logits to compare
-    with torch.no_grad():
-        for parameter in side.model.parameters():
-            # safetensors maps tensors at any address, and a matrix library may choose the order of its sums by the
-            # alignment: a copy has torch's own. It also makes the model independent of the file.
-            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
-    return side
 
 
 def make_batches(vocab_size: int, block_size: int) -> Batches:

@@ -102,7 +102,7 @@ def test_every_function_and_command_takes_ignore_extra(contents, tmp_path):
     path = save(contents | EXTRAS, tmp_path)
     written = convert_to_folder(path, tmp_path / "out", ignore_extra=True)
     assert any("ignored, as asked" in note for note in written.notes)
-    assert inspect_path(path, ignore_extra=True).iter_num == 7
+    assert inspect_path(path, ignore_extra=True).training_state.iter_num == 7
     assert verify_models(path, tmp_path / "out", ignore_extra=True).is_equal
 
 

@@ -1,6 +1,7 @@
-"""Model cards: true, never in place of the user's own, and what a push uploads."""
+"""Model cards: they are true, never replace the user's own, and are uploaded by a push."""
 
 import re
+from importlib.metadata import requires
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,10 +10,16 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 
-from hugging_nano_gpt import CheckpointError, NanoGPTConfig, NanoGPTLMHeadModel
+from hugging_nano_gpt import (
+    CheckpointError,
+    NanoGPTConfig,
+    NanoGPTLMHeadModel,
+    build_character_tokenizer,
+    read_meta,
+)
 from hugging_nano_gpt.convert import card as module
 from hugging_nano_gpt.convert.facts import count_model_parameters
-from hugging_nano_gpt.demo import CKPT_PATH
+from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
 from ..conftest import limit_file_size
 from ..helpers.folders import list_files
@@ -52,17 +59,25 @@ def test_card_tells_shape_training_and_limits(tmp_path):
 
 
 @pytest.mark.parametrize("model_class", CLASSES)
-def test_python_in_the_card_runs(model_class, tmp_path, monkeypatch):
-    model_class.from_nanogpt_ckpt(CKPT_PATH).save_pretrained(tmp_path / "path" / "or" / "name")
+def test_python_in_the_card_runs(model_class, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "path" / "or" / "name"
+    model_class.from_nanogpt_ckpt(CKPT_PATH).save_pretrained(folder)
+    build_character_tokenizer(read_meta(META_PATH)).save_pretrained(folder)
     monkeypatch.chdir(tmp_path)
-    card = (tmp_path / "path" / "or" / "name" / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
     assert len(blocks) == 2
     for block in blocks:
         names: dict = {}
         exec(block, names)
         assert type(names["model"]) is model_class
     assert Path("ckpt.pt").exists() == (model_class is NanoGPTLMHeadModel)
+    assert len(capsys.readouterr().out) == (102 if model_class is NanoGPTLMHeadModel else 0)
+
+
+def test_card_names_the_oldest_transformers_that_works():
+    (requirement,) = (each for each in requires("hugging-nano-gpt") if each.startswith("transformers"))
+    assert f">={module.OLDEST_TRANSFORMERS}" in requirement.removeprefix("transformers").split(",")
+    assert f"With Transformers {module.OLDEST_TRANSFORMERS} or newer" in module.make_card(make_model())
 
 
 def test_card_of_an_untied_model_does_not_promise_the_way_back():

@@ -294,7 +294,7 @@ def test_all_options_are_refused_at_once():
 def test_three_dropouts_become_the_one_that_is_given():
     gpt2 = make_gpt2(embd_pdrop=0.2)
     with pytest.raises(
-        ConversionError, match=r"dropouts: expected one for all three, or dropout= in their place, got"
+        ConversionError, match=r"dropouts: expected one for all three, or dropout= instead of them, got"
     ):
         import_gpt2(gpt2)
     assert import_gpt2(gpt2, dropout=0.3).config.dropout == 0.3
@@ -345,7 +345,7 @@ def test_import_of_changed_layers_is_refused(change, found):
         import_gpt2(change(make_gpt2()))
 
 
-def test_tokenizer_is_written_beside_it(tmp_path):
+def test_tokenizer_is_written_next_to_it(tmp_path):
     table = read_meta(META_PATH)
     for kind, tokenizer, text in (
         ("characters", build_character_tokenizer(table, block_size=32), "O!\n\nHo"),

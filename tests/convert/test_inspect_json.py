@@ -1,4 +1,4 @@
-"""inspect --json is JSON, whatever a checkpoint holds."""
+"""inspect --json prints valid JSON for any contents of a checkpoint."""
 
 import json
 import math

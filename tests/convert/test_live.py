@@ -1,4 +1,4 @@
-"""A nanoGPT model in memory becomes a Transformers model that shares its tensors, whatever wraps it."""
+"""A nanoGPT model in memory becomes a Transformers model that shares its tensors, with or without wrappers."""
 
 import sys
 from types import SimpleNamespace

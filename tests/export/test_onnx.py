@@ -24,7 +24,7 @@ from hugging_nano_gpt import (
     export_onnx,
     read_meta,
 )
-from hugging_nano_gpt.convert.tensors import take_tensors
+from hugging_nano_gpt.convert.tensors import gather_checked_tensors
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 from hugging_nano_gpt.export import onnx as module
 
@@ -61,7 +61,7 @@ def toy():
     model = make_model()
     model.config.tie_word_embeddings = False
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * -1.5)
-    return model, module._make_graph(module._make_plain(model, take_tensors(model, "toy", None)))
+    return model, module._make_graph(module._make_plain(model, gather_checked_tensors(model, "toy", None)))
 
 
 @pytest.fixture

@@ -311,7 +311,7 @@ def test_padding_ids_stay_suppressed(tmp_path):
     model.generation_config.suppress_tokens = [63, 64]
     model.save_pretrained(tmp_path)
     assert NanoGPTLMHeadModel.from_pretrained(tmp_path).generation_config.suppress_tokens == [63, 64]
-    assert "2 ids of the vocabulary stand for nothing" in (tmp_path / "README.md").read_text()
+    assert "2 ids of the vocabulary have no token" in (tmp_path / "README.md").read_text()
 
 
 def test_adapter_folder_gets_no_code(model, tmp_path):

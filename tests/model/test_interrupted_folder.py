@@ -38,7 +38,7 @@ from hugging_nano_gpt import (
     inspect_path,
     write_meta,
 )
-from hugging_nano_gpt.convert.source import load_folder
+from hugging_nano_gpt.convert.source import load_source
 from hugging_nano_gpt.export import onnx
 from hugging_nano_gpt.export.exporting import export_model
 from hugging_nano_gpt.files import open_folder
@@ -70,6 +70,10 @@ def sources(tmp_path_factory):
 def no_flushing(monkeypatch):
     """Flushing is slow, and does not matter without a power cut."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+def load_folder(source):
+    return load_source(source).model
 
 
 def load(source):

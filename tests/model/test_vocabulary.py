@@ -201,7 +201,7 @@ def test_convert_takes_ids_and_specials_of_the_tokenizer(tmp_path):
     assert (settings["bos_token_id"], settings["eos_token_id"]) == (0, 0)
     assert settings["suppress_tokens"] == list(range(50277, 50304))
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "27 ids of the vocabulary stand for nothing" in card
+    assert "27 ids of the vocabulary have no token" in card
     assert "GPT-2" not in card
 
 

@@ -18,11 +18,12 @@ from hugging_nano_gpt import (
     convert_to_folder,
     run_playground,
 )
+from hugging_nano_gpt.convert.source import Source, load_source
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 from hugging_nano_gpt.sample import page
 from hugging_nano_gpt.sample import playground as server
 from hugging_nano_gpt.sample.markup import draw_bars, draw_facts, draw_text, list_facts
-from hugging_nano_gpt.sample.sampling import Sampler, load_sampler
+from hugging_nano_gpt.sample.sampling import make_sampler
 from hugging_nano_gpt.sample.streaming import Candidate, stream_steps
 
 from ..helpers.tiny import make_model
@@ -51,7 +52,7 @@ FACTS = {
 
 @pytest.fixture(scope="module")
 def sampler():
-    return load_sampler(CKPT_PATH, meta_path=META_PATH)
+    return make_sampler(load_source(CKPT_PATH, meta_path=META_PATH))
 
 
 def read(markup):
@@ -145,7 +146,7 @@ def test_facts_of_a_folder_and_of_the_hub_are_those_of_its_model(served, tmp_pat
 
 
 def test_facts_before_the_first_evaluation_say_so():
-    facts = list_facts("ckpt.pt", Sampler(make_model(), None, "nanoGPT checkpoint"))
+    facts = list_facts(Source("ckpt.pt", "nanoGPT checkpoint", make_model()))
     assert (facts["iteration"], facts["validation loss"], facts["biases"]) == ("0", "not measured", "yes")
 
 

@@ -15,9 +15,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from hugging_nano_gpt.convert.source import load_source
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 from hugging_nano_gpt.sample.playground import HOST
-from hugging_nano_gpt.sample.sampling import load_sampler
+from hugging_nano_gpt.sample.sampling import make_sampler
 from hugging_nano_gpt.sample.streaming import stream_steps
 
 from .test_page import FACTS, find_port
@@ -36,7 +37,7 @@ TIMEOUT_S = 90  # for anything; a busy machine has taken 20 s to start the serve
 
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not installed")
 
-# The command line with texts of a million tokens, whatever is asked for, and a file that is there while one is drawn.
+# The command line with texts of a million tokens for every request, and a file that exists while one is generated.
 ENDLESS = """
 import contextlib, pathlib, sys
 import hugging_nano_gpt_cli
@@ -170,7 +171,7 @@ class Page:
 
 
 def wait(condition, every_s=0.1):
-    """Waits until a condition holds, and returns its value."""
+    """Waits until a condition is true, and returns its value."""
     end = time.monotonic() + TIMEOUT_S
     while not (value := condition()):
         assert time.monotonic() < end, "waited too long"
@@ -200,7 +201,7 @@ def test_text_is_streamed_and_is_that_of_the_command(page):
 
 def test_bars_show_what_could_have_been_drawn(page):
     page.generate("ROMEO:", max_new_tokens=30)
-    sampler = load_sampler(CKPT_PATH, meta_path=META_PATH)
+    sampler = make_sampler(load_source(CKPT_PATH, meta_path=META_PATH))
     *_, last = stream_steps(sampler, "ROMEO:", max_new_tokens=30)
     likeliest = last.probabilities.topk(10)
     shares = [element.text for element in page.find("#bars .share")]
@@ -297,7 +298,7 @@ def test_two_pages_at_once_get_the_texts_of_one_alone(page, server):
 
 @pytest.fixture
 def endless(tmp_path):
-    """A server whose texts do not end by themselves: its address, and a function that tells whether it draws one."""
+    """A server with endless texts: its address, and a function that returns whether it generates one."""
     sign = tmp_path / "drawing"
     with serve(program=[sys.executable, "-c", ENDLESS, sign]) as process:
         yield process.address, sign.exists

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from hugging_nano_gpt import NanoGPTLMHeadModel
-from hugging_nano_gpt.sample import sampling
-from hugging_nano_gpt.sample.sampling import Sampler, load_sampler
+from hugging_nano_gpt.convert.source import load_source
+from hugging_nano_gpt.sample.sampling import Sampler, make_sampler
 
 from ..helpers.tiny import make_batch, make_model
 from ..test_commands import CKPT_PATH, META_PATH
@@ -35,9 +35,7 @@ def test_under_autocast_the_draws_are_those_of_bfloat16_logits(seed):
     expected = sample_in_bfloat16(model, idx, 60, top_k=20)  # past block_size
     found = []
     torch.manual_seed(seed)
-    Sampler(model, None, "a model", DTYPE).draw(
-        idx, max_new_tokens=60, temperature=0.8, top_k=20, streamer=Collect(found)
-    )
+    Sampler(model, None, DTYPE).draw(idx, max_new_tokens=60, temperature=0.8, top_k=20, streamer=Collect(found))
     assert found == expected[0].tolist()
 
 
@@ -66,11 +64,10 @@ class Collect:
 )
 def test_autocast_is_sample_pys(monkeypatch, device, is_supported, dtype, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: is_supported)
-    monkeypatch.setattr(sampling, "choose_device", torch.device)
     monkeypatch.setattr(NanoGPTLMHeadModel, "to", lambda model, device: model)
     monkeypatch.setattr(NanoGPTLMHeadModel, "device", torch.device(device))
-    sampler = load_sampler(CKPT_PATH, meta_path=META_PATH, device=device, **({"dtype": dtype} if dtype else {}))
-    assert sampler.autocast_dtype == expected
+    source = load_source(CKPT_PATH, meta_path=META_PATH, device=torch.device(device), dtype=dtype or "auto")
+    assert make_sampler(source, is_autocast=dtype is None).autocast_dtype == expected
 
 
 @pytest.mark.parametrize("was_on", [False, True], ids=["off", "on by Trainer"])
@@ -87,7 +84,7 @@ def test_tf32_is_on_while_a_gpu_draws_and_as_before_afterwards(monkeypatch, devi
     monkeypatch.setattr(NanoGPTLMHeadModel, "device", torch.device(device))
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: torch.no_grad())  # which would ask for the GPU
     try:
-        Sampler(make_model(), None, "a model").draw(torch.zeros(1, 1), max_new_tokens=1, temperature=1.0, top_k=0)
+        Sampler(make_model(), None).draw(torch.zeros(1, 1), max_new_tokens=1, temperature=1.0, top_k=0)
         assert getattr(switch, name) == (on if was_on else off)
     finally:
         setattr(switch, name, before)

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from hugging_nano_gpt import TokenizerError, build_tiktoken_tokenizer, sample_text
+from hugging_nano_gpt.convert.source import load_source
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 from hugging_nano_gpt.sample import streaming as module
-from hugging_nano_gpt.sample.sampling import Sampler, load_sampler
+from hugging_nano_gpt.sample.sampling import Sampler, make_sampler
 from hugging_nano_gpt.sample.streaming import Step, list_candidates, stream_steps
 
 from ..helpers.reference import ReferenceGPT
@@ -22,7 +23,7 @@ DONE_S = 30  # far more than a token takes, far less than the texts that are sto
 
 @pytest.fixture(scope="module")
 def sampler():
-    return load_sampler(CKPT_PATH, meta_path=META_PATH)
+    return make_sampler(load_source(CKPT_PATH, meta_path=META_PATH))
 
 
 def sample(*args, **kwargs):
@@ -48,7 +49,7 @@ def test_streamed_text_of_bytes_is_that_of_sample_text(tmp_path):
     model = make_model(vocab_size=len(tokenizer))
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path)
-    *_, last = stream_steps(load_sampler(tmp_path), "a b", max_new_tokens=60)
+    *_, last = stream_steps(make_sampler(load_source(tmp_path)), "a b", max_new_tokens=60)
     assert tokenizer.decode(last.idx) == sample(tmp_path, "a b", max_new_tokens=60)
 
 
@@ -87,7 +88,7 @@ def test_one_likeliest_token_is_greedy(sampler):
 def test_closing_stops_the_model(sampler):
     steps = stream_steps(sampler, max_new_tokens=1_000_000)
     next(steps)
-    assert not module._DRAWING.acquire(timeout=0.5)  # it goes on by itself
+    assert not module._DRAWING.acquire(timeout=0.5)  # it continues on its own
     steps.close()
     assert module._DRAWING.acquire(timeout=DONE_S)
     module._DRAWING.release()

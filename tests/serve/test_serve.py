@@ -21,7 +21,7 @@ from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 from hugging_nano_gpt.serve import server as module
 
 from ..helpers.programs import run_command
-from ..helpers.serving import connect, draw, serve_app
+from ..helpers.serving import connect, draw, run_in_thread, serve_app
 from ..helpers.tiny import make_model, make_tokenizer
 from ..tokenization.test_bpe import make_encoding
 
@@ -63,7 +63,7 @@ def chat_client(model):
 
 @pytest.fixture(scope="module")
 def byte_parts():
-    """A random model of bytes, most of whose answers end inside a character or hold halves of some."""
+    """A random model of bytes; most of its answers end inside a character or contain halves of characters."""
     tokenizer = build_tiktoken_tokenizer(make_encoding())
     return make_model(vocab_size=len(tokenizer)), tokenizer
 
@@ -77,7 +77,7 @@ def chat(client, content="Speak", **settings):
 
 
 def post(client, path="completions", **body):
-    """Sends what the client of OpenAI's would not send; returns the answer as it is."""
+    """Sends what the client of OpenAI's would not send; returns the raw answer."""
     return httpx.post(f"{client.base_url}{path}", json={"prompt": PROMPT, **body}, timeout=60)
 
 
@@ -331,7 +331,7 @@ def test_request_that_cannot_be_obeyed_is_refused(client, body, param, message):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (b'{"prompt": "R", "temperature": NaN}', "NaN is no number of JSON"),
+        (b'{"prompt": "R", "temperature": NaN}', "NaN is not a number in JSON"),
         (b'{"prompt": "R", "temperature": 1e999}', "temperature: expected a finite number, got inf"),
         (b'{"prompt": "R", "seed": ' + b"1" * 5000 + b"}", "body: expected JSON in UTF-8"),
         (b'{"prompt": "\xff"}', "body: expected JSON in UTF-8"),
@@ -584,8 +584,39 @@ def test_run_server_refuses_a_port_that_is_taken():
             run_server("missing.pt", port=port)
 
 
+@pytest.fixture
+def ipv6_port():
+    """A free port of ::1."""
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as listener:
+            return listener.getsockname()[1]
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+
+
+def test_ipv6_address_is_checked_printed_as_a_url_and_listened_on(model, monkeypatch, tmp_path, capsys, ipv6_port):
+    model.save_pretrained(tmp_path / "demo")
+    make_tokenizer().save_pretrained(tmp_path / "demo")
+    found = []
+
+    def ask_and_end(server):
+        with run_in_thread(server, run):
+            url = re.search(r"http://[^;]+", capsys.readouterr().out)[0]
+            found.append(httpx.get(f"{url}/models", timeout=60).json()["data"][0]["id"])
+
+    run = uvicorn.Server.run
+    monkeypatch.setattr(uvicorn.Server, "run", ask_and_end)
+    run_server(tmp_path / "demo", host="::1", port=ipv6_port, quiet=True)
+    assert found == ["demo"]
+    with (
+        socket.create_server(("::1", ipv6_port), family=socket.AF_INET6),
+        pytest.raises(ServerError, match=rf"^\[::1\]:{ipv6_port}: cannot be listened on: "),
+    ):
+        run_server("missing.pt", host="::1", port=ipv6_port)
+
+
 def test_run_server_refuses_an_empty_key():
-    """Such as "$KEY" gives where KEY is not set: everyone would be let in."""
+    """An empty key is what "$KEY" gives if KEY is not set: everyone would be let in."""
     with pytest.raises(ServerError, match="--api-key: expected some text, got none"):
         run_server("missing.pt", api_key="")
 
@@ -607,7 +638,7 @@ def test_command_loads_names_serves_and_warns(monkeypatch, tmp_path, host, key, 
     (config,) = configs
     assert (config.app.title, config.host, config.port) == ("out-demo", host, port)
     assert done.stderr == (
-        f"warning: everyone who reaches {host}:{port} can draw; --api-key asks for a key\n" * is_warned
+        f"warning: everyone who reaches {host}:{port} can use it; --api-key asks for a key\n" * is_warned
     )
     answer = ask_app(config.app, prompt=PROMPT)
     assert ("error" in answer) == (key is not None)
@@ -615,5 +646,5 @@ def test_command_loads_names_serves_and_warns(monkeypatch, tmp_path, host, key, 
 
 def test_run_server_without_its_packages_names_them(monkeypatch):
     monkeypatch.setattr("hugging_nano_gpt.errors.find_spec", lambda package: None)
-    with pytest.raises(MissingDependencyError, match=r"pip install fastapi openai uvicorn"):
+    with pytest.raises(MissingDependencyError, match=r"pip install fastapi uvicorn"):
         run_server(CKPT_PATH)

@@ -36,7 +36,7 @@ def parts():
 
 @pytest.fixture(scope="module")
 def address(parts):
-    """A server that lets answers be endless and two requests wait."""
+    """A server with endless answers, where two requests may wait."""
     with serve_app(*parts, queue=2, max_tokens=ENDLESS) as address:
         yield address
 
