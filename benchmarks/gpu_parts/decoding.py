@@ -59,7 +59,7 @@ def probe_padded(setting: Setting) -> Outcome:
 
 
 def probe_sampled(setting: Setting) -> Outcome:
-    """Samples from one seed with temperature and top_k; without a cache, logits equal the reference's."""
+    """Samples from one seed with temperature and top_k; without a cache, the tokens equal the reference's."""
     ours, reference = make_eval_pair(setting, n_layer=2)
     prompt, _ = make_batch(setting, 4, 8, ours.config.vocab_size)
     count = setting.choose(N_TOKENS["full"], N_TOKENS["toy"])
