@@ -132,7 +132,7 @@ def train(
 
 def make_trainer(setting: Setting, folder: Path, **settings: Any) -> Any:
     """Makes a trainer for the recorded run's first updates, which saves once."""
-    from tests import trace
+    from tests.helpers import trace
 
     place = {
         "use_cpu": setting.device == "cpu",
