@@ -39,13 +39,13 @@ PROC_STATUS = Path("/proc/self/status")
 
 @dataclass(frozen=True)
 class Target:
-    """A figure, and the least or the most it should be.
+    """A figure and its bound.
 
     Args:
         name: What the figure is, as a key of the JSON object.
         value: The figure.
-        limit: The bound, which the figure may reach.
-        is_minimum: Whether the bound is the least the figure should be; otherwise it is the most.
+        limit: The bound, which the figure may equal.
+        is_minimum: Whether the bound is a minimum; otherwise it is a maximum.
     """
 
     name: str
@@ -55,12 +55,12 @@ class Target:
 
     @property
     def is_met(self) -> bool:
-        """Whether the figure keeps to its bound."""
+        """Whether the figure is within its bound."""
         return self.value >= self.limit if self.is_minimum else self.value <= self.limit
 
 
 def import_reference() -> type[torch.nn.Module]:
-    """Imports nanoGPT's architecture in plain torch, which the tests keep and which uses nothing of this package."""
+    """Imports nanoGPT's architecture in plain torch from the tests; it uses nothing of this package."""
     sys.path.insert(0, str(ROOT))
     from tests.helpers.reference import ReferenceGPT
 
@@ -68,7 +68,7 @@ def import_reference() -> type[torch.nn.Module]:
 
 
 def synchronize(device: str) -> None:
-    """Waits until a GPU has done what it was given."""
+    """Waits until a GPU has finished its work."""
     if not device.startswith("cpu"):
         torch.accelerator.synchronize(device)
 
@@ -86,7 +86,7 @@ def describe_machine(device: str = "cpu") -> dict[str, Any]:
 
 
 def find_version(name: str) -> str | None:
-    """Returns the version of what is installed; None for this package where it runs from a checkout."""
+    """Returns an installed version, or None for this package if it runs from a checkout."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -94,7 +94,7 @@ def find_version(name: str) -> str | None:
 
 
 def print_table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
-    """Prints rows under a header: the first column to the left, numbers to the right with three decimals."""
+    """Prints rows under a header: the first column left-aligned, numbers right-aligned with three decimals."""
     for row in (header, *rows):
         cells = [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row]
         print(f"{cells[0]:<22}" + "".join(f"{cell:>18}" for cell in cells[1:]))
@@ -112,22 +112,22 @@ def print_result(figures: dict[str, Any], targets: list[Target], device: str = "
 def run_in_child(function: Callable[..., Any], *args: Any) -> Any:
     """Calls a function in a fresh process, so that no memory of an earlier call is reused or counted."""
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, initializer=disable_progress_bar) as pool:  # for the eye: it takes no time
+    with ProcessPoolExecutor(1, spawn, initializer=disable_progress_bar) as pool:  # they would clutter the output
         return pool.submit(function, *args).result()
 
 
 def reset_peak_bytes() -> None:
-    """Lowers the peak resident set to what is resident now, where the system can (proc(5), clear_refs)."""
+    """Resets the peak resident set to what is resident now, if the system supports it (proc(5), clear_refs)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def read_resident_bytes(field: str) -> int:
-    """Reads VmRSS (now) or VmHWM (peak) of this process; without /proc, the peak for either."""
+    """Reads VmRSS (now) or VmHWM (peak) of this process; without /proc, returns the peak for both."""
     if PROC_STATUS.exists():
         lines = PROC_STATUS.read_text().splitlines()
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
-    import resource  # Windows has none
+    import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak << 10

@@ -1,16 +1,16 @@
 """Measures greedy generation at the sizes of the demo, of train_shakespeare_char.py and of 124M, batch 1 and 8.
 
-Five ways with the same weights, one after the other in every round, another one first each time:
-"nanogpt" reads the last block_size tokens again for every token, as nanoGPT's generate does, in
+Five ways with the same weights, one after the other in every round, each round starting with another one:
+"nanogpt" computes the last block_size tokens again for every token, as nanoGPT's generate does, in
 tests/helpers/reference.py;
-"gpt2" is transformers' GPT2LMHeadModel.generate, with zeros for the biases that it cannot leave out;
-"ours" is NanoGPTLMHeadModel.generate as it is; "fastest" is the fastest setting that docs/generation.md names for the
-batch: on a CPU float16 for one row and bfloat16 for more, on a GPU the static cache, which Transformers compiles;
-"onnx" is ONNX Runtime on our export in float32, on a CPU with one row, where it is installed.
+"gpt2" is transformers' GPT2LMHeadModel.generate, with zeros for the biases that it always has;
+"ours" is NanoGPTLMHeadModel.generate with default settings; "fastest" is the fastest setting in docs/generation.md for
+the batch: on a CPU float16 for one row and bfloat16 for more, on a GPU the static cache, which Transformers compiles;
+"onnx" is ONNX Runtime on our export in float32, on a CPU with one row, if it is installed.
 
 The ratios are medians of the ratios within each round. "bandwidth" is the share of the memory's bandwidth, measured in
-the same run, that reading every weight once a step takes up. Past block_size, the small model is timed on its own:
-exact, against nanoGPT, and with a stride.
+the same run, that reading every weight once a step needs. Past block_size, only the small model is timed: exact,
+against nanoGPT, and with a stride.
 
 Run: python benchmarks/generate.py [--rounds 5] [--sizes demo shakespeare 124m] [--batches 1 8] [--device cuda]
 The last line is one JSON object: tokens/s, ratios, bandwidths, targets, versions and threads.
@@ -50,7 +50,7 @@ BANDWIDTH_BYTES = 1 << 29
 
 @torch.no_grad()
 def main() -> None:
-    """Times every size and batch and prints what came out."""
+    """Times every size and batch and prints the results."""
     args = parse_args()
     logging.set_verbosity_error()
     torch.manual_seed(1337)
@@ -75,7 +75,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def measure_bandwidth(device: str, n_bytes: int = BANDWIDTH_BYTES) -> float:
-    """Returns the bytes per second at which the memory can be read, by all threads together."""
+    """Returns the bytes per second that all threads together can read from memory."""
     data = torch.ones(n_bytes // 4, device=device)
     times_s = []
     for _ in range(8):
@@ -88,7 +88,7 @@ def measure_bandwidth(device: str, n_bytes: int = BANDWIDTH_BYTES) -> float:
 
 
 def measure_case(size: str, batch: int, args: argparse.Namespace, bandwidth_gb_per_s: float) -> dict[str, Any]:
-    """Times the four ways at one size and batch, prints a table, and returns the figures under prefixed names."""
+    """Times the ways at one size and batch, prints a table, and returns the figures under prefixed names."""
     model = make_model(size, args.device)
     fast_dtype = torch.float32 if args.device.startswith("cuda") else torch.float16 if batch == 1 else torch.bfloat16
     fast_settings = {"cache_implementation": "static"} if args.device.startswith("cuda") else {}
@@ -130,7 +130,7 @@ def measure_case(size: str, batch: int, args: argparse.Namespace, bandwidth_gb_p
 
 
 def measure_past_block_size(args: argparse.Namespace) -> dict[str, Any]:
-    """Times the small model where every token lies past block_size: nanoGPT, ours, and ours with a stride."""
+    """Times the small model when every token is past block_size: nanoGPT, ours, and ours with a stride."""
     model = make_model("shakespeare", args.device)
     ways = {
         "nanogpt": make_reforward(model, args.device),
@@ -161,7 +161,7 @@ def make_reforward(model: nn.Module, device: str) -> Run:
 
 
 def make_gpt2(model: NanoGPTLMHeadModel) -> GPT2LMHeadModel:
-    """Makes transformers' GPT-2 of the same weights: transposed where it has Conv1D, zeros for biases."""
+    """Makes transformers' GPT-2 with the same weights: transposed for Conv1D, with zeros for biases."""
     config = model.config
     gpt2 = GPT2LMHeadModel(
         GPT2Config(
@@ -184,12 +184,12 @@ def make_gpt2(model: NanoGPTLMHeadModel) -> GPT2LMHeadModel:
 
 
 def count_read_bytes(model: nn.Module, itemsize: int) -> int:
-    """Returns the bytes of the weights that a step reads: all, but one row of the position table."""
+    """Returns the bytes of the weights that a step reads: all, except the position table."""
     return itemsize * (sum(p.numel() for p in model.parameters()) - model.transformer.wpe.weight.numel())
 
 
 def list_targets(figures: dict[str, Any], args: argparse.Namespace) -> list[Target]:
-    """Returns the bounds that hold for what was measured: those of a CPU, or that of a GPU."""
+    """Returns the targets for what was measured, on a CPU or on a GPU."""
     is_cpu = args.device == "cpu"
     bounds = {
         "ours_to_gpt2_demo_1": 2.0,

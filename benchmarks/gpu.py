@@ -1,15 +1,15 @@
-"""Shows on a GPU that the package keeps its promises there, and how fast it is: one command, eight minutes.
+"""Checks on a GPU that the numbers are nanoGPT's, and measures the speed: one command, eight minutes.
 
 Each part is a list of probes (gpu_parts/), the most important part first. A probe is ok, failed or skipped, and says
-why; whatever happens in one, the others run. A part has failed if one of its probes has, and is skipped if none could
-be tried. Parts and the whole have time limits; a probe that is still running then is stopped and has failed.
+why. A failing probe does not stop the others. A part has failed if one of its probes has failed, and is skipped if all
+are skipped. Each part and the whole run have time limits; a probe that is still running then is stopped and fails.
 
 Needs torch, transformers, numpy, safetensors, and accelerate for the part "trainer"; the package itself need not be
 installed. Nothing is downloaded. With --device cpu the same probes run at toy size.
 
 Run: PYTHONPATH=. python benchmarks/gpu.py [--device cuda] [--only exactness,speed] [--time-limit 480]
      [--output gpu.json]
-The last line is one JSON object; --output is written anew after each probe, so that a run cut short leaves one too.
+The last line is one JSON object; --output is rewritten after each probe, so that an interrupted run leaves one too.
 """
 
 import argparse
@@ -35,20 +35,20 @@ from gpu_parts import attention, decoding, exactness, speed, training
 from gpu_parts.probe import Probe, Setting, SkippedError
 from transformers.utils import logging
 
-# The most important first: what comes last is what a short time leaves out.
+# The most important first, because a short time limit skips the last ones.
 PARTS = {"exactness": exactness, "attention": attention, "generate": decoding, "speed": speed, "trainer": training}
 TIME_LIMIT_S = 480.0
 LONGEST_NOTE = 110
 
 
 class TimeOverError(BaseException):
-    """Not an Exception, which torch.compile and others would catch."""
+    """Raised when the time is over. Not an Exception, because torch.compile and others would catch that."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the parts and prints what came out; returns 1 if anything failed."""
+    """Runs the parts and prints the results; returns 1 if anything failed."""
     args = parse_args(arguments)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch.use_deterministic_algorithms asks for it
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch.use_deterministic_algorithms needs it
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     setting = Setting(args.device, is_toy=args.size == "toy", has_children=not args.in_process)
@@ -75,7 +75,7 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", choices=("full", "toy"), help="full (default on CUDA) or toy (elsewhere)")
     parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between them (default all)")
     parser.add_argument("--time-limit", type=float, default=TIME_LIMIT_S, help="seconds in all (default 480)")
-    parser.add_argument("--in-process", action="store_true", help="leave out what needs a process of its own")
+    parser.add_argument("--in-process", action="store_true", help="skip probes that need their own process")
     parser.add_argument("--output", type=Path, help="file for the JSON object")
     args = parser.parse_args(arguments)
     args.only = args.only.split(",")
@@ -86,7 +86,7 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run_part(name: str, setting: Setting, end: float, report: dict[str, Any], output: Path | None) -> None:
-    """Runs the probes of a part within its time, into the report."""
+    """Runs the probes of a part within its time limit, and writes the results to the report."""
     part, start = report["parts"][name], time.monotonic()
     end = min(end, start + PARTS[name].LIMIT_S)
     print(f"\n{name}", flush=True)
@@ -104,7 +104,7 @@ def run_part(name: str, setting: Setting, end: float, report: dict[str, Any], ou
 
 
 def run_probe(probe: Probe, setting: Setting, seconds: float, is_lost: bool = False) -> dict[str, Any]:
-    """Runs a probe and returns its verdict, why, the seconds it took, its figures, and whether the device is lost."""
+    """Runs a probe; returns its verdict, the reason, seconds, figures, and whether the device is lost."""
     result: dict[str, Any] = {
         "verdict": "skipped",
         "why": "",
@@ -135,7 +135,7 @@ def run_probe(probe: Probe, setting: Setting, seconds: float, is_lost: bool = Fa
 
 @contextlib.contextmanager
 def limit_time(seconds: float) -> Iterator[None]:
-    """Raises TimeOverError in the block once the time is over, where the system has timers."""
+    """Raises TimeOverError in the block when the time is over, if the system has timers."""
     if not hasattr(signal, "setitimer"):
         yield
         return
@@ -153,7 +153,7 @@ def limit_time(seconds: float) -> Iterator[None]:
 
 
 def tidy_up(setting: Setting) -> bool:
-    """Frees what a probe left and undoes what it may have set; returns whether the device still answers."""
+    """Frees what a probe left, resets what it may have set, and returns whether the device still works."""
     torch.use_deterministic_algorithms(False)
     if hasattr(torch.backends, "fp32_precision"):
         torch.backends.fp32_precision = "none"  # Trainer turns TF32 on for the whole process
@@ -171,7 +171,7 @@ def tidy_up(setting: Setting) -> bool:
 
 
 def print_probe(name: str, result: dict[str, Any]) -> None:
-    """Prints a probe's verdict, and below it what was to be shown and the figures."""
+    """Prints a probe's verdict and its claim, and the figures below."""
     print(f"  {name:<26}{result['verdict']:<9}{result['seconds']:>7.1f} s  {result['why'][:LONGEST_NOTE]}")
     for figure, value in result["figures"].items():
         print(f"      {figure:<47} {value:.4g}" if isinstance(value, float) else f"      {figure:<47} {value}")

@@ -1,8 +1,8 @@
 """Kills `hugging-nano-gpt train` at random moments, resumes it each time, and compares where it ends.
 
-Each round starts the run, or goes on with --resume, and kills it with SIGKILL at a moment that is drawn; saving is
-slow enough here to be hit. After the last kill the run goes on to its end, and its ckpt.pt is held against that of a
-run that nobody stopped, bit for bit. The toy run evaluates and saves every few updates, with dropout.
+Each round starts the run, or resumes it with --resume, and kills it with SIGKILL at a random moment; saving is slow
+enough here to be hit. After the last kill the run continues to its end, and its ckpt.pt is compared bit for bit with
+that of a run that nobody stopped. The toy run evaluates and saves every few updates, with dropout.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main() -> None:
         length_s = run_to_the_end(folder, "whole", options.updates)
         while_saving = 0
         for number in range(options.kills):
-            # the first line of an update comes after start-up; from there on to the end of what is left
+            # the kill comes after the first update's line, before the rest of the run is over
             moment_s = draw.uniform(0.0, length_s / (options.kills + 2))
             state = kill(folder, options.updates, moment_s)
             while_saving += state != "training"
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def write_data(folder: Path) -> None:
-    """Writes random tokens where train.py looks for them, and a vocabulary of 64."""
+    """Writes random tokens and a vocabulary of 64 to the folder that train.py reads."""
     data_dir = folder / "data" / SETTINGS["dataset"]
     data_dir.mkdir(parents=True)
     for split, seed in (("train", 0), ("val", 1)):
@@ -100,7 +100,7 @@ def run_to_the_end(folder: Path, out_dir: str, n_updates: int, *flags: str) -> f
 
 
 def wait_for_update(process: subprocess.Popen[str]) -> None:
-    """Reads the lines up to the first update's."""
+    """Reads lines until that of the first update."""
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("iter"):
@@ -108,7 +108,7 @@ def wait_for_update(process: subprocess.Popen[str]) -> None:
 
 
 def kill(folder: Path, n_updates: int, moment_s: float) -> str:
-    """Goes on with the run, kills it, and returns what it was doing: training, or writing which file."""
+    """Resumes the run, kills it, and returns what it was doing: training, or writing which file."""
     process = start(folder, "killed", n_updates, "--resume")
     wait_for_update(process)
     time.sleep(moment_s)

@@ -1,12 +1,12 @@
 """Kills one of two workers of `hugging-nano-gpt train` under two torchrun agents, and compares where the run ends.
 
-The agents stand for two machines: they meet by c10d rendezvous on 127.0.0.1, and each starts one worker, with
-`--max-restarts=1` and `--resume`. Once some updates are made, a worker is killed with SIGKILL. Both agents then start
-their workers again, which go on from the last whole checkpoint. The ckpt.pt that they end with is held against that of
-a run that nobody stopped. It has dropout: each process's random numbers go on too.
+The agents simulate two machines: they meet by c10d rendezvous on 127.0.0.1, and each starts one worker, with
+`--max-restarts=1` and `--resume`. After some updates, a worker is killed with SIGKILL. Both agents then restart their
+workers, which continue from the last complete checkpoint. Their final ckpt.pt is compared with that of a run that
+nobody stopped. The run has dropout, so each process's random state has to continue too.
 
 Run: python benchmarks/kill_worker.py [--fsdp] [--updates 40] [--after 22]
-The last line is one JSON object; the exit code is 1 if the two are further apart than the tolerance.
+The last line is one JSON object; the exit code is 1 if the two differ by more than the tolerance.
 """
 
 import argparse
@@ -27,15 +27,15 @@ from typing import Any
 import torch
 from kill_and_resume import list_flags, read_numbers, write_data
 
-# The sums of two processes; the random numbers and the order of the sums are the same.
+# For the sums of two processes; random numbers and the order of the sums are the same.
 TOLERANCE = 1e-6
 LIMIT_S = 200
 
 
 def main() -> None:
-    """Makes both runs, and exits with 1 if they end apart."""
+    """Makes both runs, and exits with 1 if their ends differ."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--fsdp", action="store_true", help="FSDP2 in place of DDP")
+    parser.add_argument("--fsdp", action="store_true", help="FSDP2 instead of DDP")
     parser.add_argument("--updates", type=int, default=40)
     parser.add_argument("--after", type=int, default=22, help="updates after which a worker is killed")
     options = parser.parse_args()
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def run(folder: Path, out_dir: str, n_updates: int, flags: list[str], killed_after: int | None = None) -> list[int]:
-    """Runs two agents to their end, and kills the second one's worker on the way; returns where the run began."""
+    """Runs two agents to their end, kills the second one's worker on the way, and returns where the run started."""
     log_path = folder / f"{out_dir}.log"
     with socket.create_server(("127.0.0.1", 0)) as free:
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
@@ -75,11 +75,11 @@ def run(folder: Path, out_dir: str, n_updates: int, flags: list[str], killed_aft
 
 
 def start_agent(folder: Path, endpoint: str, log: Any, flags: list[str]) -> subprocess.Popen[bytes]:
-    """Starts one machine's torchrun."""
+    """Starts the torchrun of one machine."""
     meeting = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
     launch = [sys.executable, "-m", "torch.distributed.run", *meeting, "--local-addr=127.0.0.1", "--max-restarts=1"]
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
-    # The store of the workers is new each time, or they find what their dead peer has left in it.
+    # The workers need a new store after each restart: the old one has entries of their dead peer.
     settings = {
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "GLOO_SOCKET_IFNAME": loopback,
@@ -92,7 +92,7 @@ def start_agent(folder: Path, endpoint: str, log: Any, flags: list[str]) -> subp
 
 
 def list_updates(log_path: Path) -> list[int]:
-    """Lists the updates in a log, in their order."""
+    """Lists the updates in a log in order."""
     return [int(number) for number in re.findall(r"^iter (\d+):", log_path.read_text(), flags=re.MULTILINE)]
 
 
@@ -106,7 +106,7 @@ def wait_for_update(log_path: Path, number: int) -> None:
 
 
 def find_worker(agent: subprocess.Popen[bytes]) -> int:
-    """Returns the process that an agent has started."""
+    """Returns the id of the process that an agent has started."""
     listed = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True, check=True)
     return int(listed.stdout.split()[0])
 

@@ -1,18 +1,20 @@
-"""Measures how long a nanoGPT checkpoint takes to become a Transformers model, and how much memory on the way.
+"""Measures the time and memory that it takes to load a nanoGPT checkpoint as a Transformers model.
 
-The file is what train.py writes for GPT-2's 124M parameters with AdamW's moments, about 1.5 GB, two thirds of it
-optimizer. "ours" is NanoGPTLMHeadModel.from_nanogpt_ckpt, "ours_stripped" the same of a file without the optimizer.
+The file is what train.py writes for GPT-2's 124M parameters with AdamW's moments: about 1.5 GB, of which the optimizer
+is two thirds.
+"ours" is NanoGPTLMHeadModel.from_nanogpt_ckpt, "ours_stripped" the same for a file without the optimizer.
 "usual" is what the public converter scripts do: torch.load of the whole file, a GPT2LMHeadModel constructed with
-random weights, every tensor copied into it, Conv1D's transposed.
+random weights, and a copy of every tensor, transposed for Conv1D.
 
-Each load runs in a fresh process, after the imports and a tiny warm-up load, with the file in the page cache; they
-take turns. Memory is the growth of the peak resident set during the load, in multiples of the weights' bytes (the
-tied matrix once). Each process then checks what it loaded: ours against the file bit for bit, usual by its logits.
+Each load runs in a fresh process, after the imports and a tiny warm-up load, with the file in the page cache. The
+kinds take turns. Memory is the growth of the peak resident set during the load, in multiples of the weights' bytes
+(the tied matrix counts once). Each process then checks what it loaded: ours against the file bit for bit, usual by its
+logits.
 
-Then `hugging-nano-gpt convert` of the whole file, in turn with a copy of the weights' bytes to the same disk (both end
-with an fsync) and with the start of Python and the imports alone, which are part of what the command takes.
+Then it times `hugging-nano-gpt convert` of the whole file, in turns with a copy of the weights' bytes to the same disk
+(both end with an fsync) and with only the start of Python and the imports, which the command's time includes.
 
-Run: python benchmarks/load.py [--repeats 5] [--size tiny]; the file lies in TMPDIR. The last line is one JSON object:
+Run: python benchmarks/load.py [--repeats 5] [--size tiny]; the file is in TMPDIR. The last line is one JSON object:
 medians, ratios (also of the fastest loads, which other work disturbs least), targets, versions and threads.
 """
 
@@ -82,7 +84,7 @@ def main() -> None:
 
 
 def measure_commands(path: Path, folder: Path, repeats: int) -> dict[str, float]:
-    """Returns the median seconds of a conversion by the command line, of a copy of the weights, and of a start."""
+    """Returns the median seconds of a conversion by the command line, a copy of the weights, and a start of Python."""
     program = [sys.executable, "-m", "hugging_nano_gpt_cli", "convert", str(path)]
     times_s: dict[str, list[float]] = {"convert": [], "copy": [], "start": []}
     start = [sys.executable, "-c", "import hugging_nano_gpt"]
@@ -101,7 +103,7 @@ def run_command(command: list[str]) -> None:
 
 
 def copy_to_disk(source: Path, target: Path) -> None:
-    """Copies a file so that it is on the disk at the end."""
+    """Copies a file and flushes the copy to disk."""
     shutil.copyfile(source, target)
     with target.open("rb") as file:
         os.fsync(file.fileno())
@@ -184,19 +186,19 @@ def write_checkpoint(path: Path, stripped_path: Path, sizes: dict[str, int]) -> 
         with target.open("wb") as file:
             torch.save(contents, file)
             file.flush()
-            os.fsync(file.fileno())  # or the disk would still be busy while the first loads are timed
+            os.fsync(file.fileno())  # otherwise the disk would still be busy during the first loads
     return sum(parameter.nbytes for parameter in parameters)
 
 
 def read_once(path: Path) -> None:
-    """Reads the file through, so that it is in the page cache for every load."""
+    """Reads the whole file, so that it is in the page cache for every load."""
     with path.open("rb") as file:
         while file.read(1 << 24):
             pass
 
 
 def measure_ours(path: Path) -> dict[str, float]:
-    """Measures from_nanogpt_ckpt, and checks that every tensor is the file's."""
+    """Measures from_nanogpt_ckpt, and checks that every tensor equals the file's."""
     load_ours(DEMO_PATH)
     model, sample = measure(partial(load_ours, path))
     expected = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["model"]
@@ -208,14 +210,14 @@ def measure_ours(path: Path) -> dict[str, float]:
 
 
 def measure_usual(path: Path) -> dict[str, float]:
-    """Measures the usual way, and checks that its model computes what ours does."""
+    """Measures the usual way, and checks that its model computes the same as ours."""
     GPT2LMHeadModel(GPT2Config(**rename_model_args(SIZES["tiny"] | {"dropout": 0.0})))
     model, sample = measure(partial(load_usual, path))
     ours = load_ours(path)
     idx = torch.arange(16)[None]
     with torch.no_grad():
         difference = float((model(idx).logits - ours(idx).logits).abs().max())
-    if not difference < 1e-4:  # float32 sums of 768 in another order; one matrix not transposed gives far more
+    if not difference < 1e-4:  # float32 sums in another order; one matrix not transposed gives far more
         raise SystemExit(f"usual: expected the logits of ours to within 1e-4, got a difference of {difference}")
     return sample
 
@@ -238,7 +240,7 @@ def load_usual(path: Path) -> PreTrainedModel:
 
 
 def rename_model_args(model_args: dict[str, Any]) -> dict[str, Any]:
-    """Says nanoGPT's model_args in GPT2Config's words."""
+    """Translates nanoGPT's model_args to GPT2Config's arguments."""
     dropout = model_args["dropout"]
     return {
         "n_layer": model_args["n_layer"],
@@ -247,7 +249,7 @@ def rename_model_args(model_args: dict[str, Any]) -> dict[str, Any]:
         "n_positions": model_args["block_size"],
         "vocab_size": model_args["vocab_size"],
         "activation_function": "gelu",
-        "bos_token_id": None,  # GPT-2's would lie outside a tiny vocabulary
+        "bos_token_id": None,  # GPT-2's ids would be outside a tiny vocabulary
         "eos_token_id": None,
         "attn_pdrop": dropout,
         "embd_pdrop": dropout,
@@ -256,14 +258,14 @@ def rename_model_args(model_args: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_same(expected: torch.Tensor | None, found: torch.Tensor | None) -> bool:
-    """Tells whether two tensors are there and hold the same numbers in the same dtype."""
+    """Returns whether two tensors exist and have the same numbers and dtype."""
     if expected is None or found is None:
         return False
     return expected.dtype == found.dtype and torch.equal(expected, found)
 
 
 def measure(load: Callable[[], PreTrainedModel]) -> tuple[PreTrainedModel, dict[str, float]]:
-    """Runs a load; returns the model, and its time and how far the peak resident set rose above where it stood."""
+    """Runs a load; returns the model, the time, and the growth of the peak resident set."""
     gc.collect()
     reset_peak_bytes()
     bytes_before = read_resident_bytes("VmRSS")

@@ -1,7 +1,7 @@
 """Measures the peak memory of a training step with and without config.loss_chunk_size; part of train_step.py.
 
-The vocabulary is GPT-2's padded 50,304, so that the logits are most of a step: 2 layers, width 256, 8 x 256 tokens.
-Each way runs in a fresh process; memory is the growth of the peak resident set over the second step.
+The vocabulary is GPT-2's padded 50,304, so that the logits take most of the memory: 2 layers, width 256, 8 x 256
+tokens. Each way runs in a fresh process; memory is the growth of the peak resident set over the second step.
 """
 
 import time
@@ -19,7 +19,7 @@ MOST_OF_DEFAULT = 0.6
 
 
 def measure_loss_memory() -> dict[str, Any]:
-    """Returns bytes and seconds of a step both ways, and how far loss and gradients are apart."""
+    """Returns bytes and seconds of a step both ways, and the differences of loss and gradients."""
     default = run_in_child(measure_step, None)
     chunked = run_in_child(measure_step, CHUNK_SIZE)
     gradients = zip(default["gradients"], chunked["gradients"], strict=True)

@@ -1,7 +1,7 @@
 """Measures the ONNX export at the size of the demo and at 124M: bytes, seconds to write, greedy tokens/s, batch 1.
 
-Two ways with the same weights in float32 and the same number of threads, one after the other in every round, another
-one first each time: "ours" is NanoGPTLMHeadModel.generate; "onnx" is ONNX Runtime with numpy arrays in and out, as in
+Two ways with the same weights in float32 and the same number of threads, one after the other in every round, in
+alternating order: "ours" is NanoGPTLMHeadModel.generate; "onnx" is ONNX Runtime with numpy arrays in and out, as in
 docs/onnx.md.
 
 The ratios are medians of the ratios within each round.
@@ -32,7 +32,7 @@ NEW_TOKENS = 108  # with the prompt, within the demo's block_size
 
 @torch.no_grad()
 def main() -> None:
-    """Times every size and prints what came out."""
+    """Times every size and prints the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each size (default 5)")
     parser.add_argument("--sizes", nargs="+", choices=("demo", "124m"), default=["demo", "124m"])
@@ -68,7 +68,7 @@ def measure_size(size: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def export_decoder(model: NanoGPTLMHeadModel, figures: dict[str, Any] | None = None) -> Run:
-    """Exports a model and makes its greedy loop; the size and the seconds that it took go into the figures."""
+    """Exports a model and makes its greedy loop; adds the export's size and seconds to the figures."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         export_onnx(model, Path(folder) / "onnx")

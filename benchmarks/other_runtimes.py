@@ -1,9 +1,9 @@
 """Compares the greedy tokens of CTranslate2 and OpenVINO with generate's, on the demo's exports, in float32.
 
-200 prompts of 1 to 127 tokens of the model's own text, each continued to block_size. Nothing is timed.
+200 prompts of 1 to 127 tokens of the model's own text are continued to block_size. Nothing is timed.
 
 Run: pip install ctranslate2 openvino && python benchmarks/other_runtimes.py
-Ends with 1 if a prompt's tokens differ.
+The exit code is 1 if the tokens of a prompt differ.
 """
 
 import sys
@@ -23,12 +23,12 @@ from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
 N_PROMPTS = 200
 
-# Takes the ids of a prompt and how many to draw, and returns those that follow it.
+# Takes the ids of a prompt and the number of new tokens, and returns the new ids.
 Continue = Callable[[list[int], int], list[int]]
 
 
 def draw_prompts(model: NanoGPTLMHeadModel) -> list[list[int]]:
-    """Cuts prompts of any length, from any place, out of texts of the model."""
+    """Cuts prompts of random lengths out of the model's texts, at random places."""
     block_size, rng = model.config.block_size, np.random.default_rng(1337)
     torch.manual_seed(1337)
     start = torch.zeros((N_PROMPTS, 1), dtype=torch.long)
@@ -55,7 +55,7 @@ def load_ctranslate2(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Contin
 
 
 def load_openvino(folder: Path) -> Continue:
-    """Compiles the ONNX export as it is."""
+    """Compiles the ONNX export."""
     graph = openvino.compile_model(folder / "onnx" / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     shapes = {port.any_name: port.partial_shape for port in graph.inputs if "past" in port.any_name}
     empty = {name: np.zeros((1, s[1].get_length(), 0, s[3].get_length()), np.float32) for name, s in shapes.items()}
@@ -76,7 +76,7 @@ def load_openvino(folder: Path) -> Continue:
 
 
 def main() -> None:
-    """Exports, draws and compares."""
+    """Exports the model, generates, and compares."""
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,12 +1,12 @@
-"""Holds vLLM to our own greedy tokens, in float32 on a CPU, and times it beside our generate.
+"""Compares vLLM's greedy tokens with our own, in float32 on a CPU, and times it against our generate.
 
-The bundled demo checkpoint becomes a folder, and vLLM serves it twice: by the folder's own code with
-trust_remote_code, in an environment without this package, and through this package's plugin without trust. Each
-continues 20 prompts, of 1 token to one less than block_size, up to block_size; so do a model with what the demo does
-not have and, as text, the OpenAI server. A position table moved on by one row shows that the comparison can fail. Then
+The bundled demo checkpoint is converted to a folder, and vLLM serves it twice: with the folder's own code and
+trust_remote_code, in an environment without this package, and with this package's plugin and no trust. Each continues
+20 prompts, of 1 to block_size - 1 tokens, up to block_size. The same is done for a model with features that the demo
+lacks and, as text, for the OpenAI server. A position table shifted by one row shows that the comparison can fail. Then
 vLLM's offline engine and our generate continue the same prompts in turns, with the same number of threads.
 
-Run: make vllm, which sets vLLM up; or python benchmarks/serve_vllm.py [--rounds 5] [--sizes demo 124m]
+Run: make vllm, which installs vLLM; or python benchmarks/serve_vllm.py [--rounds 5] [--sizes demo 124m]
 The last line is one JSON object: equal prompts, tokens/s, ratios, versions and threads. The exit code is 1 if a check
 fails.
 """
@@ -35,25 +35,25 @@ from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
 N_PROMPTS = 20
 CONCURRENCY = 16
-PROMPT_LENGTH = 16  # of what is timed
+PROMPT_LENGTH = 16  # of the timed prompts
 NEW_TOKENS = {"demo": 100, "124m": 64}
 
 LARGE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50304, "bias": False}
 TOY = {**LARGE, "n_layer": 2, "n_head": 2, "n_embd": 128, "block_size": 64, "bias": True}
 
-# Largest |difference| of a log-probability: other kernels and another order of float32 sums; measured at most 2e-5.
+# Largest |difference| of a log-probability, because kernels and the order of float32 sums differ; measured: 2e-5.
 TOLERANCE = 2e-4
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model to hold vLLM to.
+    """A model to compare vLLM with.
 
     Args:
-        name: What the figures are named after.
+        name: Prefix of the figures' names.
         model: Our model.
         folder: Where it is saved.
-        prompts: Token ids, of 1 to one less than block_size; each is continued to block_size.
+        prompts: Token ids, 1 to block_size - 1 of them; each prompt is continued to block_size.
     """
 
     name: str
@@ -63,12 +63,12 @@ class Case:
 
     @property
     def counts(self) -> list[int]:
-        """How many tokens each prompt is continued by."""
+        """The number of new tokens for each prompt."""
         return [self.model.config.block_size - len(prompt) for prompt in self.prompts]
 
     @functools.cached_property
     def continued(self) -> list[torch.Tensor]:
-        """What our generate makes of the prompts, one by one: (block_size,) int64 each."""
+        """The prompts continued by our generate, one by one: (block_size,) int64 each."""
         return [
             self.model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False)[0]
             for prompt, count in zip(self.prompts, self.counts, strict=True)
@@ -77,7 +77,7 @@ class Case:
 
 @torch.no_grad()
 def main() -> None:
-    """Checks, times, and prints what came out."""
+    """Checks, times, and prints the results."""
     args = parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that vLLM's processes end too
     logging.set_verbosity_error()
@@ -124,14 +124,14 @@ def make_demo(place: Place) -> Case:
 
 
 def make_toy(place: Place) -> Case:
-    """Makes a model with what the demo does not have: biases, tanh GELU, an untied output layer, heads of 64."""
+    """Makes a model with features that the demo lacks: biases, tanh GELU, an untied output layer, heads of 64."""
     model, folder = make_model(place, "toy", 10, **TOY, activation_function="gelu_new", tie_word_embeddings=False)
     prompts = [torch.randint(model.config.vocab_size, (length,)).tolist() for length in list_lengths(model)]
     return Case("toy", model, folder, prompts)
 
 
 def make_model(place: Place, name: str, scale: int, **settings: Any) -> tuple[NanoGPTLMHeadModel, Path]:
-    """Makes and saves a model with random weights, so large that tokens vary and no two logits are nearly the same."""
+    """Makes and saves a model with random weights, so large that tokens vary and no two logits are nearly equal."""
     model = NanoGPTLMHeadModel(NanoGPTConfig(**settings)).eval()
     for parameter in model.parameters():
         if parameter.ndim >= 2:
@@ -143,13 +143,13 @@ def make_model(place: Place, name: str, scale: int, **settings: Any) -> tuple[Na
 
 
 def list_lengths(model: NanoGPTLMHeadModel) -> list[int]:
-    """Lists the lengths of the prompts, evenly from 1 to one less than block_size."""
+    """Lists the lengths of the prompts, evenly spaced from 1 to block_size - 1."""
     longest = model.config.block_size - 1
     return [1 + index * (longest - 1) // (N_PROMPTS - 1) for index in range(N_PROMPTS)]
 
 
 def check_engine(place: Place, case: Case, *, with_plugin: bool) -> list[Target]:
-    """Compares the offline engine with our model, shows that a fault is noticed, and whose code it was."""
+    """Compares the offline engine with our model, and checks whose code ran and that a fault is found."""
     name = f"{case.name}_{'plugin' if with_plugin else 'remote'}"
     package = "hugging_nano_gpt" if with_plugin else "transformers_modules"
     with open_engine(place, case.folder, with_plugin=with_plugin) as engine:
@@ -167,7 +167,7 @@ def check_engine(place: Place, case: Case, *, with_plugin: bool) -> list[Target]
 
 
 def compare_engine(engine: Engine, case: Case) -> tuple[int, float]:
-    """Returns how many prompts the engine continues as we do, and how far their log-probabilities are apart."""
+    """Returns how many prompts the engine continues as we do, and the largest difference of log-probabilities."""
     answer = engine.ask("generate", prompts=case.prompts, max_tokens=case.counts, with_logprobs=True)
     n_equal, difference = 0, 0.0
     for ours, count, tokens, logprobs in zip(
@@ -181,7 +181,7 @@ def compare_engine(engine: Engine, case: Case) -> tuple[int, float]:
 
 
 def check_server(place: Place, case: Case, *, with_plugin: bool) -> list[Target]:
-    """Compares the texts that the OpenAI server answers to clients at once, and has it refuse too long a prompt."""
+    """Compares the OpenAI server's answers to concurrent clients, and checks that it refuses too long a prompt."""
     name = f"{case.name}_{'plugin' if with_plugin else 'remote'}_server"
     decode = AutoTokenizer.from_pretrained(case.folder).decode
     texts = [decode(prompt) for prompt in case.prompts]
@@ -198,7 +198,7 @@ def check_server(place: Place, case: Case, *, with_plugin: bool) -> list[Target]
 
 
 def ask_too_much(server: Server, text: str) -> int:
-    """Asks for one token after a text of block_size tokens; returns the HTTP status."""
+    """Requests one token after a text of block_size tokens; returns the HTTP status."""
     try:
         server.complete(text, 1)
     except urllib.error.HTTPError as error:
@@ -209,7 +209,7 @@ def ask_too_much(server: Server, text: str) -> int:
 def time_model(size: str, place: Place, model: NanoGPTLMHeadModel, folder: Path, rounds: int) -> dict[str, Any]:
     """Times the offline engine and our generate in turns, prints a table, and returns the figures.
 
-    vLLM is timed with as many threads as we have, and with its own choice, which leaves a core to its other processes.
+    vLLM is timed with our number of threads, and with its own choice, which leaves a core to its other processes.
     """
     figures: dict[str, Any] = {}
     rows = []
@@ -234,7 +234,7 @@ def time_model(size: str, place: Place, model: NanoGPTLMHeadModel, folder: Path,
 def time_both(
     engine: Engine, model: NanoGPTLMHeadModel, prompts: torch.Tensor, count: int, rounds: int
 ) -> tuple[list[float], list[float], bool]:
-    """Returns the tokens/s of each round after a first one, vLLM's and ours, and whether the tokens are equal."""
+    """Returns vLLM's and our tokens/s of each round after a warm-up, and whether the tokens are equal."""
     request = {"prompts": prompts.tolist(), "max_tokens": [count] * len(prompts), "with_logprobs": False}
     vllm, ours = [], []
     for _ in range(1 + rounds):

@@ -2,9 +2,9 @@
 
 Three models train side by side in one process: "ours" is NanoGPTLMHeadModel with nanoGPT's shifted targets,
 "reference" is nanoGPT's architecture in plain torch, "gpt2" is transformers' GPT2LMHeadModel of the same size, whose
-biases cannot be left out. They take one step each per round, in rotating order, on the same batch with the same seed,
-so noise meets all of them. The ratios compared with the targets are medians of the ratios within each round; beside
-them stand the plain ratios of the medians, and whether ours and the reference ended at the same loss to the last bit.
+biases are always present. In each round, each model takes one step on the same batch with the same seed, in rotating
+order, so that noise affects all of them. The ratios compared with the targets are medians of the ratios within each
+round. Also printed are the ratios of the medians, and whether ours and the reference ended at the same loss.
 The batch is 4, not 64, so that a step takes less than a second on two cores.
 
 On a CPU it then measures the memory of the loss (loss_memory.py) and NanoGPTTrainer's overhead (trainer.py).
@@ -43,7 +43,7 @@ LossFunction = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass
 class Contender:
-    """A model in training, how its users get a loss from it, and what was measured.
+    """A model in training, the function that computes its loss, and what was measured.
 
     Args:
         compute_loss: Takes the model, idx (B, T) and the shifted targets (B, T).
@@ -59,7 +59,7 @@ class Contender:
 
 
 def main() -> None:
-    """Trains the three models in turn and prints what came out."""
+    """Trains the three models in turn and prints the results."""
     args = parse_args()
     sizes = SIZES[args.size]
     contenders = make_contenders(sizes, args)
@@ -85,7 +85,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def make_contenders(sizes: dict[str, int], args: argparse.Namespace, dropout: float = DROPOUT) -> dict[str, Contender]:
-    """Makes the three models; ours and the reference begin with the same weights."""
+    """Makes the three models; ours and the reference start with the same weights."""
     torch.manual_seed(1337)
     ours = NanoGPTLMHeadModel(NanoGPTConfig(**sizes, dropout=dropout, bias=False, attn_implementation="sdpa"))
     reference = import_reference()(**sizes, dropout=dropout, bias=False)
@@ -118,9 +118,9 @@ def make_gpt2(sizes: dict[str, int], dropout: float) -> nn.Module:
 
 
 def make_contender(model: nn.Module, compute_loss: LossFunction, args: argparse.Namespace) -> Contender:
-    """Puts a model on the device in train mode, with its own AdamW of the settings that all share."""
+    """Moves a model to the device in train mode, with its own AdamW with common settings."""
     model.to(args.device).train()
-    fused = {"fused": True} if args.device.startswith("cuda") else {}  # as nanoGPT has it
+    fused = {"fused": True} if args.device.startswith("cuda") else {}  # as in nanoGPT
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), **fused)
     return Contender(torch.compile(model) if args.compile else model, compute_loss, optimizer, times_s=[])
 
@@ -128,7 +128,7 @@ def make_contender(model: nn.Module, compute_loss: LossFunction, args: argparse.
 def run_round(
     contenders: dict[str, Contender], round_index: int, sizes: dict[str, int], args: argparse.Namespace
 ) -> None:
-    """Lets each contender take one step on the same batch, another one first in every round."""
+    """Takes one step of each contender on the same batch; each round starts with another one."""
     torch.manual_seed(round_index)
     tokens = torch.randint(sizes["vocab_size"], (args.batch_size, sizes["block_size"] + 1)).to(args.device)
     idx, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()  # (B, T), as nanoGPT's get_batch
@@ -147,7 +147,7 @@ def run_round(
 def take_step(
     contender: Contender, idx: torch.Tensor, targets: torch.Tensor, args: argparse.Namespace
 ) -> torch.Tensor:
-    """Takes one training step: forward, backward, AdamW, gradients dropped."""
+    """Takes one training step: forward, backward, AdamW, zero_grad."""
     device_type = torch.device(args.device).type
     with torch.autocast(device_type, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16"):
         loss = contender.compute_loss(contender.model, idx, targets)

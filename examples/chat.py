@@ -1,7 +1,7 @@
-"""Makes a chat of a base model with TRL's SFTTrainer, to be served, and hands it back to nanoGPT.
+"""Turns a base model into a chat model with TRL's SFTTrainer, ready to be served, and converts it back to nanoGPT.
 
-The demo model learns the conversations of conversations.jsonl by heart: it says nothing wise, but it answers, and
-stops. docs/chat.md says what to change for a model of GPT-2's tokens and for conversations of your own.
+The demo model learns the conversations of conversations.jsonl by heart: it says nothing wise, but it answers and
+stops. docs/chat.md says what to change for a model with GPT-2's tokens and for your own conversations.
 
 Run: python examples/chat.py [out-example] [--full], with pip install ".[trl]"
 """
@@ -27,7 +27,7 @@ from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
 CONVERSATIONS_PATH = Path(__file__).with_name("conversations.jsonl")
 
-# A token for each role, one that ends a message, and one for padding, which stands for nothing else.
+# A token for each role, one that ends a message, and one that is only padding.
 USER, ASSISTANT, END, PAD = "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
 TEMPLATE = (
     "{% for message in messages %}"
@@ -39,7 +39,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
-# nanoGPT's meta.pkl holds single characters. These are none of the demo model's.
+# nanoGPT's meta.pkl can only contain single characters. The demo model has none of these.
 STAND_INS = {USER: "<", ASSISTANT: ">", END: "|", PAD: "~"}
 
 
@@ -62,10 +62,10 @@ def read_conversations() -> list[list[dict[str, str]]]:
 
 
 def train(model: NanoGPTLMHeadModel, tokenizer: PreTrainedTokenizerBase, out_dir: Path, n_updates: int) -> None:
-    """Trains on the answers of all conversations, in every update."""
+    """Trains on the answers. Every update uses all conversations."""
     conversations = read_conversations()
     lengths = [len(tokenizer.apply_chat_template(messages)["input_ids"]) for messages in conversations]
-    assert max(lengths) <= model.config.block_size  # TRL would cut off ends, and the model would not learn to stop
+    assert max(lengths) <= model.config.block_size  # TRL would cut off the ends, and the model would not learn to stop
     args = SFTConfig(
         str(out_dir),
         assistant_only_loss=True,
@@ -87,7 +87,7 @@ def answer(model: NanoGPTLMHeadModel, tokenizer: PreTrainedTokenizerBase, messag
 
 
 def write_for_nanogpt(model: NanoGPTLMHeadModel, tokenizer: PreTrainedTokenizerBase, out_dir: Path) -> None:
-    """Writes out/ckpt.pt, and data/chat/meta.pkl, without which sample.py cannot read it."""
+    """Writes out/ckpt.pt, and data/chat/meta.pkl, which sample.py needs to decode its text."""
     ids = tokenizer.get_vocab()
     characters = tuple(STAND_INS.get(token, token) for token in sorted(ids, key=ids.__getitem__))
     write_meta(CharacterTable(characters), out_dir / "data" / "chat" / "meta.pkl", overwrite=True)
@@ -96,7 +96,7 @@ def write_for_nanogpt(model: NanoGPTLMHeadModel, tokenizer: PreTrainedTokenizerB
 
 
 def main(out_dir: Path, n_updates: int) -> list[bool]:
-    """Writes the folder chat, and nanoGPT's files; tells of each answer whether it is the one learned, to its end."""
+    """Writes the folder chat and nanoGPT's files; returns for each answer whether it is the learned one."""
     tokenizer = build_character_tokenizer(read_meta(META_PATH), block_size=128)
     model = NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH)
     add_chat(model, tokenizer)

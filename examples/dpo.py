@@ -1,7 +1,7 @@
-"""Trains a nanoGPT model on preferences with TRL's DPOTrainer, and hands it back to nanoGPT.
+"""Trains a nanoGPT model on preferences with TRL's DPOTrainer, and converts it back to nanoGPT.
 
-TRL loads the model and its frozen reference from a folder, so the checkpoint is saved as one first. Chosen are lines
-that the demo model is sure of, rejected are less sure ones.
+TRL loads the model and its frozen reference from a folder, so the checkpoint is saved as one first. The chosen lines
+are sampled at a low temperature, the rejected ones at a higher temperature.
 
 Run: python examples/dpo.py [out-example] [--full], with pip install ".[trl]"
 """
@@ -16,7 +16,7 @@ from hugging_nano_gpt.demo import CKPT_PATH
 
 
 def train(out_dir: Path, n_updates: int, n_pairs: int = 320) -> tuple[dict[str, float], dict[str, float]]:
-    """Makes the updates and writes ckpt.pt into a folder; returns the held-out figures before and after."""
+    """Trains and writes ckpt.pt into a folder; returns the held-out metrics before and after."""
     data = sample_pairs(n_pairs).train_test_split(test_size=0.2, seed=1337)
     start_dir = out_dir / "start"
     model = NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH)

@@ -1,6 +1,6 @@
 """Evaluates a saved nanoGPT model with lm-evaluation-harness, offline, and computes every number again without it.
 
-The three tasks beside this file in evaluate/ ask for a loglikelihood, a loglikelihood_rolling and a generate_until.
+The three tasks in evaluate/ request a loglikelihood, a loglikelihood_rolling and a generate_until.
 Needs `pip install ".[eval]"`.
 
 Run, from the clone: python examples/evaluate.py [out-example]
@@ -20,8 +20,8 @@ folder = choose_out_dir() / "demo"
 model = NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH)
 block_size = model.config.block_size
 tokenizer = build_character_tokenizer(read_meta(META_PATH), block_size=block_size)
-# lm-eval cannot do without an end and a padding: here a character that the model hardly ever writes. The newline would
-# end every generation at the end of a line. What stands before a text is the newline, token 0, as for sample.py.
+# lm-eval needs an end token and a padding token: here a character that the model hardly ever writes, because the
+# newline would end every generation at the end of a line. The token before a text is the newline, as in sample.py.
 tokenizer.eos_token = tokenizer.pad_token = "$"  # noqa: S105
 model.save_pretrained(folder)
 tokenizer.save_pretrained(folder)

@@ -1,6 +1,6 @@
-"""Continues a nanoGPT run in several processes with FSDP2: every tensor and every moment is split between them.
+"""Continues a nanoGPT run in several processes with FSDP2, which splits every tensor and every moment between them.
 
-A plain loop, as in train.py, with Transformers' model in it. The data are those of shakespeare_sample.py.
+The loop is plain, as in train.py, with Transformers' model. The data come from shakespeare_sample.py.
 
 Run: sh examples/finetune_fsdp.sh, or torchrun --nproc-per-node 2 examples/finetune_fsdp.py DATA_FOLDER CKPT_TO_WRITE
 """
@@ -26,7 +26,7 @@ from hugging_nano_gpt.training import (
 
 
 def main(data_dir: Path, path: Path, n_updates: int = 10) -> None:
-    """Makes the updates, together with the other processes, and writes a checkpoint."""
+    """Trains together with the other processes, and writes a checkpoint."""
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
 
@@ -36,7 +36,7 @@ def main(data_dir: Path, path: Path, n_updates: int = 10) -> None:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
-    # After sharding, as the moments are split like the tensors.
+    # After sharding, because the moments are split like the tensors.
     optimizer = make_optimizer(model, state=state.optimizer)
     schedule = NanoGPTSchedule(optimizer, state.config, iter_num=state.iter_num)
     dataset = TokenDataset(data_dir / "train.bin", model.config.block_size)

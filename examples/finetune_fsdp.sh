@@ -1,5 +1,5 @@
 #!/bin/sh
-# Continues the demo run with FSDP2 in two processes on this machine's CPU, and writes one whole ckpt.pt.
+# Continues the demo run with FSDP2 in two processes on this machine's CPU, and writes one complete ckpt.pt.
 #
 # Run: sh examples/finetune_fsdp.sh [out-example]
 set -eu
@@ -7,7 +7,7 @@ PYTHON=${PYTHON:-python}
 here=$(dirname "$0")
 out=${1:-$(mktemp -d)}
 
-# All on the loopback interface, so that the machine's name need not be known to any network.
+# Use the loopback interface, so that no network has to know the machine's name.
 [ "$(uname)" = Darwin ] && loopback=lo0 || loopback=lo
 export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$loopback}" OMP_NUM_THREADS=1
 

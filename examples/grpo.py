@@ -1,7 +1,7 @@
-"""Trains a nanoGPT model by reinforcement with TRL's GRPOTrainer, and hands it back to nanoGPT.
+"""Trains a nanoGPT model by reinforcement with TRL's GRPOTrainer, and converts it back to nanoGPT.
 
-The reward is the number of vowels in a line; any function of the completions will do. RLOOTrainer takes the same, and
-a frozen reference, which TRL loads from the model's folder.
+The reward is the number of vowels in a line; any function of the completions works. RLOOTrainer takes the same
+arguments, and a frozen reference, which TRL loads from the model's folder.
 
 Run: python examples/grpo.py [out-example] [--trainer rloo] [--full], with pip install ".[trl]"
 """
@@ -25,7 +25,7 @@ TRAINERS = {"grpo": (GRPOConfig, GRPOTrainer), "rloo": (RLOOConfig, RLOOTrainer)
 
 
 def train(out_dir: Path, n_updates: int, trainer_name: str = "grpo") -> list[float]:
-    """Makes the updates and writes ckpt.pt into a folder; returns the mean reward of each update."""
+    """Trains and writes ckpt.pt into a folder; returns the mean reward of each update."""
     config_class, trainer_class = TRAINERS[trainer_name]
 
     start_dir = out_dir / "start"

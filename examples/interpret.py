@@ -1,6 +1,6 @@
 """Looks inside a nanoGPT model with nnsight, and inside its export with TransformerLens.
 
-nnsight takes the model as it is. TransformerLens knows GPT-2, so it gets the export, which computes the same. Needs
+nnsight loads the model directly. TransformerLens knows GPT-2, so it loads the export, which computes the same. Needs
 `pip install ".[interpret]"`.
 
 Run: python examples/interpret.py [out-example]
@@ -15,7 +15,7 @@ from hugging_nano_gpt import NanoGPTLMHeadModel, build_character_tokenizer, expo
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
 TEXT, LAYER = "To be, or not to be", 1
-# TransformerLens computes attention with a head's weights apart, so its float32 sums have another order.
+# TransformerLens computes attention with separate weights for each head, so it adds float32 sums in another order.
 ATOL = 1e-4
 
 out_dir = choose_out_dir()

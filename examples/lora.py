@@ -1,6 +1,6 @@
-"""Fine-tunes a nanoGPT model with LoRA in plain transformers.Trainer, merges it, and hands it back to nanoGPT.
+"""Fine-tunes a nanoGPT model with LoRA in plain transformers.Trainer, merges it, and converts it back to nanoGPT.
 
-`target_modules="all-linear"` is every projection of the blocks, and not the head, which is tied to the embedding.
+`target_modules="all-linear"` selects every projection of the blocks, but not the head, which is tied to the embedding.
 Needs `pip install ".[train,peft]"`.
 
 Run: python examples/lora.py [out-example]
@@ -19,10 +19,10 @@ from hugging_nano_gpt.demo import CKPT_PATH
 
 
 def main(out_dir: Path, n_updates: int = 20) -> None:
-    """Makes the updates, and writes the base, the adapter and the merged model into a folder."""
+    """Trains, and writes the base, the adapter and the merged model into a folder."""
     data_dir = write_data(out_dir / "data")
 
-    # The base as a folder, by whose name the adapter will remember it.
+    # Save the base as a folder, because the adapter stores the base's name.
     NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH).save_pretrained(out_dir / "base")
     base = NanoGPTLMHeadModel.from_pretrained(out_dir / "base")
     tokens = torch.from_numpy(np.fromfile(data_dir / "train.bin", dtype=np.uint16).astype(np.int64))
@@ -43,7 +43,7 @@ def main(out_dir: Path, n_updates: int = 20) -> None:
     )
     trainer = Trainer(model, args, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
     trainer.train()
-    model.save_pretrained(out_dir / "adapter")  # the adapter alone
+    model.save_pretrained(out_dir / "adapter")  # only the adapter
 
     adapted = PeftModel.from_pretrained(NanoGPTLMHeadModel.from_pretrained(out_dir / "base"), out_dir / "adapter")
     with torch.no_grad():

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Trains a small model from scratch in two processes on this machine's CPU, as train.py does; --fsdp splits it.
+# Trains a small model from scratch in two processes on this machine's CPU, as train.py does; --fsdp splits the model.
 #
 # Run: sh examples/pretrain.sh [out-example] [--fsdp]
 set -eu
@@ -8,9 +8,9 @@ here=$(dirname "$0")
 out=${1:-$(mktemp -d)}
 [ $# -gt 0 ] && shift
 mkdir -p "$out"
-out=$(cd "$out" && pwd) # train.py looks for data/DATASET in its folder: a whole path serves too
+out=$(cd "$out" && pwd) # train.py reads data/DATASET in its folder: an absolute path works too
 
-# All on the loopback interface, so that the machine's name need not be known to any network.
+# Use the loopback interface, so that no network has to know the machine's name.
 [ "$(uname)" = Darwin ] && loopback=lo0 || loopback=lo
 export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$loopback}" OMP_NUM_THREADS=1
 

@@ -1,6 +1,6 @@
-"""Quantises a nanoGPT model to 8 bits with torchao, on the CPU, and measures what that costs.
+"""Quantises a nanoGPT model to 8 bits with torchao, on the CPU, and measures the change in perplexity and size.
 
-The token embedding, and the head that it is tied to, stay float. Needs `pip install ".[quantize]"`.
+The token embedding, and the head that is tied to it, stay float. Needs `pip install ".[quantize]"`.
 
 Run: python examples/quantize.py [out-example]
 """
@@ -29,7 +29,7 @@ assert quantized.generate(max_new_tokens=200, do_sample=True).shape == (1, 201)
 try:
     quantized.to_nanogpt_ckpt(out_dir / "ckpt.pt")
 except ConversionError as error:
-    print(error)  # nanoGPT has no place for it
+    print(error)  # a checkpoint has no place for it
 files = [path / "model.safetensors" for path in (out_dir / "float", out_dir / "int8")]
 model.save_pretrained(files[0].parent)
 sizes = [file.stat().st_size / 1e6 for file in files]

@@ -1,7 +1,7 @@
 """Continues a nanoGPT run in Transformers' Trainer, with its optimizer state, its schedule and its settings.
 
-The run is the bundled demo checkpoint: train.py stopped it after 5,000 iterations of data/shakespeare_char. Here it
-goes on for 40 updates, and ends as a checkpoint of Trainer's own and as a ckpt.pt from which train.py goes on.
+The run is the bundled demo checkpoint, which train.py stopped after 5,000 iterations on data/shakespeare_char. It
+continues for 40 updates and writes one of Trainer's checkpoints, and a ckpt.pt that train.py resumes.
 
 Run: python examples/resume_in_trainer.py [out-example]
 """
@@ -22,13 +22,13 @@ from hugging_nano_gpt.training import (
 
 
 def main(out_dir: Path, n_updates: int = 40) -> None:
-    """Makes the updates, and writes both checkpoints into a folder."""
+    """Trains, and writes both checkpoints into a folder."""
     data_dir = write_data(out_dir / "data")
 
     model = NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH)
     state = read_checkpoint(CKPT_PATH).training_state  # iter_num, best_val_loss, settings, AdamW's moments
 
-    # The run had decayed its learning rate to the end; with 1,000 iterations more to decay, it has some way to go.
+    # The run had decayed its learning rate completely. With 1,000 more iterations to decay, it can fall further.
     changes = {"lr_decay_iters": state.iter_num + 1000, "eval_interval": n_updates, "eval_iters": 10}
     config = {**state.config, **changes, "max_iters": state.iter_num + n_updates, "out_dir": str(out_dir)}
     args, _ = training_arguments_from_nanogpt(config, iter_num=state.iter_num, disable_tqdm=True)
@@ -49,8 +49,8 @@ def main(out_dir: Path, n_updates: int = 40) -> None:
     steps = {int(moments["step"]) for moments in written.optimizer.moments.values()}
     assert written.best_val_loss < before
     assert written.iter_num == state.iter_num + n_updates
-    assert steps == {written.iter_num}  # AdamW went on where train.py left it
-    assert (out_dir / f"checkpoint-{n_updates}" / "model.safetensors").is_file()  # Trainer's own
+    assert steps == {written.iter_num}  # AdamW continued where train.py stopped
+    assert (out_dir / f"checkpoint-{n_updates}" / "model.safetensors").is_file()  # Trainer's own checkpoint
     print(f"Continued to iteration {written.iter_num}, validation loss {before:.4f} to {written.best_val_loss:.4f}.")
     print(f"Wrote {out_dir / 'ckpt.pt'}")
 

@@ -1,7 +1,7 @@
 """Trains a reward model from a nanoGPT checkpoint with TRL's RewardTrainer.
 
 The score is a new linear layer, so Transformers reports that the checkpoint lacks `score.weight`. The model learns to
-tell lines that the demo model is sure of from less sure ones.
+distinguish lines sampled at a low temperature from lines sampled at a higher one.
 
 Run: python examples/reward.py [out-example] [--full], with pip install ".[trl]"
 """
@@ -17,9 +17,9 @@ from hugging_nano_gpt.demo import CKPT_PATH
 
 
 def train(out_dir: Path, n_updates: int, n_pairs: int = 640) -> tuple[float, float]:
-    """Makes the updates and writes the model into a folder; returns the shares of pairs in order, before and after."""
+    """Trains and writes the model into a folder; returns the share of pairs in order, before and after."""
     data = sample_pairs(n_pairs).train_test_split(test_size=0.2, seed=1337)
-    torch.manual_seed(1337)  # of the new layer
+    torch.manual_seed(1337)  # initialises the new layer
     model = NanoGPTForSequenceClassification.from_nanogpt_ckpt(CKPT_PATH, num_labels=1)
     args = RewardConfig(
         str(out_dir),

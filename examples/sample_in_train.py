@@ -1,8 +1,8 @@
-"""Writes samples at every evaluation of nanoGPT's own train.py, by one line more in it.
+"""Writes samples at every evaluation of nanoGPT's own train.py, with one more line in it.
 
-The line hands the model that train.py holds to NanoGPTLMHeadModel.from_nanogpt, which shares its tensors: generate
-has a cache, and nothing is copied. Here a copy of train.py gets the line and makes a small run; its ckpt.pt has the
-bits of the same run without the line.
+The line passes train.py's model to NanoGPTLMHeadModel.from_nanogpt, which shares its tensors: generate has a cache,
+and nothing is copied. This script adds the line to a copy of train.py and runs it briefly. Its ckpt.pt has the same
+bits as that of a run without the line.
 
 Run: NANOGPT_DIR=/path/to/nanoGPT python examples/sample_in_train.py [out-example]
 """
@@ -18,7 +18,7 @@ from shakespeare_sample import choose_out_dir, write_data
 
 from hugging_nano_gpt import NanoGPTLMHeadModel, build_character_tokenizer, read_checkpoint, read_meta
 
-# After this line of train.py, which raw_model is ready for.
+# The line is inserted after this one of train.py, where raw_model exists.
 PLACE = "        losses = estimate_loss()\n"
 LINE = "        __import__('sample_in_train').write_sample(raw_model, iter_num, data_dir)\n"
 
@@ -30,7 +30,7 @@ FLAGS = (
 
 
 def write_sample(gpt: torch.nn.Module, iter_num: int, data_dir: str) -> None:
-    """Adds a sample of a model in training to samples.txt; torch's generator, which train.py draws from, stays."""
+    """Appends a sample of a model in training to samples.txt; torch's random generator keeps its state."""
     model = NanoGPTLMHeadModel.from_nanogpt(gpt)
     tokenizer = build_character_tokenizer(read_meta(Path(data_dir) / "meta.pkl"))
     with torch.random.fork_rng():
@@ -40,7 +40,7 @@ def write_sample(gpt: torch.nn.Module, iter_num: int, data_dir: str) -> None:
 
 
 def main(out_dir: Path) -> None:
-    """Runs train.py as it is and with the line, and compares."""
+    """Runs train.py without and with the line, and compares the checkpoints."""
     nanogpt_dir = Path(os.environ["NANOGPT_DIR"])
     script = (nanogpt_dir / "train.py").read_text(encoding="utf-8")
     assert script.count(PLACE) == 1
@@ -56,7 +56,7 @@ def main(out_dir: Path) -> None:
 
 
 def run(folder: Path, script: str, nanogpt_dir: Path, data_dir: Path) -> None:
-    """Runs a train.py in a folder of its own, beside the checkout's other files."""
+    """Runs a train.py in its own folder, with links to the checkout's other files."""
     (folder / "data").mkdir(parents=True)
     (folder / "data" / "sample").symlink_to(data_dir)
     (folder / "train.py").write_text(script, encoding="utf-8")

@@ -1,6 +1,6 @@
-"""Fine-tunes a nanoGPT model with TRL's SFTTrainer, and hands it back to nanoGPT.
+"""Fine-tunes a nanoGPT model with TRL's SFTTrainer, and converts it back to nanoGPT.
 
-The demo model has read Shakespeare; here it learns to write in capitals. Any dataset that SFTTrainer takes will do.
+The demo model was trained on Shakespeare; here it learns to write in capitals. Any dataset for SFTTrainer works.
 
 Run: python examples/sft.py [out-example] [--full], with pip install ".[trl]"
 """
@@ -16,7 +16,7 @@ from hugging_nano_gpt.demo import CKPT_PATH
 
 
 def train(out_dir: Path, n_updates: int) -> tuple[float, float]:
-    """Makes the updates and writes ckpt.pt into a folder; returns the held-out loss before and after."""
+    """Trains and writes ckpt.pt into a folder; returns the held-out loss before and after."""
     prompts = SPEAKERS * 64
     texts = [
         prompt + line.upper() for prompt, line in zip(prompts, sample_lines(prompts, temperature=0.8), strict=True)

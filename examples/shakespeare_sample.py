@@ -1,8 +1,8 @@
-"""Makes the data that the examples train on: text sampled from the bundled demo model.
+"""Writes the data that the examples train on: text sampled from the bundled demo model.
 
-It stands in for your own data/shakespeare_char, as the package brings no data: the same three files in the format of
-nanoGPT's prepare.py, and the same alphabet. The text is sampled at temperature 0.5, so it is more regular than what
-the model expects, and there is something to learn from it. For real work, take the files that prepare.py wrote.
+The package contains no data, so this replaces your own data/shakespeare_char: the same three files in the format of
+nanoGPT's prepare.py, with the same alphabet. The text is sampled at temperature 0.5, so it is more regular than what
+the model expects, and the model can learn from it. For real work, use the files that prepare.py wrote.
 
 Run: python examples/shakespeare_sample.py FOLDER
 """
@@ -19,7 +19,7 @@ from hugging_nano_gpt import NanoGPTLMHeadModel
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
 N_SAMPLES = 256
-VAL_SHARE = 10  # one token in so many, as in nanoGPT's data/shakespeare_char/prepare.py
+VAL_SHARE = 10  # one token in ten, as in nanoGPT's data/shakespeare_char/prepare.py
 
 
 def write_data(data_dir: Path) -> Path:
@@ -27,7 +27,7 @@ def write_data(data_dir: Path) -> Path:
     data_dir.mkdir(parents=True, exist_ok=True)
     model = NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH)
     torch.manual_seed(1337)
-    newlines = torch.zeros(N_SAMPLES, 1, dtype=torch.long)  # token 0, with which nanoGPT's sample.py begins
+    newlines = torch.zeros(N_SAMPLES, 1, dtype=torch.long)  # token 0, where nanoGPT's sample.py starts
     n_new = model.config.block_size - 1
     samples = model.generate(newlines, max_new_tokens=n_new, do_sample=True, temperature=0.5)  # (rows, block_size)
     tokens = samples.flatten().numpy().astype(np.uint16)

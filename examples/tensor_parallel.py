@@ -1,6 +1,6 @@
-"""Loads one nanoGPT model into several processes, each with its share of every layer, and generates together.
+"""Loads one nanoGPT model into several processes, each with a part of every layer, and generates with all of them.
 
-Transformers splits the model by the plan that comes with it; torchrun sets the number of processes.
+Transformers splits the model with the plan that the model defines; torchrun sets the number of processes.
 
 Run: sh examples/tensor_parallel.sh
 """
@@ -22,7 +22,7 @@ assert torch.equal(tokens, expected)
 ids = tokens[:, : whole.config.block_size]
 with torch.no_grad():
     logits, expected = model(ids).logits, whole(ids).logits
-difference = ((logits - expected).abs().max() / expected.abs().max()).item()  # sums in another order
+difference = ((logits - expected).abs().max() / expected.abs().max()).item()  # sums are added in another order
 assert difference < 1e-5
 assert share == 1 / dist.get_world_size()
 if dist.get_rank() == 0:

@@ -1,11 +1,11 @@
 #!/bin/sh
-# Splits the demo model over two processes on this machine's CPU.
+# Splits the demo model between two processes on this machine's CPU.
 #
 # Run: sh examples/tensor_parallel.sh
 set -eu
 PYTHON=${PYTHON:-python}
 
-# All on the loopback interface, so that the machine's name need not be known to any network.
+# Use the loopback interface, so that no network has to know the machine's name.
 [ "$(uname)" = Darwin ] && loopback=lo0 || loopback=lo
 export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$loopback}" OMP_NUM_THREADS=1
 

@@ -1,7 +1,7 @@
 """What the TRL examples share: the demo model's tokenizer, lines sampled from it, and the command line.
 
-TRL needs an end and a padding token, and a character model has neither. The newline serves as both here, so that a
-text is a line and the model stays as it is; docs/tokenizers.md shows the other way, a token of its own.
+TRL needs an end token and a padding token, and a character model has neither. Here the newline is both, so that a text
+is a line and the model needs no change; docs/tokenizers.md shows how to add a token instead.
 """
 
 import argparse
@@ -18,9 +18,9 @@ from hugging_nano_gpt import NanoGPTLMHeadModel, build_character_tokenizer, read
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
 SPEAKERS = ["ROMEO:\n", "JULIET:\n", "MENENIUS:\n", "KING RICHARD III:\n", "DUKE VINCENTIO:\n", "First Citizen:\n"]
-LINE_LENGTH = 60  # with the longest speaker well within the demo model's block_size of 128
+LINE_LENGTH = 60  # with the longest speaker, well within the demo model's block_size of 128
 
-# What every trainer here is told: float32 on a CPU, and no gradient checkpointing, which a small model does not need.
+# Settings of every trainer here: float32 on a CPU, without gradient checkpointing, which a small model does not need.
 ARGUMENTS = {
     "bf16": False,
     "disable_tqdm": True,
@@ -41,7 +41,7 @@ def load_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def sample_lines(prompts: list[str], temperature: float) -> list[str]:
-    """Samples a line of the demo model for each prompt; the line ends before the newline."""
+    """Samples a line from the demo model for each prompt; the line ends before the newline."""
     tokenizer = load_tokenizer()
     model = NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH, eos_token_id=0, pad_token_id=0)
     torch.manual_seed(1337)
@@ -52,14 +52,14 @@ def sample_lines(prompts: list[str], temperature: float) -> list[str]:
 
 
 def sample_pairs(n_pairs: int) -> datasets.Dataset:
-    """Samples pairs of lines with the same prompt: a sure one is chosen, a less sure one is rejected."""
+    """Samples pairs of lines for the same prompt: chosen at temperature 0.5, rejected at 1.0."""
     prompts = (SPEAKERS * n_pairs)[:n_pairs]
     pairs = {"prompt": prompts, "chosen": sample_lines(prompts, 0.5), "rejected": sample_lines(prompts, 1.0)}
     return datasets.Dataset.from_dict(pairs)
 
 
 def parse_command(doc: str, n_updates: int, trainers: Sequence[str] = ()) -> argparse.Namespace:
-    """Returns out_dir, the folder to write to; n_updates, ten times as many with --full; and trainer, if any."""
+    """Parses out_dir, the folder to write to; n_updates, ten times as many with --full; and trainer, if any."""
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     parser.add_argument("out_dir", nargs="?", type=Path, help="the folder to write to (default: a temporary one)")
     full = {"action": "store_const", "dest": "n_updates", "const": 10 * n_updates, "default": n_updates}
@@ -72,6 +72,6 @@ def parse_command(doc: str, n_updates: int, trainers: Sequence[str] = ()) -> arg
 
 
 def conclude(claim: str, holds: bool) -> None:
-    """Prints what was claimed as the last line, and exits with 1 if it does not hold."""
+    """Prints the claim as the last line, and exits with 1 if it does not hold."""
     print(claim if holds else f"DOES NOT HOLD: {claim}")
     sys.exit(not holds)

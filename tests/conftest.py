@@ -1,4 +1,4 @@
-"""What the file tests share: a tiny checkpoint as train.py holds it, exact comparison, limits of time and disk."""
+"""What the tests share: a tiny checkpoint as train.py writes it, exact comparison, limits of time and disk."""
 
 import contextlib
 import copy
@@ -18,14 +18,14 @@ from .helpers.tiny import MODEL_ARGS
 
 @pytest.fixture(scope="module", autouse=True)
 def keep_what_is_loaded():
-    """Takes what is loaded out of garbage collection, which Trainer and torch call often: half a second each time."""
+    """Excludes loaded objects from garbage collection, which Trainer and torch call often: half a second each time."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="module")
 def two_threads():
-    """The recorded run was made with two threads, and with one the sums come in another order (4e-7)."""
+    """The recorded run was made with two threads; with one, sums are added in another order (4e-7)."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -39,7 +39,7 @@ def shared_contents() -> dict[str, Any]:
 
 @pytest.fixture
 def contents(shared_contents) -> dict[str, Any]:
-    """A copy for each test to change; making AdamW step takes 20 times as long."""
+    """A copy that each test may change; a new AdamW step would take 20 times as long."""
     return copy.deepcopy(shared_contents)
 
 
@@ -50,14 +50,14 @@ def checkpoint(contents, tmp_path) -> Checkpoint:
 
 @pytest.fixture
 def model(checkpoint):
-    """A toy model with a training state, of which nothing is a default."""
+    """A toy model with a training state in which no value is a default."""
     model = NanoGPTLMHeadModel.from_nanogpt_ckpt(checkpoint.path)
-    checkpoint.path.unlink()  # tests look at what else is in the folder
+    checkpoint.path.unlink()  # tests check the other files in the folder
     return model
 
 
 def make_contents(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Makes the dict that train.py saves, after one AdamW step; written out here so that it is independent of ours."""
+    """Makes the dict that train.py saves, after one AdamW step; written out here to be independent of the package."""
     torch.manual_seed(0)
     C, T, V = MODEL_ARGS["n_embd"], MODEL_ARGS["block_size"], MODEL_ARGS["vocab_size"]
     shapes = {"transformer.wte.weight": (V, C), "transformer.wpe.weight": (T, C)}
@@ -96,7 +96,7 @@ def save(contents: Any, folder: Path) -> Path:
 
 
 def assert_same(left: Any, right: Any) -> None:
-    """Asserts that two trees have the same types, keys, order and values, and their tensors the same bits."""
+    """Asserts that two trees have the same types, keys, order and values, and tensors with the same bits."""
     assert type(left) is type(right)
     if isinstance(left, torch.Tensor):
         assert (left.dtype, left.shape) == (right.dtype, right.shape)
@@ -114,7 +114,7 @@ def assert_same(left: Any, right: Any) -> None:
 
 
 def assert_write_refused(checkpoint: Checkpoint, folder: Path, message: str) -> None:
-    """Asserts that a checkpoint is refused in a message with the path in front, and that nothing is written."""
+    """Asserts that a checkpoint is refused with a message that starts with the path, and that nothing is written."""
     path = folder / "refused.pt"
     with pytest.raises(ConversionError, match=message) as caught:
         write_checkpoint(checkpoint, path)
@@ -128,7 +128,7 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def limit_time(seconds: float):
-    """Fails the test when the block takes longer, also while it waits for the system; not on Windows."""
+    """Fails the test if the block takes longer, also while it waits for the system; not on Windows."""
     if not hasattr(signal, "setitimer"):
         yield
         return
@@ -147,7 +147,7 @@ def limit_time(seconds: float):
 
 @contextlib.contextmanager
 def limit_file_size(size_bytes: int):
-    """Makes the system refuse to let a file grow beyond a size, as a full disk does."""
+    """Makes the system refuse to let a file grow past a size, like a full disk."""
     resource = pytest.importorskip("resource", reason="Windows has no such limit")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
@@ -158,7 +158,7 @@ def limit_file_size(size_bytes: int):
 
 
 def measure_peak_bytes() -> int:
-    """Returns the largest memory that this process has had."""
+    """Returns the largest amount of memory that this process has used."""
     resource = pytest.importorskip("resource", reason="Windows does not count it")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak << 10

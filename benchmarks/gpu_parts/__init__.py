@@ -1,1 +1,1 @@
-"""The parts of gpu.py, a file each: PROBES names what it tries, LIMIT_S is the time it may take."""
+"""The parts of gpu.py, one file each: PROBES are its probes by name, LIMIT_S is its time limit."""

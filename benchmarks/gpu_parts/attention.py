@@ -1,4 +1,4 @@
-"""Which attention kernels run, and whether every implementation gives padded and packed rows their own numbers."""
+"""Checks which attention kernels run, and that padded and packed rows give the same numbers as alone."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,17 +13,17 @@ from .probe import Outcome, Probe, Setting, SkippedError, make_batch, make_ours,
 
 LIMIT_S = 60.0
 
-# torch's own operators, whatever chose them. "math" is the slow one, without a kernel of its own.
+# torch's own operators. "math" is the slow one, which has no kernel.
 OPERATORS = ("aten::_scaled_dot_product_", "aten::_flash_attention", "aten::_efficient_attention", "aten::_cudnn_att")
 
 KERNEL_WORDS = ("flash", "fmha", "sdpa")
 
-# Norms relative to the expected logits'. bfloat16 has 8 bits; without its mask a row is several tenths away.
+# Norms relative to the expected logits' norm. bfloat16 has 8 bits; without its mask a row differs by several tenths.
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
 def probe_kernels(setting: Setting) -> Outcome:
-    """Notes which operators and kernels the attention of ours and of the reference come to."""
+    """Records the operators and kernels that attention uses, in ours and in the reference."""
     ours, reference = make_pair(setting)
     idx, targets = make_batch(setting, 4, ours.config.block_size, ours.config.vocab_size)
     prompt = {"input_ids": idx[:, :8], "use_cache": True}
@@ -44,10 +44,10 @@ def probe_kernels(setting: Setting) -> Outcome:
 
 
 def list_attention(setting: Setting, run: Callable[[], Any]) -> list[str]:
-    """Returns the names of the operators and kernels of attention that a call comes to, under bfloat16 autocast."""
+    """Returns the names of the attention operators and kernels that a call uses under bfloat16 autocast."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if setting.is_cuda else [])]
     with torch.autocast(torch.device(setting.device).type, dtype=torch.bfloat16):
-        run()  # what is loaded or tuned once is not in the profile
+        run()  # keeps one-time loading and tuning out of the profile
         with profile(activities=activities) as profiled:
             run()
             setting.synchronize()
@@ -59,7 +59,7 @@ def list_attention(setting: Setting, run: Callable[[], Any]) -> list[str]:
 
 
 def probe_rows(setting: Setting, implementation: str, dtype: torch.dtype) -> Outcome:
-    """Compares padded and packed rows with the same rows alone, and shows that without the mask they differ."""
+    """Compares padded and packed rows with the same rows alone, and checks that without the mask they differ."""
     check_installed(setting, implementation)
     sizes = {**setting.sizes(), "n_layer": 2}
     torch.manual_seed(1337)
@@ -89,7 +89,7 @@ def probe_rows(setting: Setting, implementation: str, dtype: torch.dtype) -> Out
 
 
 def check_installed(setting: Setting, implementation: str) -> None:
-    """Raises SkippedError where an implementation cannot run."""
+    """Raises SkippedError if an implementation cannot run."""
     if implementation == "flex_attention" and not setting.is_cuda:
         raise SkippedError("on a CPU flex attention compiles C++ for a minute")
     if implementation.startswith("flash"):
@@ -99,7 +99,7 @@ def check_installed(setting: Setting, implementation: str) -> None:
 
 
 def pad_left(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns rows (1, T) as one batch (B, the longest T), and its mask."""
+    """Pads rows (1, T) to one batch (B, longest T); returns the batch and its mask."""
     longest = max(row.shape[1] for row in rows)
     pad = torch.nn.functional.pad
     padded = torch.cat([pad(row, (longest - row.shape[1], 0), value=3) for row in rows])
@@ -107,20 +107,20 @@ def pad_left(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def read_padded(model: Any, padded: torch.Tensor, mask: torch.Tensor, use_mask: bool) -> torch.Tensor:
-    """Returns the logits of all tokens that are no padding, row after row."""
+    """Returns the logits of all tokens except the padding, row by row."""
     logits = model(padded, attention_mask=mask if use_mask else None, use_cache=False).logits
     return logits[mask.bool()]
 
 
 def read_packed(model: Any, rows: list[torch.Tensor], use_positions: bool) -> torch.Tensor:
-    """Returns the logits of all tokens of rows that stand in one row, one after the other."""
+    """Returns the logits of all tokens of rows that are packed into one row."""
     positions = torch.cat([torch.arange(row.shape[1], device=row.device) for row in rows])[None]
     packed = torch.cat(rows, dim=1)
     return model(packed, position_ids=positions if use_positions else None, use_cache=False).logits[0]
 
 
 def measure_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Returns the norm of the difference in units of the expected logits' norm."""
+    """Returns the norm of the difference, relative to the expected logits' norm."""
     return float((found.float() - expected.float()).norm() / expected.float().norm())
 
 

@@ -1,7 +1,7 @@
-"""generate on the device: nanoGPT's tokens, however they are computed, and how often it waits for the GPU.
+"""Checks that generate gives nanoGPT's tokens on the device in every way, and counts how often it waits for the GPU.
 
-Keys and values from a cache differ from those of a whole pass in their last bits. Where two tokens are nearly as
-likely, that can choose the other; so a row that is not the reference's must part from it at such a pair.
+Keys and values from a cache differ from those of a full pass in their last bits. If two tokens are almost equally
+likely, that can select the other one. So a row may differ from the reference's only from such a pair on.
 """
 
 import warnings
@@ -24,12 +24,12 @@ LIMIT_S = 110.0
 NEAR_TIE = 1e-3  # in units of the largest logit
 N_TOKENS = {"full": 64, "toy": 8}
 N_WAITED = 8
-PAST_TOKENS = 12  # this many beyond block_size, each of which reads the whole window again
+PAST_TOKENS = 12  # this many past block_size; each computes the whole window again
 
 
 def probe_tokens(setting: Setting, batch: int, **settings: Any) -> Outcome:
     """Compares greedy tokens within block_size with the reference's."""
-    is_static = "cache_implementation" in settings  # which is compiled: layers of one kind cost time and show nothing
+    is_static = "cache_implementation" in settings  # it is compiled, where more layers only cost time
     ours, reference = make_eval_pair(setting, **({"n_layer": 2} if is_static else {}))
     prompt, _ = make_batch(setting, batch, setting.choose(16, 4), ours.config.vocab_size)
     count = setting.choose(N_TOKENS["full"], N_TOKENS["toy"])
@@ -37,7 +37,7 @@ def probe_tokens(setting: Setting, batch: int, **settings: Any) -> Outcome:
 
 
 def probe_past_block_size(setting: Setting, batch: int, **settings: Any) -> Outcome:
-    """Compares greedy tokens that begin within block_size and end past it."""
+    """Compares greedy tokens that start within block_size and end past it."""
     ours, reference = make_eval_pair(setting, n_layer=2)
     prompt, _ = make_batch(setting, batch, ours.config.block_size - PAST_TOKENS, ours.config.vocab_size)
     return compare_tokens(setting, ours, reference, prompt, 2 * PAST_TOKENS, settings)
@@ -59,7 +59,7 @@ def probe_padded(setting: Setting) -> Outcome:
 
 
 def probe_sampled(setting: Setting) -> Outcome:
-    """Draws from one seed with temperature and top_k: without a cache the numbers are the reference's own."""
+    """Samples from one seed with temperature and top_k; without a cache, the tokens equal the reference's."""
     ours, reference = make_eval_pair(setting, n_layer=2)
     prompt, _ = make_batch(setting, 4, 8, ours.config.vocab_size)
     count = setting.choose(N_TOKENS["full"], N_TOKENS["toy"])
@@ -78,7 +78,7 @@ def probe_sampled(setting: Setting) -> Outcome:
 
 
 class Collector:
-    """A streamer that keeps the tokens."""
+    """A streamer that collects the tokens."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -91,11 +91,11 @@ class Collector:
 
 
 def probe_sampler(setting: Setting) -> Outcome:
-    """Draws as the command line does, against the reference under sample.py's bfloat16 autocast."""
+    """Samples like the command line, against the reference under sample.py's bfloat16 autocast."""
     if not setting.is_cuda:
         raise SkippedError("on a CPU, sample.py does not autocast")
     ours, reference = make_eval_pair(setting, n_layer=2)
-    reference.lm_head.register_forward_pre_hook(lambda module, args: (args[0][:, [-1]],))  # as nanoGPT's generate
+    reference.lm_head.register_forward_pre_hook(lambda module, args: (args[0][:, [-1]],))  # as in nanoGPT's generate
     count, settings = setting.choose(N_TOKENS["full"], N_TOKENS["toy"]), {"temperature": 0.8, "top_k": 20}
     n_equal, n_seeds = {"as sample.py": 0, "in float32": 0}, 4
     for seed in range(n_seeds):
@@ -128,11 +128,11 @@ def compare_tokens(
     count: int,
     settings: dict[str, Any],
 ) -> Outcome:
-    """Compares greedy tokens; where a row parts from the reference, the two candidates must be nearly as likely."""
+    """Compares greedy tokens; where a row first differs, both tokens must be almost equally likely."""
     expected = reference.generate_greedily(prompt, count)
     generate = partial(ours.generate, prompt, max_new_tokens=count, do_sample=False, **settings)
     figures: dict[str, Any] = {}
-    found = generate()  # which compiles, with a static cache
+    found = generate()  # compiles, with a static cache
     if settings.get("cache_implementation") == "static" and setting.is_cuda:
         found, graphs = count_graph_launches(setting, generate)
         figures["CUDA graphs launched a token"] = graphs / count
@@ -157,7 +157,7 @@ def count_graph_launches(setting: Setting, run: Callable[[], Any]) -> tuple[Any,
 
 @torch.no_grad()
 def measure_gap(reference: Any, found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Returns by how much the token of the reference is the likelier, in units of the largest logit."""
+    """Returns the difference of the logits of the reference's token and ours, in units of the largest logit."""
     where = int((found != expected).nonzero()[0])
     block_size = reference.transformer["wpe"].num_embeddings
     logits = reference(expected[None, max(0, where - block_size) : where])[0][0, -1]
@@ -165,7 +165,7 @@ def measure_gap(reference: Any, found: torch.Tensor, expected: torch.Tensor) -> 
 
 
 def probe_waits(setting: Setting) -> Outcome:
-    """Counts how often generate waits for the GPU for one token more, and says where."""
+    """Counts how often generate waits for the GPU for each further token, and where."""
     if not setting.is_cuda:
         raise SkippedError("there is no GPU to wait for")
     ours, _ = make_eval_pair(setting, n_layer=2)
@@ -179,11 +179,11 @@ def probe_waits(setting: Setting) -> Outcome:
         "past block_size": (long, {}),
         "past block_size with a mask": (long, {"is_masked": True}),
         "past block_size with a stride": (long, {"stride": N_WAITED}),
-        "static": (short, {"cache_implementation": "static"}),  # the last, because it compiles
+        "static": (short, {"cache_implementation": "static"}),  # last, because it compiles
     }
     figures = setting.figures
     for name, (prompt, settings) in cases.items():
-        # Both end at the same length, and so have the same static cache.
+        # Both end at the same length, so they have the same static cache.
         longer = nn.functional.pad(prompt, (N_WAITED, 0), value=1)
         few, many = (
             count_waits(ours, *case, settings) for case in ((longer, 1 + N_WAITED), (prompt, 1 + 2 * N_WAITED))
@@ -196,7 +196,7 @@ def probe_waits(setting: Setting) -> Outcome:
 
 
 def make_mask(prompt: torch.Tensor) -> torch.Tensor:
-    """Makes a mask that leaves out the first two tokens of the first row."""
+    """Makes a mask that masks the first two tokens of the first row."""
     mask = torch.ones_like(prompt)
     mask[0, :2] = 0
     return mask

@@ -1,7 +1,7 @@
-"""Ours against nanoGPT's architecture in plain torch (tests/helpers/reference.py), side by side on the device.
+"""Compares ours with nanoGPT's architecture in plain torch (tests/helpers/reference.py), side by side on the device.
 
-On a GPU some sums come in another order each time. So the yardstick is the reference against itself, run after run:
-ours may differ from it by no more. With torch's deterministic algorithms neither differs at all.
+On a GPU some sums are added in another order in each run, so the reference differs from itself between runs. Ours may
+differ from the reference by no more than that. With torch's deterministic algorithms neither differs.
 """
 
 import contextlib
@@ -33,11 +33,11 @@ from .probe import (
 
 LIMIT_S = 150.0
 REFERENCE_RUNS = 4
-MOST_OF_YARDSTICK = 2.0  # the largest difference of a few runs is itself a draw
+MOST_OF_YARDSTICK = 2.0  # the largest difference of a few runs is itself random
 ADAMW = {"learning_rate": 1e-3, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.99}
 ADAMW_STEPS = {"full": 100, "toy": 20}
 
-# Measured on CPUs of the recorded run, one thread for two: 4e-7. A GPU computes exp, erf and sums in other ways.
+# The recorded run on CPUs, with one thread instead of two: 4e-7. A GPU computes exp, erf and sums differently.
 TRACE_TOLERANCE = 1e-3
 
 Results = dict[str, torch.Tensor]
@@ -45,7 +45,7 @@ Run = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def probe_precision(setting: Setting, dtype: torch.dtype) -> Outcome:
-    """Compares logits, loss and gradients with dropout, as usual and with deterministic algorithms."""
+    """Compares logits, loss and gradients with dropout, by default and with deterministic algorithms."""
     ours, reference = make_pair(setting, dropout=0.1)
     batch = make_batch(setting, 4, ours.config.block_size, ours.config.vocab_size)
     usual = compare(setting, dtype, batch, (ours, run_ours(ours)), (reference, run_reference(reference)))
@@ -60,10 +60,10 @@ def probe_precision(setting: Setting, dtype: torch.dtype) -> Outcome:
 
 
 def probe_compiled(setting: Setting) -> Outcome:
-    """Compares both compiled, where the measure is also what compiling changes in the reference."""
+    """Compares both compiled; they may also differ as much as compiling changes the reference."""
     ours, reference = make_pair(setting, n_layer=2)
     batch = make_batch(setting, 4, ours.config.block_size, ours.config.vocab_size)
-    backend = "inductor" if setting.is_cuda else "eager"  # compiling C++ takes minutes, and is not what is new
+    backend = "inductor" if setting.is_cuda else "eager"  # compiling C++ takes minutes, and is tested on CPUs
     runs = [torch.compile(run, backend=backend) for run in (run_ours(ours), run_reference(reference))]
     figures = compare(setting, torch.bfloat16, batch, (ours, runs[0]), (reference, runs[1]))
     plain = compute(setting, torch.bfloat16, batch, reference, run_reference(reference))
@@ -84,7 +84,7 @@ def compare(
     ours: tuple[nn.Module, Run],
     reference: tuple[nn.Module, Run],
 ) -> dict[str, Any]:
-    """Returns how far ours is from the reference, and the reference from itself, by kind of result."""
+    """Returns the differences of ours from the reference, and of the reference from itself, by kind of result."""
     first, *others = [compute(setting, dtype, batch, *reference) for _ in range(REFERENCE_RUNS)]
     found = compare_results(compute(setting, dtype, batch, *ours), first)
     again = [compare_results(other, first) for other in others]
@@ -98,7 +98,7 @@ def compare(
 def compute(
     setting: Setting, dtype: torch.dtype, batch: tuple[torch.Tensor, ...], model: nn.Module, run: Run
 ) -> Results:
-    """Returns the logits, the loss and the gradients by name of one pass from one seed."""
+    """Returns the logits, the loss and the gradients by name of one pass with one seed."""
     torch.manual_seed(5)
     device_type = torch.device(setting.device).type
     with torch.autocast(device_type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -121,7 +121,7 @@ def compare_results(found: Results, expected: Results) -> dict[str, float]:
 
 
 def is_within(figures: dict[str, Any]) -> bool:
-    """Tells whether ours is as near to the reference as the reference to itself, or to itself compiled."""
+    """Returns whether ours is as close to the reference as the reference is to itself, or to itself compiled."""
     for kind in ("logits", "loss", "gradients"):
         run_to_run = MOST_OF_YARDSTICK * figures[f"{kind}: the reference to itself"]
         by_compiling = figures.get(f"{kind}: reference, compiled to not compiled", 0.0)
@@ -131,7 +131,7 @@ def is_within(figures: dict[str, Any]) -> bool:
 
 
 def run_ours(model: nn.Module) -> Run:
-    """Makes a function of idx and targets that returns logits and loss."""
+    """Makes a function of idx and targets that returns our logits and loss."""
 
     def run(idx: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         outputs = model(idx, shift_labels=targets)
@@ -141,12 +141,12 @@ def run_ours(model: nn.Module) -> Run:
 
 
 def run_reference(model: nn.Module) -> Run:
-    """Makes the same of the reference."""
+    """Makes the same function for the reference."""
     return lambda idx, targets: model(idx, targets)
 
 
 def probe_adamw(setting: Setting) -> Outcome:
-    """Trains both with fused AdamW from one seed, as usual and with deterministic algorithms."""
+    """Trains both with fused AdamW from one seed, by default and with deterministic algorithms."""
     usual = [train(setting, index) for index in (0, 1, 1)]  # ours, the reference, the reference again
     with deterministic():
         exact = [train(setting, index) for index in (0, 1)]
@@ -158,7 +158,7 @@ def probe_adamw(setting: Setting) -> Outcome:
     return Outcome(
         figures["bitwise with deterministic algorithms"]
         and figures["parameters: ours to the reference"]
-        <= 10 * MOST_OF_YARDSTICK * figures["parameters: the reference to itself"],  # differences grow step by step
+        <= 10 * MOST_OF_YARDSTICK * figures["parameters: the reference to itself"],  # differences grow with each step
         "after the same steps with dropout, the reference's parameters",
         figures,
     )
@@ -191,7 +191,7 @@ def make_plain_optimizer(model: nn.Module, is_fused: bool) -> torch.optim.AdamW:
 
 
 def probe_trace(setting: Setting) -> Outcome:
-    """Makes the recorded updates of nanoGPT's train.py on the device, from its checkpoint to its checkpoint."""
+    """Repeats the recorded updates of nanoGPT's train.py on the device, from one of its checkpoints to the next."""
     from tests.helpers.trace import CONFIG, END, START, STEPS, find_largest_difference, load_start, train_by_hand
 
     steps = STEPS[: setting.choose(len(STEPS), 10)]
@@ -217,7 +217,7 @@ def probe_trace(setting: Setting) -> Outcome:
 
 
 def probe_checkpoint(setting: Setting) -> Outcome:
-    """Writes what was trained on the device, reads it back there, and goes on both ways."""
+    """Writes a model that was trained on the device, reads it back there, and continues training both."""
     from tests.helpers.trace import CONFIG, START, STEPS, load_start, train_by_hand
 
     with deterministic(), tempfile.TemporaryDirectory() as folder:
@@ -238,8 +238,8 @@ def probe_checkpoint(setting: Setting) -> Outcome:
 
 
 def probe_positions(setting: Setting) -> Outcome:
-    """Gives positions past the table: too many tokens, then explicit ones, which a GPU does not read beforehand."""
-    if setting.is_cuda and setting.has_children:  # a device-side assert would end all other probes
+    """Passes positions past the table: too many tokens, then explicit positions, which a GPU does not check."""
+    if setting.is_cuda and setting.has_children:  # a device-side assert would stop all other probes
         figures = run_apart(try_positions_silently, setting)
     elif setting.is_cuda:
         figures = {"too many tokens": try_forward(setting, is_explicit=False), "explicit positions": "not tried"}
@@ -252,15 +252,15 @@ def probe_positions(setting: Setting) -> Outcome:
 
 
 def try_positions_silently(setting: Setting) -> dict[str, str]:
-    """Does so in a process of its own, without the line that the GPU prints for each thread of a failed assertion."""
+    """Does this in its own process, without the line that the GPU prints for each thread of a failed assertion."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):  # stdout and stderr, below Python
+    for stream in (1, 2):  # stdout and stderr, at the level of the system
         os.dup2(nowhere, stream)
     return try_positions(setting)
 
 
 def try_positions(setting: Setting) -> dict[str, str]:
-    """Returns what happens, in words."""
+    """Returns a description of what happens."""
     return {
         "too many tokens": try_forward(setting, is_explicit=False),
         "explicit positions": try_forward(setting, is_explicit=True),
@@ -268,7 +268,7 @@ def try_positions(setting: Setting) -> dict[str, str]:
 
 
 def try_forward(setting: Setting, is_explicit: bool) -> str:
-    """Returns the error that a forward pass past the table ends in."""
+    """Returns the error that a forward pass past the table raises."""
     model = make_ours(setting.sizes("shakespeare")).to(setting.device).eval()
     length = model.config.block_size + (0 if is_explicit else 1)
     idx = torch.zeros(1, length, dtype=torch.int64, device=setting.device)

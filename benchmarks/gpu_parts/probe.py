@@ -1,6 +1,6 @@
-"""What the parts of gpu.py share: where they run, what a probe returns, the models, and how tensors are compared.
+"""What the parts of gpu.py share: the setting, the outcome of a probe, the models, and how tensors are compared.
 
-A probe is a function of the setting. It returns an Outcome, or raises SkippedError where there is nothing to try.
+A probe is a function of the setting. It returns an Outcome, or raises SkippedError if it cannot run.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ class Setting:
     """Where the probes run.
 
     Args:
-        device: Device of torch.
-        is_toy: Whether the models are tiny, so that all of it takes seconds on a CPU.
-        has_children: Whether probes may start processes of their own, of which each takes seconds to import torch.
+        device: Torch device.
+        is_toy: Whether the models are tiny, so that everything takes seconds on a CPU.
+        has_children: Whether probes may start processes, each of which takes seconds to import torch.
         seconds: How long the probe may take.
-        figures: Where a probe puts what it finds on the way, so that it is not lost if the rest fails.
+        figures: Where a probe stores intermediate results, so that they are kept if the rest fails.
     """
 
     device: str
@@ -48,26 +48,26 @@ class Setting:
         return torch.device(self.device).type == "cuda"
 
     def choose(self, full: Any, toy: Any) -> Any:
-        """Returns the one or the other, by size."""
+        """Returns one of two values, depending on the size."""
         return toy if self.is_toy else full
 
     def sizes(self, name: str = "124m") -> dict[str, int]:
-        """Returns the sizes of a model by name, or the toy's."""
+        """Returns the sizes of a model by name, or those of the toy."""
         return SIZES["toy" if self.is_toy else name]
 
     def synchronize(self) -> None:
-        """Waits until a GPU has done what it was given."""
+        """Waits until a GPU has finished its work."""
         synchronize(self.device)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a probe found.
+    """The result of a probe.
 
     Args:
         holds: Whether the claim holds.
-        claim: What was to be shown, in words.
-        figures: Numbers, words and truths by name; the setting's are added.
+        claim: The claim, in words.
+        figures: Numbers, texts and booleans by name; the setting's are added.
     """
 
     holds: bool
@@ -76,7 +76,7 @@ class Outcome:
 
 
 class SkippedError(Exception):
-    """Says why there is nothing to try."""
+    """Raised with the reason why a probe cannot run."""
 
 
 Probe = Callable[[Setting], Outcome]
@@ -86,9 +86,9 @@ def make_pair(setting: Setting, scale: float = 4.0, **changes: Any) -> tuple[Nan
     """Makes our model and the reference with the same random weights on the device, in train mode.
 
     Args:
-        setting: Where.
-        scale: Of all matrices. With 4 a fault shows, as logits are far apart; with 1 they are nanoGPT's to train.
-        **changes: Sizes in place of the 124M model's or the toy's, `dropout` and `bias`.
+        setting: Where the probes run.
+        scale: Factor of all matrices. With 4 the logits are far apart, so that a fault shows; 1 is nanoGPT's init.
+        **changes: Sizes that replace those of the 124M model or the toy, `dropout` and `bias`.
     """
     sizes = {**setting.sizes(), "dropout": 0.0, "bias": False, **changes}
     torch.manual_seed(1337)
@@ -115,7 +115,7 @@ def make_batch(setting: Setting, batch: int, length: int, vocab_size: int, seed:
 
 
 def run_apart(function: Callable[..., Any], setting: Setting, *args: Any) -> Any:
-    """Calls a function of the setting in a process of its own, which the system ends when it takes too long."""
+    """Calls a function of the setting in its own process, which is stopped when it takes too long."""
     return run_in_child(_call_in_time, function, setting, *args)
 
 
@@ -127,7 +127,7 @@ def _call_in_time(function: Callable[..., Any], setting: Setting, *args: Any) ->
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """Lets torch use deterministic algorithms only."""
+    """Makes torch use only deterministic algorithms."""
     torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -136,7 +136,7 @@ def deterministic() -> Iterator[None]:
 
 
 def measure_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Returns the largest difference in units of the largest expected number; NaN if either has one."""
+    """Returns the largest difference, relative to the largest expected number; NaN if one of them has a NaN."""
     difference = (found.detach().float() - expected.detach().float()).abs().max()
     return float(difference / expected.detach().float().abs().max().clamp(min=1e-30))
 

@@ -1,6 +1,6 @@
-"""How fast it is: training and decoding at 124M, against the reference, against GPT2LMHeadModel and against the card.
+"""Measures training and decoding at 124M against the reference, GPT2LMHeadModel and the limits of the card.
 
-The card's own limits are measured in the same run: the rate of a bfloat16 matrix product, and reading memory.
+The card's limits are measured in the same run: the rate of a bfloat16 matrix product, and of reading memory.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from train_step import Contender, make_contenders, take_step
 from .probe import Outcome, Probe, Setting, make_batch, make_pair, measure_differences
 
 LIMIT_S = 220.0
-MOST_TIMES_SLOWER = 1.03  # as train_step.py has it
+MOST_TIMES_SLOWER = 1.03  # as in train_step.py
 ROUNDS = {"full": 10, "toy": 2}
 WARM_UP_ROUNDS = 3
 BATCH = {"full": 16, "toy": 2}
@@ -38,7 +38,7 @@ def probe_card(setting: Setting) -> Outcome:
 
 @functools.cache
 def measure_matmul(setting: Setting) -> float:
-    """Returns the floating-point operations a second of a large product of random bfloat16 matrices."""
+    """Returns the floating-point operations per second of a large product of random bfloat16 matrices."""
     size = setting.choose(8192, 256)
     torch.manual_seed(0)
     left, right = (torch.randn(size, size, device=setting.device, dtype=torch.bfloat16) for _ in range(2))
@@ -54,7 +54,7 @@ def measure_matmul(setting: Setting) -> float:
 
 @functools.cache
 def measure_read(setting: Setting) -> float:
-    """Returns the bytes a second at which the memory is read."""
+    """Returns the bytes per second at which memory is read."""
     return measure_bandwidth(setting.device, setting.choose(1 << 32, 1 << 24))
 
 
@@ -64,7 +64,7 @@ def probe_training(setting: Setting, is_compiled: bool) -> Outcome:
     args = argparse.Namespace(
         device=setting.device,
         dtype="bfloat16",
-        compile=is_compiled and setting.is_cuda,  # compiling C++ takes minutes, and is not what is new
+        compile=is_compiled and setting.is_cuda,  # compiling C++ takes minutes, and is tested on CPUs
         batch_size=setting.choose(BATCH["full"], BATCH["toy"]),
     )
     with torch.device(setting.device):
@@ -94,7 +94,7 @@ def probe_training(setting: Setting, is_compiled: bool) -> Outcome:
 def measure_step(
     setting: Setting, contender: Contender, batch: tuple[torch.Tensor, ...], args: argparse.Namespace
 ) -> tuple[float, int, torch.Tensor]:
-    """Takes a step; returns its seconds, what it needed beside weights and moments in bytes, and the loss."""
+    """Takes a step; returns its seconds, its bytes in addition to weights and moments, and the loss."""
     if setting.is_cuda:
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if setting.is_cuda else 0
@@ -110,7 +110,7 @@ def measure_step(
 def summarise_training(
     setting: Setting, contenders: dict[str, Contender], sizes: dict[str, int], batch: int
 ) -> dict[str, Any]:
-    """Returns tokens a second, the share of the card's matrix rate (MFU), and the ratios of the rounds' times."""
+    """Returns tokens per second, the share of the card's matrix rate (MFU), and the ratios of the rounds' times."""
     tokens = batch * sizes["block_size"]
     times_s = {name: contender.times_s[WARM_UP_ROUNDS:] for name, contender in contenders.items()}
     figures: dict[str, Any] = {}
@@ -126,7 +126,7 @@ def summarise_training(
 
 
 def count_flops_per_token(model: nn.Module, sizes: dict[str, int]) -> int:
-    """Counts as nanoGPT's estimate_mfu does: 6 for each weight but the positions', and attention's products."""
+    """Counts like nanoGPT's estimate_mfu: 6 for each weight except the positions', and the products of attention."""
     weights = sum(p.numel() for p in model.parameters()) - sizes["block_size"] * sizes["n_embd"]
     return 6 * weights + 12 * sizes["n_layer"] * sizes["n_embd"] * sizes["block_size"]
 
@@ -158,7 +158,7 @@ def probe_chunked_loss(setting: Setting) -> Outcome:
         name = "all logits" if size is None else f"{size} tokens at a time"
         figures |= {f"{name}: ms": 1e3 * min(seconds), f"{name}: GB": peak_bytes / 1e9}
     figures["largest difference of a gradient"] = measure_differences(gradients[1], gradients[0])
-    holds = figures["largest difference of a gradient"] <= 2e-2  # sums of bfloat16 products in another order
+    holds = figures["largest difference of a gradient"] <= 2e-2  # sums of bfloat16 products are added in another order
     if setting.is_cuda and not setting.is_toy:
         used = [value for name, value in figures.items() if name.endswith(": GB")]
         figures["memory, chunked / all"] = used[1] / used[0]
@@ -168,9 +168,9 @@ def probe_chunked_loss(setting: Setting) -> Outcome:
 
 @torch.no_grad()
 def probe_decoding(setting: Setting, batch: int, is_gpt2_compiled: bool = True) -> Outcome:
-    """Times greedy tokens in bfloat16: ours and GPT-2 as they are, then with the static cache, which is compiled.
+    """Times greedy tokens in bfloat16: ours and GPT-2 by default, then with the static cache, which is compiled.
 
-    Compiling takes most of the time, so GPT-2 with a static cache may be left out.
+    Compiling takes most of the time, so GPT-2 with a static cache can be skipped.
     """
     ours, _ = make_pair(setting)
     ours.eval()
@@ -200,7 +200,7 @@ def probe_decoding(setting: Setting, batch: int, is_gpt2_compiled: bool = True) 
 
 
 def time_generate(setting: Setting, model: Any, prompt: torch.Tensor, count: int, settings: dict[str, Any]) -> float:
-    """Returns the seconds of the quickest of a few calls of generate, after one that compiles."""
+    """Returns the seconds of the fastest of a few calls of generate, after one that compiles."""
     times_s = []
     for _ in range(3):
         setting.synchronize()
@@ -217,5 +217,5 @@ PROBES: dict[str, Probe] = {
     "loss_chunk_size": probe_chunked_loss,
     "decoding, batch 1": partial(probe_decoding, batch=1),
     "decoding, batch 64": partial(probe_decoding, batch=64, is_gpt2_compiled=False),
-    "training, compiled": partial(probe_training, is_compiled=True),  # three models to compile, a minute
+    "training, compiled": partial(probe_training, is_compiled=True),  # compiles three models, which takes a minute
 }

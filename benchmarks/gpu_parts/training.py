@@ -1,4 +1,4 @@
-"""NanoGPTTrainer on the device: its cost beside a bare loop, killed and resumed, sharded by FSDP2 on one device."""
+"""NanoGPTTrainer on the device: its overhead over a plain loop, kill and resume, FSDP2 on one device."""
 
 import contextlib
 import importlib.util
@@ -24,7 +24,7 @@ N_UPDATES = 12
 SAVED_AT = 5
 KILLED_AT = 8
 
-# Two processes and one, or the sums of a sharded gradient, come in another order; on CPUs the difference is 1e-6
+# Two processes, or a sharded gradient, add sums in another order; on CPUs the difference is 1e-6
 # (tests/helpers/trace.py).
 TOLERANCE = 1e-4
 
@@ -32,11 +32,11 @@ Parameters = dict[str, torch.Tensor]
 
 
 class KilledError(Exception):
-    """What stands in for a signal where no process may be killed."""
+    """Raised instead of a signal if no process may be killed."""
 
 
 class KillAt(TrainerCallback):
-    """Ends the process after an update, as a machine that goes down does, or raises KilledError."""
+    """Kills the process after an update, like a machine that goes down, or raises KilledError."""
 
     def __init__(self, update: int, is_process: bool):
         self.update, self.is_process = update, is_process
@@ -64,7 +64,7 @@ def probe_overhead(setting: Setting) -> Outcome:
 
 
 def probe_resume(setting: Setting) -> Outcome:
-    """Kills a run between two of its checkpoints, resumes it, and compares with a run that was left alone."""
+    """Kills a run between two of its checkpoints, resumes it, and compares it with an undisturbed run."""
     check_accelerate()
     with deterministic(), tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -89,7 +89,7 @@ def probe_resume(setting: Setting) -> Outcome:
 
 
 def probe_fsdp(setting: Setting) -> Outcome:
-    """Trains with Trainer's fsdp argument (FSDP2) on one device, and compares with training without it."""
+    """Trains with Trainer's fsdp argument (FSDP2) on one device, and compares it with training without it."""
     check_accelerate()
     if not setting.has_children:
         raise SkippedError("it needs a process of its own")
@@ -112,7 +112,7 @@ def probe_fsdp(setting: Setting) -> Outcome:
 
 
 def check_accelerate() -> None:
-    """Raises SkippedError where Trainer cannot run."""
+    """Raises SkippedError if Trainer cannot run."""
     if importlib.util.find_spec("accelerate") is None:
         raise SkippedError("accelerate is missing")
 
@@ -120,7 +120,7 @@ def check_accelerate() -> None:
 def train(
     setting: Setting, folder: Path, killed_at: int | None = None, resume: bool = False, **settings: Any
 ) -> Parameters:
-    """Makes recorded updates with NanoGPTTrainer; returns the parameters."""
+    """Repeats recorded updates with NanoGPTTrainer; returns the parameters."""
     trainer = make_trainer(setting, folder, **settings)
     if killed_at is not None:
         trainer.add_callback(KillAt(killed_at, is_process=setting.has_children))
@@ -131,7 +131,7 @@ def train(
 
 
 def make_trainer(setting: Setting, folder: Path, **settings: Any) -> Any:
-    """Makes a trainer of the recorded run's first updates, which saves once."""
+    """Makes a trainer for the recorded run's first updates, which saves once."""
     from tests.helpers import trace
 
     place = {
@@ -150,7 +150,7 @@ def make_trainer(setting: Setting, folder: Path, **settings: Any) -> Any:
 
 
 def train_sharded(setting: Setting, folder: Path) -> tuple[Parameters, str]:
-    """Makes the same updates with FSDP2, in the one process of a group; returns parameters, and the type of one."""
+    """Makes the same updates with FSDP2 in a group of one process; returns the parameters, and the type of one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -173,7 +173,7 @@ def train_sharded(setting: Setting, folder: Path) -> tuple[Parameters, str]:
 
 
 def find_difference(found: Parameters, expected: Parameters) -> float:
-    """Returns the largest difference of parameters of the same names, but for the tied head's second one."""
+    """Returns the largest difference of parameters with the same name, without the tied head's second name."""
     names = [name for name in expected if name != "lm_head.weight"]
     return float(torch.stack([(found[name] - expected[name]).abs().max() for name in names]).max())
 

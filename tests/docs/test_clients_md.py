@@ -1,4 +1,4 @@
-"""docs/clients.md: its Python runs as written, it names existing files, and its versions are the known-good ones."""
+"""docs/clients.md: its Python runs as written, its files exist, and its versions are those of constraints.txt."""
 
 import re
 import shutil
@@ -14,13 +14,13 @@ DOC = (ROOT / "docs" / "clients.md").read_text()
 CONSTRAINTS = (ROOT / "constraints.txt").read_text().lower().replace("_", "-")
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's own business
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # a warning of PEFT
 def test_clients_md_merges_an_adapter_as_written(tmp_path, monkeypatch):
     pytest.importorskip("peft")
     (tmp_path / "out").mkdir()
     shutil.copy(CKPT_PATH, tmp_path / "out" / "ckpt.pt")
     monkeypatch.chdir(tmp_path)
-    block, _ = re.findall(r"```python\n(.*?)```", DOC, flags=re.DOTALL)  # test_tensor_parallel.py has the other
+    block, _ = re.findall(r"```python\n(.*?)```", DOC, flags=re.DOTALL)  # test_tensor_parallel.py runs the other
     exec(block, {})
     assert read_checkpoint(tmp_path / "out-lora" / "ckpt.pt").training_state.iter_num == 5000
 

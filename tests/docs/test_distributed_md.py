@@ -1,4 +1,4 @@
-"""docs/distributed.md: its command lines are torchrun's and ours, its flags exist, its files are there."""
+"""docs/distributed.md: torchrun, accelerate and our command accept its command lines."""
 
 import re
 import shlex
@@ -35,7 +35,7 @@ def test_line_of_accelerate_is_one_of_accelerates():
 
 @pytest.mark.parametrize("line", LINES)
 def test_line_is_one_of_ours(line, tmp_path):
-    """A flag that the command does not know would end it with 2; what is missing here is the config file."""
+    """An unknown flag would exit with 2. Here only the config file is missing."""
     _, ours = line.split("hugging-nano-gpt ", 1)
     result = run_command(*shlex.split(ours), cwd=tmp_path)
     assert result.returncode == 1

@@ -1,4 +1,4 @@
-"""docs/generation.md: its Python runs as written, from top to bottom, and gives the tokens that it says it gives."""
+"""docs/generation.md: its Python runs as written, from top to bottom, and gives the tokens that the page claims."""
 
 import re
 import shutil

@@ -1,7 +1,8 @@
-"""The README followed line by line in a folder that is not the clone; it stays short, and so do the pages of docs/.
+"""Runs the README line by line in a folder outside the clone, and checks the length and links of all pages.
 
-Its commands run in this process, or as the program that README_PROGRAM names, in the empty venv of make readme, where
-its pip lines run too. nanoGPT's part is the bundled checkpoint, or nanoGPT where NANOGPT_DIR names a checkout.
+The commands run in this process. If README_PROGRAM names a program, as in make readme, they run as that program in its
+venv, and the pip lines run too. nanoGPT's part is the bundled checkpoint, or nanoGPT itself if NANOGPT_DIR names a
+checkout.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ README = (ROOT / "README.md").read_text()
 PROGRAM = Path(name).absolute() if (name := os.environ.get("README_PROGRAM")) else None
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 
-# What makes seconds of minutes; the model is as large as the bundled one.
+# Options that make each command take seconds; the model has the size of the bundled one.
 SHORTER = {
     "evaluate": "--eval-iters 1",
     "generate": "--num-samples 1 --max-new-tokens 20",
@@ -55,7 +56,7 @@ LINES = split(SESSION)
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """What nanoGPT's checkout holds after the first line of the session."""
+    """A folder with the files that nanoGPT's checkout has after the first line of the session."""
     for folder in ("out", "out-shakespeare-char"):
         (tmp_path / folder).mkdir()
         shutil.copy(CKPT_PATH, tmp_path / folder / "ckpt.pt")
@@ -115,7 +116,7 @@ def test_readme_session_runs_line_by_line(workplace):
     assert read_checkpoint("out-back/ckpt.pt").training_state.iter_num == (4 if NANOGPT_DIR else 5000)
 
 
-@pytest.mark.filterwarnings("ignore")  # of the packages underneath
+@pytest.mark.filterwarnings("ignore")  # warnings of fastapi, uvicorn and their dependencies
 def test_readme_serves_and_asks_as_written(workplace, monkeypatch):
     run(["hugging-nano-gpt", "convert", "out-shakespeare-char/ckpt.pt", "shakespeare"])
     for words in LINES:
@@ -130,7 +131,7 @@ def test_readme_serves_and_asks_as_written(workplace, monkeypatch):
 
 
 def ask(curl):
-    """Sends what a line with curl sends, by curl where there is one; waits for the server."""
+    """Sends the request of a curl line, with curl if it is installed; waits for the server."""
     if shutil.which("curl"):
         retry = ["--silent", "--noproxy", "*", "--retry", "60", "--retry-delay", "1", "--retry-connrefused"]
         return subprocess.run([*curl, *retry], capture_output=True, text=True, check=True, timeout=120).stdout
@@ -143,7 +144,7 @@ def ask(curl):
             return opener.open(request, timeout=60).read()
         except urllib.error.HTTPError:
             raise
-        except urllib.error.URLError:  # it does not listen yet
+        except urllib.error.URLError:  # the server does not listen yet
             time.sleep(1)
     raise AssertionError("the server did not answer")
 
@@ -194,7 +195,7 @@ def test_links_lead_to_files_that_exist(page):
 
 
 def test_links_lead_to_files_of_the_source_distribution():
-    """So they work there: the project has no address of its own that they could lead to."""
+    """Links have to work in the source distribution, because the project has no web address to link to."""
     packed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["sdist"]
     targets = {
         path.resolve().relative_to(ROOT).parts[0] for page in (ROOT / "README.md", *PAGES) for path in list_links(page)

@@ -1,4 +1,4 @@
-"""docs/tokenizers.md: its Python runs as written, from top to bottom, and its figures are those of the code."""
+"""docs/tokenizers.md: its Python runs as written, from top to bottom, and its figures are the code's."""
 
 import re
 import shutil
