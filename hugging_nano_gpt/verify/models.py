@@ -38,7 +38,8 @@ def verify_models(
     else:
         each = [kwargs, kwargs]
     sides = [
-        Side(load_source(side, attn_implementation="sdpa", **own)) for side, own in zip((left, right), each, strict=True)
+        Side(load_source(side, attn_implementation="sdpa", **own))
+        for side, own in zip((left, right), each, strict=True)
     ]
     checks = compare_models(*sides)
     configs = [side.model.config for side in sides]
