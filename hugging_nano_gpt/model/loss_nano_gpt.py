@@ -80,9 +80,8 @@ def find_targets(
     """
     if shift_labels is None:
         assert labels is not None  # forward calls this with one of the two
-        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[
-            ..., 1:
-        ]  # position t predicts token t + 1
+        # position t predicts token t + 1
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     targets = ignore_minus_one(shift_labels).reshape(-1)
     return targets if ignore_index == -100 else targets.masked_fill(targets == ignore_index, -100)
 
