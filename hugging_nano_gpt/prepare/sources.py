@@ -253,7 +253,7 @@ def _load_splits(sources: Sequence[str], builder: str | None, has_bar: bool) -> 
 
 @contextlib.contextmanager
 def _set_up_datasets(has_bar: bool) -> Iterator[None]:
-    """Shows or hides the progress bars of `datasets` while the block lasts, and logs no errors, which are raised too."""
+    """Shows or hides the bars of `datasets` while the block lasts, and logs none of its errors, which are raised."""
     import datasets
 
     were_hidden, verbosity = datasets.utils.are_progress_bars_disabled(), datasets.logging.get_verbosity()

@@ -68,8 +68,8 @@ def find_tokenizer(
     if vocab_size in GPT2_VOCAB_SIZES and not found:
         return build_gpt2_tokenizer(block_size=block_size)
     raise TokenizerError(
-        f"{os.fspath(checkpoint_path)}: no tokenizer found: expected a meta.pkl of {vocab_size} characters of the "
-        f"data set {dataset!r}, or a tokenizer.json of as many tokens, got {list_some(found) if found else 'none'}; "
+        f"{os.fspath(checkpoint_path)}: no tokenizer found: expected a meta.pkl of {vocab_size} characters, or a "
+        f"tokenizer.json of as many tokens, of the data set {dataset!r}, got {list_some(found) if found else 'none'}; "
         f"{_ADVICE}"
     )
 
