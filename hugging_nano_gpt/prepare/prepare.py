@@ -11,7 +11,7 @@ from tqdm import tqdm
 from ..errors import ConversionError, DataError, list_some
 from ..files import open_folder
 from .sources import SPLITS, Documents, Texts, open_source
-from .tokens import CharacterTokens, Tokens, load_tokens
+from .tokens import CharacterTokens, Tokens, cut_text, load_tokens
 from .writing import map_in_order, write_tokens
 
 # What an earlier call may have written, and a later one replaces.
@@ -27,7 +27,7 @@ def prepare_data(
     *,
     tokenizer: str = "gpt2",
     column: str | None = None,
-    num_proc: int = 1,
+    num_proc: int = 8,
     shard_size: int | None = None,
     overwrite: bool = False,
     has_bar: bool = False,
@@ -47,7 +47,8 @@ def prepare_data(
         tokenizer: "char"; "gpt2" or another tiktoken encoding; a folder or Hub id of a Transformers tokenizer; or
             "bpe:N", which trains a byte-level BPE of N tokens on the train split.
         column: The column with the texts of documents; by default "text".
-        num_proc: Number of threads that encode. The bytes are the same for any number.
+        num_proc: Number of threads that encode; by default as many as data/openwebtext has processes. The bytes are
+            the same for any number.
         shard_size: Tokens of a shard: train_000000.bin and so on are written, in nanoGPT's layout; None for one file.
         overwrite: Whether to replace the token files and the tokenizer of an earlier call.
         has_bar: Show progress bars on standard error.
@@ -66,7 +67,7 @@ def prepare_data(
     _check_out_dir(folder, overwrite)
     opened = open_source(sources, column, has_bar)
     tokens = load_tokens(tokenizer, opened, has_bar)
-    _print_source(opened, tokens)
+    _print_lines(opened, tokens)
     n_tokens = {}
     with open_folder(folder, overwrite=True, stale=_WRITTEN) as temporary:
         tokens.save(temporary)
@@ -90,16 +91,16 @@ def _check_out_dir(folder: Path, overwrite: bool) -> None:
         )
 
 
-def _print_source(source: Texts | Documents, tokens: Tokens) -> None:
-    """Prints the lines of nanoGPT's prepare.py before it encodes, and what was noted."""
+def _print_lines(source: Texts | Documents, tokens: Tokens) -> None:
+    """Prints what nanoGPT's prepare.py prints before it encodes, and what is to be noted."""
     if source.are_documents:
-        tqdm.write(f"number of documents: {', '.join(f'{source.count(split):,} in {split}' for split in SPLITS)}")
+        tqdm.write(f"number of documents: {source.counts['train']:,} in train, {source.counts['val']:,} in val")
     else:
-        tqdm.write(f"length of dataset in characters: {sum(map(source.count, SPLITS)):,}")
+        tqdm.write(f"length of dataset in characters: {sum(source.counts.values()):,}")
     if isinstance(tokens, CharacterTokens):
         tqdm.write(f"all the unique characters: {''.join(tokens.table.characters)}")
     tqdm.write(f"vocab size: {tokens.n_ids:,}")
-    for note in tokens.notes:
+    for note in tokens.describe(next(source.read("train")), source.are_documents):
         tqdm.write(f"note: {note}", file=sys.stderr)
 
 
@@ -108,13 +109,15 @@ def _encode_split(
 ) -> Iterator[np.ndarray]:
     """Yields the tokens of a split in parts, and shows how far it is."""
     are_documents = source.are_documents
-    encode = tokens.encode_documents if are_documents else tokens.encode
-    batches = source.read(split) if are_documents else tokens.cut(source.read(split))
+    batches = source.read(split) if are_documents else cut_text(source.read(split), tokens)
 
-    def encode_and_count(batch: list[str]) -> tuple[np.ndarray, int]:
-        return encode(batch), len(batch) if are_documents else sum(map(len, batch))
+    def encode(texts: list[str]) -> tuple[np.ndarray, int]:
+        ids = tokens.encode_each(texts)
+        if are_documents:
+            return np.concatenate([part for each in ids for part in (each, tokens.end)]), len(texts)
+        return np.concatenate(ids), sum(map(len, texts))
 
-    with tqdm(total=source.count(split), unit=source.unit, unit_scale=True, disable=not has_bar, desc=split) as bar:
-        for array, count in map_in_order(encode_and_count, batches, num_proc):
+    with tqdm(total=source.counts[split], unit=source.unit, unit_scale=True, disable=not has_bar, desc=split) as bar:
+        for array, count in map_in_order(encode, batches, num_proc):
             bar.update(count)
             yield array

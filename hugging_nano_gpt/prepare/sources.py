@@ -9,7 +9,7 @@ import codecs
 import contextlib
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,12 @@ from ..errors import DataError, list_some, require
 
 SPLITS = ("train", "val")
 
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 19
 _N_ROWS = 256  # documents that are encoded together
 _CODE_POINTS = 0x110000
 
-# Builders of `datasets` by the end of a file's name, which may end in .gz or .zst after that.
+# Builders of `datasets` by the ends of files' names, which may have .gz or the like after them.
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-_COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 
 # A data set of the Hub: owner/name or name, and after a colon its configuration.
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*(?<!\.txt)|[\w-]+)(:[\w.-]+)?")
@@ -35,67 +34,40 @@ _VALIDATION = ("validation", "valid", "val")
 _TEST_SIZE, _SEED = 0.0005, 2357
 
 
-class Alphabet:
-    """Counts the characters of texts, and remembers which occur."""
-
-    def __init__(self) -> None:
-        self.n_characters = 0
-        self._occurs = np.zeros(_CODE_POINTS, dtype=bool)
-
-    def add(self, text: str) -> None:
-        """Adds the characters of a text."""
-        self.n_characters += len(text)
-        self._occurs[to_code_points(text)] = True
-
-    @property
-    def characters(self) -> tuple[str, ...]:
-        """The characters in the order of their code points, as Python sorts them."""
-        return tuple(map(chr, np.flatnonzero(self._occurs)))
-
-
 def to_code_points(text: str) -> np.ndarray:
     """Returns the code point of each character, (len(text),) uint32."""
     return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
 
 
+def count_characters(texts: Iterable[str]) -> tuple[int, tuple[str, ...]]:
+    """Returns the number of characters in some texts, and the different ones, sorted."""
+    n_characters, occurs = 0, np.zeros(_CODE_POINTS, dtype=bool)
+    for text in texts:
+        n_characters += len(text)
+        occurs[to_code_points(text)] = True
+    return n_characters, tuple(map(chr, np.flatnonzero(occurs)))
+
+
 class Texts:
-    """Text files, one after the other, as one text: the first 90% of its characters are train, the others val.
+    """Text files, one after the other, as one text: the first 90% of its characters are train, the others val."""
 
-    Args:
-        paths: The files, in UTF-8.
-
-    Raises:
-        DataError: If a file cannot be read or is not UTF-8, or the text is too short for both splits.
-    """
-
-    unit = "characters"
-    are_documents = False
+    unit, are_documents = "characters", False
 
     def __init__(self, paths: Sequence[Path]):
         self._paths = paths
-        self.alphabet = Alphabet()
-        for block in self._read_all():
-            self.alphabet.add(block)
-        n = self.alphabet.n_characters
-        n_train = int(n * 0.9)
-        if n_train == 0:
+        n, self.characters = count_characters(self._read_all())
+        if n < 2:
             raise DataError(f"{paths[0]}: expected a text of at least 2 characters, got {n}; give a longer text")
-        self._bounds = {"train": (0, n_train), "val": (n_train, n)}
-
-    def count(self, split: str) -> int:
-        """Returns the number of characters in a split."""
-        first, end = self._bounds[split]
-        return end - first
+        self._bounds = {"train": (0, int(n * 0.9)), "val": (int(n * 0.9), n)}
+        self.counts = {split: end - first for split, (first, end) in self._bounds.items()}
 
     def read(self, split: str) -> Iterator[list[str]]:
         """Yields the text of a split, a block each time."""
         (first, end), position = self._bounds[split], 0
         for block in self._read_all():
-            if part := block[max(first - position, 0) : end - position]:
+            if part := block[max(first - position, 0) : max(end - position, 0)]:
                 yield [part]
             position += len(block)
-            if position >= end:
-                return
 
     def _read_all(self) -> Iterator[str]:
         for path in self._paths:
@@ -107,12 +79,11 @@ def _read_blocks(path: Path) -> Iterator[str]:
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
     try:
         with path.open("rb") as file:
-            while True:
+            data = None
+            while data != b"":
                 offset = file.tell() - len(decoder.getstate()[0])  # of the first byte that is not decoded yet
                 data = file.read(_BLOCK_BYTES)
                 yield newlines.decode(decoder.decode(data, final=not data), final=not data)
-                if not data:
-                    return
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}; check the path") from error
     except UnicodeDecodeError as error:
@@ -123,19 +94,9 @@ def _read_blocks(path: Path) -> Iterator[str]:
 
 
 class Documents:
-    """The texts in a column of a data set.
+    """The texts in a column of a data set, whose splits are given by name."""
 
-    Args:
-        where: The data set's name, for messages.
-        splits: Its data sets by the names of their splits.
-        column: The column.
-
-    Raises:
-        DataError: If there is no split to train on, no such column, or too few documents to split off val.
-    """
-
-    unit = "documents"
-    are_documents = True
+    unit, are_documents = "documents", True
 
     def __init__(self, where: str, splits: dict[str, Any], column: str):
         self._where, self._column = where, column
@@ -148,119 +109,95 @@ class Documents:
                 f"(--column)"
             )
         names = [name for name in _VALIDATION if name in splits]
-        self._splits = {"train": train, "val": splits[names[0]]} if names else self._split(train)
-
-    def _split(self, dataset: Any) -> dict[str, Any]:
-        if len(dataset) < 2:
+        if not names and len(train) < 2:
             raise DataError(
-                f"{self._where}: expected at least 2 documents, one for val, got {len(dataset)}; give more, or a text"
+                f"{where}: expected at least 2 documents, one for val, got {len(train)}; give more, or a text"
             )
-        split = dataset.train_test_split(test_size=_TEST_SIZE, seed=_SEED, shuffle=True)
-        return {"train": split["train"], "val": split["test"]}
+        parts = splits if names else train.train_test_split(test_size=_TEST_SIZE, seed=_SEED, shuffle=True)
+        chosen = {"train": parts["train"], "val": parts[names[0] if names else "test"]}
+        self._splits = {split: dataset.select_columns([column]) for split, dataset in chosen.items()}
+        self.counts = {split: len(dataset) for split, dataset in chosen.items()}
 
     @property
-    def alphabet(self) -> Alphabet:
+    def characters(self) -> tuple[str, ...]:
         """The characters of all documents, and the newline that follows each document of a character model."""
-        alphabet = Alphabet()
-        for split in SPLITS:
-            for texts in self.read(split):
-                alphabet.add("".join(f"{text}\n" for text in texts))
-        return alphabet
-
-    def count(self, split: str) -> int:
-        """Returns the number of documents in a split."""
-        return len(self._splits[split])
+        batches = (texts for split in SPLITS for texts in self.read(split))
+        return count_characters("\n".join([*texts, ""]) for texts in batches)[1]
 
     def read(self, split: str) -> Iterator[list[str]]:
-        """Yields the documents of a split, some of them each time.
-
-        Raises:
-            DataError: If one is not a text, or those of train are all empty.
-        """
-        dataset, is_empty = self._splits[split].select_columns([self._column]), True
+        """Yields the documents of a split, some of them each time."""
+        dataset, is_empty = self._splits[split], True
         for first in range(0, len(dataset), _N_ROWS):
             rows = dataset[first : first + _N_ROWS][self._column]
             texts = ["" if row is None else row for row in rows]  # an empty cell of a .csv is None
             for index, text in enumerate(texts, first):
                 if not isinstance(text, str):
-                    raise DataError(
-                        f"{self._where}: expected texts in the column {self._column!r}, got {type(text).__name__} in "
-                        f"row {index} of {split}; give another column (--column)"
-                    )
+                    raise self._fail(f"got {type(text).__name__} in row {index} of {split}")
             is_empty = is_empty and not any(texts)
             yield texts
         if is_empty and split == "train":
-            raise DataError(
-                f"{self._where}: expected texts in the column {self._column!r}, got empty ones in all of {split}; "
-                f"give another column (--column)"
-            )
+            raise self._fail("got empty ones in all of train")
+
+    def _fail(self, found: str) -> DataError:
+        return DataError(
+            f"{self._where}: expected texts in the column {self._column!r}, {found}; give another column (--column)"
+        )
 
 
 def open_source(sources: Sequence[str], column: str | None, has_bar: bool) -> Texts | Documents:
-    """Opens what a user names: text files, a folder of them, files with a column of documents, or a data set.
-
-    Raises:
-        DataError: If it cannot be read, or is not of one kind.
-        MissingDependencyError: If it has documents, and `datasets` is not installed.
-    """
+    """Opens what a user names: text files, a folder of them, files with a column of documents, or a data set."""
     if not sources:
         raise DataError("source: expected a text, documents or a data set, got none; name one")
     where, paths = sources[0], [Path(source) for source in sources]
-    if column is None and (files := _find_texts(paths)):
-        return Texts(files)
-    builders = {_BUILDERS.get(_get_end(path)) for path in paths}
+    builders = {next((_BUILDERS[end] for end in path.suffixes[-2:] if end in _BUILDERS), None) for path in paths}
     missing = [path for path in paths if not path.exists()]
-    if missing and (len(paths) > 1 or None not in builders or not _HUB_ID.fullmatch(where)):
+    if missing and (len(paths) > 1 or builders != {None} or not _HUB_ID.fullmatch(where)):
         raise DataError(f"{missing[0]}: no such file or folder; check the path")
-    if len(builders) > 1 or (None in builders and len(paths) > 1):
+    are_texts = builders == {None} and all(path.is_file() for path in paths)
+    if not are_texts and len(paths) > 1 and (len(builders) > 1 or builders == {None}):
         raise DataError(
             f"{where}: expected files of one kind, got {list_some(sources)}; give text files, or files of one of "
             f"{', '.join(_BUILDERS)} with a --column"
         )
-    if column is not None and paths[0].is_file() and None in builders:
+    if are_texts and column is not None:
         raise DataError(f"{where}: expected no column for a text, got {column!r}; leave out --column")
+    if not are_texts and column is None and (files := sorted(paths[0].rglob("*.txt"))):
+        are_texts, paths = True, files
+    if are_texts:
+        return Texts(paths)
     require("documents", "datasets>=4.7")
     return Documents(where, _load_splits(sources, builders.pop(), has_bar), column or "text")
-
-
-def _find_texts(paths: Sequence[Path]) -> list[Path]:
-    """Lists the text files that paths name, if they name no others; a folder's are its .txt files, sorted."""
-    if all(path.is_file() and _get_end(path) not in _BUILDERS for path in paths):
-        return list(paths)
-    return sorted(paths[0].rglob("*.txt")) if len(paths) == 1 and paths[0].is_dir() else []
-
-
-def _get_end(path: Path) -> str:
-    return Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
 
 
 def _load_splits(sources: Sequence[str], builder: str | None, has_bar: bool) -> dict[str, Any]:
     import datasets
 
-    name, _, config = sources[0].partition(":")
+    place, (name, _, config) = Path(sources[0]), sources[0].partition(":")
     try:
         with _set_up_datasets(has_bar):
             if builder is not None:
                 return datasets.load_dataset(builder, data_files={"train": list(sources)})
-            if any((Path(sources[0]) / file).is_file() for file in ("state.json", "dataset_dict.json")):
-                saved = datasets.load_from_disk(sources[0])
-                return saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
-            return datasets.load_dataset(*([sources[0]] if Path(sources[0]).exists() else [name, config or None]))
+            if not place.exists():
+                return datasets.load_dataset(name, config or None)
+            if not any((place / file).is_file() for file in ("state.json", "dataset_dict.json")):
+                return datasets.load_dataset(str(place))
+            saved = datasets.load_from_disk(place)
+            return saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
     except Exception as error:  # a file, the network or the Hub can make `datasets` raise any type
         reason = " ".join(str(error.__cause__ or error).split())
-        raise DataError(f"{sources[0]}: cannot be read as a data set: {reason}; check it, and its name") from error
+        raise DataError(f"{place}: cannot be read as a data set: {reason}; check it, and its name") from error
 
 
 @contextlib.contextmanager
 def _set_up_datasets(has_bar: bool) -> Iterator[None]:
-    """Shows or hides the bars of `datasets` while the block lasts, and logs none of its errors, which are raised."""
-    import datasets
+    """Hides the bars of `datasets` unless wanted while the block lasts, and its log of errors, which are raised."""
+    from datasets import logging, utils
 
-    were_hidden, verbosity = datasets.utils.are_progress_bars_disabled(), datasets.logging.get_verbosity()
-    (datasets.enable_progress_bars if has_bar else datasets.disable_progress_bars)()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    were_hidden, verbosity = utils.are_progress_bars_disabled(), logging.get_verbosity()
+    (utils.enable_progress_bars if has_bar else utils.disable_progress_bars)()
+    logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
-        datasets.logging.set_verbosity(verbosity)
-        (datasets.disable_progress_bars if were_hidden else datasets.enable_progress_bars)()
+        logging.set_verbosity(verbosity)
+        (utils.disable_progress_bars if were_hidden else utils.enable_progress_bars)()

@@ -44,7 +44,7 @@ def test_cut_behind_a_space_is_found_to_change_ids(encoding):
 
 
 def cut_into_blocks(text, size):
-    return [text[start : start + size] for start in range(0, len(text), size)]
+    return [[text[start : start + size]] for start in range(0, len(text), size)]
 
 
 @pytest.mark.parametrize("size", [7, 50, 1000])
@@ -52,12 +52,10 @@ def test_pieces_have_the_ids_of_the_whole_text(encoding, size, monkeypatch):
     monkeypatch.setattr(tokens_module, "_WINDOW", 20)
     text = "".join(make_texts(encoding, 500, seed=3))
 
-    def encode(text):
-        return np.array(encoding.encode_ordinary(text), dtype=np.uint16)
-
-    pieces = [piece for (piece,) in cut_text(cut_into_blocks(text, size), encode)]
+    tokens = TokenizerTokens("mine", build_tiktoken_tokenizer(encoding), encoding)
+    pieces = [piece for (piece,) in cut_text(cut_into_blocks(text, size), tokens)]
     assert "".join(pieces) == text
-    assert np.concatenate([encode(piece) for piece in pieces]).tolist() == encoding.encode_ordinary(text)
+    assert np.concatenate(tokens.encode_each(pieces)).tolist() == encoding.encode_ordinary(text)
     assert len(pieces) > 3 or size < 20  # in shorter blocks than the window, no cut can be tried
 
 
@@ -76,38 +74,31 @@ def test_text_whose_tokenizer_sees_across_every_cut_stays_whole(monkeypatch):
     monkeypatch.setattr(tokens_module, "_WINDOW", 20)
     tokens = TokenizerTokens("mine", make_llama_tokenizer())
     text = "a few words " * 100
-    assert list(tokens.cut([block] for block in cut_into_blocks(text, 100))) == [[text]]
+    assert list(cut_text(cut_into_blocks(text, 100), tokens)) == [[text]]
 
 
 @pytest.mark.parametrize(
-    ("text", "note"),
+    ("text", "notes"),
     [
-        ("The words", "mine: does not give the text back when it decodes: it loses some of it"),
-        ("the words!", "mine: 1 of the first 11 tokens are the unknown token"),
-        ("the words", None),
+        ("The words", ["mine: loses some of the text: its tokens decode to another one"]),
+        ("the words!", ["mine: 1 of the first 11 tokens are the unknown token"]),
+        ("the words", []),
     ],
 )
-def test_loss_of_text_is_noted(text, note):
+def test_loss_of_text_is_noted(text, notes):
     tokens = TokenizerTokens("mine", make_llama_tokenizer())
-    tokens.describe([text], are_documents=False)
-    assert tokens.notes == ([note] if note else [])
-
-
-def test_documents_without_an_end_of_text_are_noted():
-    tokens = TokenizerTokens("mine", make_llama_tokenizer())
-    tokens.describe(["words"], are_documents=True)
-    assert tokens.notes == ["mine: has no end of text, so nothing separates the documents"]
-    assert len(tokens.encode_documents(["a", "b"])) == len(tokens.encode(["a", "b"])) == 4
+    assert tokens.describe([text], False) == notes
+    notes.append("mine: has no end-of-text token, so nothing separates the documents")
+    assert tokens.describe([text], True) == notes
 
 
 def test_special_tokens_in_a_text_are_ordinary_text():
     encoding = make_encoding()
     tokenizer = build_tiktoken_tokenizer(encoding)
     text = "it's<|endoftext|>it's"
-    ids = TokenizerTokens("mine", tokenizer).encode([text]).tolist()
-    assert (
-        ids == TokenizerTokens("mine", tokenizer, encoding).encode([text]).tolist() == encoding.encode_ordinary(text)
-    )
+    ids = TokenizerTokens("mine", tokenizer).encode_each([text])[0].tolist()
+    assert ids == TokenizerTokens("mine", tokenizer, encoding).encode_each([text])[0].tolist()
+    assert ids == encoding.encode_ordinary(text)
     assert encoding.eot_token not in ids
     assert tokenizer(text).input_ids != ids  # the user's tokenizer is as it was
 
@@ -115,4 +106,4 @@ def test_special_tokens_in_a_text_are_ordinary_text():
 def test_character_that_a_tokenizer_does_not_know_is_named():
     tokens = TokenizerTokens("mine", build_character_tokenizer(read_meta(META_PATH)))
     with pytest.raises(TokenizerError, match=r"^mine: expected characters of the tokenizer's 65, got '\xd6'; give"):
-        tokens.encode(["R\xd6MEO"])
+        tokens.encode_each(["R\xd6MEO"])
