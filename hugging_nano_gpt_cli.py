@@ -112,6 +112,19 @@ _SAMPLING = (
     _option("seed", int, default=1337, help="Seed of the random numbers."),
     _option("stride", int, min=1, default=1, help="Tokens dropped at once past block_size; 1 as nanoGPT."),
 )
+_PREPARING = (
+    _option(
+        "tokenizer",
+        str,
+        metavar="NAME",
+        default="gpt2",
+        help="char; a tiktoken encoding; bpe:N, which trains one of N tokens; or a tokenizer's folder or hub id.",
+    ),
+    _option("column", str | None, metavar="NAME", help="Column with the texts of documents; by default text."),
+    _option("num_proc", int, min=1, default=8, help="Threads that encode; the bytes are the same for any number."),
+    _option("shard_size", int | None, min=1, help="Tokens of a shard, to write train_000000.bin and so on."),
+    _FORCE,
+)
 _TRAINING = (
     _switch("resume", "--resume", "Continue from the last checkpoint in out_dir; start if there is none."),
     _switch("force", "--force", "Overwrite what an earlier run left in out_dir, and --folder."),
@@ -173,6 +186,24 @@ def _set_up_transformers(has_progress: bool, is_quiet: bool) -> None:
 
 def _print_result(result: Any, as_json: bool) -> None:
     print(json.dumps(result.to_json(), indent=2, allow_nan=False) if as_json else result)
+
+
+@_command(*_PREPARING, has_progress=False, is_quiet=True)
+def prepare(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="Text files, or a folder of .txt; .jsonl, .csv or .parquet files; or a data set of the Hub.",
+        ),
+    ],
+    out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Folder to write, such as data/mine.")],
+    **options: Any,
+) -> None:
+    """Make train.bin and val.bin of a text or documents, with the bytes of nanoGPT's prepare.py, and its tokenizer."""
+    from hugging_nano_gpt import prepare_data
+
+    prepare_data(sources, out_dir, **options, has_bar=sys.stderr.isatty())
 
 
 @_command(

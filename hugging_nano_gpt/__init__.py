@@ -31,6 +31,7 @@ from .model.modeling_nano_gpt import (
     NanoGPTModel,
     NanoGPTPreTrainedModel,
 )
+from .prepare.prepare import prepare_data
 from .sample.playground import run_playground
 from .sample.sampling import sample_text
 from .serve.server import run_server
@@ -82,6 +83,7 @@ __all__ = [
     "fit_vocabulary",
     "import_gpt2",
     "inspect_path",
+    "prepare_data",
     "read_checkpoint",
     "read_meta",
     "run_playground",

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -140,7 +140,7 @@ def check_folder(folder: Path, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def open_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
+def open_folder(folder: Path, overwrite: bool, stale: Collection[str] = ()) -> Iterator[Path]:
     """Makes a temporary folder, and moves what was written into it to its place when the block ends.
 
     A new folder appears complete, in one step. In one that exists, which may be a mount point or the target of a link,
@@ -150,6 +150,7 @@ def open_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
         folder: The folder to write.
         overwrite: Whether files in it may be replaced; if not, files that another process has written in the meantime
             are an error.
+        stale: Patterns of names, whose files are removed from an existing folder when the new ones move in.
 
     Raises:
         ConversionError: If it cannot be written, or was written by another process; nothing is changed then.
@@ -158,7 +159,7 @@ def open_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
     try:
         if target.is_dir():
             check = functools.partial(_check_meanwhile, folder, overwrite)
-            with replace_model(target, all_variants=True, check=check) as temporary:
+            with replace_model(target, all_variants=True, stale=stale, check=check) as temporary:
                 yield temporary
         else:
             with _open_new_folder(folder, target) as temporary:

@@ -15,7 +15,7 @@ LAYERS = [
     {"data", "files", "pickles"},
     {"checkpoint", "tokenization"},
     {"convert"},
-    {"training", "export", "verify", "evaluate"},
+    {"training", "export", "verify", "evaluate", "prepare"},
     {"demo"},
     {"sample"},
     {"serve"},

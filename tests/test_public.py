@@ -10,8 +10,8 @@ MissingDependencyError NanoGPTConfig NanoGPTError NanoGPTForSequenceClassificati
 NanoGPTPreTrainedModel OptimizerState ServerError TokenizerError TrainingState VerifyError VerifyReport
 build_character_tokenizer build_gpt2_tokenizer build_tiktoken_tokenizer convert_to_checkpoint convert_to_folder
 evaluate_loss export_gguf export_gpt2 export_model export_onnx find_tokenizer fit_vocabulary import_gpt2 inspect_path
-read_checkpoint read_meta run_playground run_server sample_text verify_against_nanogpt verify_models write_checkpoint
-write_meta
+prepare_data read_checkpoint read_meta run_playground run_server sample_text verify_against_nanogpt verify_models
+write_checkpoint write_meta
 """.split()
 
 

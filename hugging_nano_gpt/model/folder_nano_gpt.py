@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -61,7 +61,11 @@ def contains_model(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def replace_model(
-    folder: Path, *, all_variants: bool = False, check: Callable[[], None] | None = None
+    folder: Path,
+    *,
+    all_variants: bool = False,
+    stale: Collection[str] = (),
+    check: Callable[[], None] | None = None,
 ) -> Iterator[Path]:
     """Yields an empty temporary folder, whose files replace those of the model in the folder when the block ends.
 
@@ -72,6 +76,7 @@ def replace_model(
     Args:
         folder: An existing folder.
         all_variants: Whether to remove old weights of all variants (model.fp16.safetensors) or only of the new one.
+        stale: Patterns of the names of other files to remove.
         check: Called just before files are moved, while no other writer can move any; it may raise.
 
     Raises:
@@ -84,7 +89,7 @@ def replace_model(
         with _lock_folder(folder):
             if check is not None:
                 check()
-            _move_files(temporary, folder, all_variants)
+            _move_files(temporary, folder, all_variants, stale)
             _remove_abandoned(folder, temporary)
 
 
@@ -220,9 +225,9 @@ def _list_files(folder: Path) -> list[Path]:
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
 
 
-def _move_files(temporary: Path, folder: Path, all_variants: bool) -> None:
+def _move_files(temporary: Path, folder: Path, all_variants: bool, stale: Collection[str]) -> None:
     new = [path for path in _list_files(temporary / _NEW) if path != Path("README.md") or not (folder / path).exists()]
-    old = {path for path in new if os.path.lexists(folder / path)} | _find_stale(folder, new, all_variants)
+    old = {path for path in new if os.path.lexists(folder / path)} | _find_stale(folder, new, all_variants, stale)
     moves = [(path, folder, temporary / _OLD) for path in sorted(sorted(old), key=_rank, reverse=True)]
     moves += [(path, temporary / _NEW, folder) for path in sorted(new, key=_rank)]
     done: list[tuple[Path, Path]] = []  # old path, new path
@@ -252,13 +257,13 @@ def _move_back(done: list[tuple[Path, Path]], folder: Path, temporary: Path) -> 
         ) from error
 
 
-def _find_stale(folder: Path, new: list[Path], all_variants: bool) -> set[Path]:
+def _find_stale(folder: Path, new: list[Path], all_variants: bool, patterns: Collection[str]) -> set[Path]:
     """Finds the files of the old model that would be read as the new model's."""
     families = {_find_family(path, all_variants) for path in new} - {None}
     files = [Path(path.name) for path in folder.iterdir() if path.is_file()]
     stale = {path for path in files if _find_family(path, all_variants) in families}
-    if Path("tokenizer_config.json") in new:
-        stale |= {path.relative_to(folder) for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)}
+    patterns = [*patterns, *(_TOKENIZER_FILES if Path("tokenizer_config.json") in new else ())]
+    stale |= {path.relative_to(folder) for pattern in patterns for path in folder.glob(pattern)}
     if Path("modeling_nano_gpt.py") in new:
         stale |= {path for path in files if path.name in _FORMER_CODE}
     return stale - set(new)
@@ -275,8 +280,8 @@ def _find_family(path: Path, all_variants: bool) -> tuple[object, ...] | None:
 
 
 def _rank(path: Path) -> int:
-    """Returns how late a file moves in: 0 for most, 1 for config.json, more for the file that opens the weights."""
+    """Returns how late a file moves in: 0 for most, 1 for config.json and tokens, more for what opens the weights."""
     weights = _WEIGHTS.fullmatch(str(path))
     if weights and not weights["shard"] and weights["kind"] != "onnx_data":
         return 2 + _FIRST_CHOICE.index((weights["kind"], weights["index"] is not None))
-    return 1 if str(path) in _CONFIGS else 0
+    return 1 if str(path) in _CONFIGS or path.suffix == ".bin" else 0

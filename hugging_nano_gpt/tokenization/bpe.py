@@ -62,7 +62,7 @@ def build_tiktoken_tokenizer(
         TokenizerError: If tiktoken cannot provide the encoding, or a tokenizer.json cannot express it.
     """
     if isinstance(encoding, str):
-        encoding = _get_encoding(encoding)
+        encoding = get_encoding(encoding)
     backend = _build_backend(encoding)
     probe = _make_probe(encoding)
     different = _find_difference(encoding, backend) or _find_difference(probe, _build_backend(probe))
@@ -135,7 +135,13 @@ def wrap_backend(backend: Tokenizer, block_size: int | None, end_of_text: str | 
     )
 
 
-def _get_encoding(name: str) -> "tiktoken.Encoding":
+def get_encoding(name: str) -> "tiktoken.Encoding":
+    """Returns tiktoken's encoding of a name.
+
+    Raises:
+        MissingDependencyError: If tiktoken is not installed.
+        TokenizerError: If it does not know the name, or cannot provide the encoding.
+    """
     require(f"encoding {name!r}", "tiktoken", alternative=_OR_FILES if name == "gpt2" else "")
     import tiktoken
 

@@ -6,6 +6,7 @@ Each tokenizer is a single tokenizer.json that does not need this package.
 import os
 import pickle
 import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,8 +126,27 @@ def write_meta(
     _check_characters(where, table)
     if os.path.lexists(path) and not overwrite:
         raise TokenizerError(f"{where}: is there already: expected a new path; give another or overwrite=True")
-    itos = dict(enumerate(table.characters))
-    meta = {"vocab_size": len(itos), "itos": itos, "stoi": {character: index for index, character in itos.items()}}
+    _dump_meta(path, table.characters, {character: index for index, character in enumerate(table.characters)})
+
+
+def write_token_meta(texts: Sequence[str], path: str | os.PathLike[str]) -> None:
+    """Writes a meta.pkl of a tokenizer's tokens, as well as nanoGPT's train.py and sample.py can use it.
+
+    train.py reads vocab_size. sample.py decodes each token on its own, so a character that is split between tokens
+    becomes U+FFFD, and encodes each character on its own, so only single-character tokens have an entry.
+
+    Args:
+        texts: The text of each id, in the order of the ids.
+        path: Path of the file to write.
+
+    Raises:
+        TokenizerError: If it cannot be written.
+    """
+    _dump_meta(path, texts, {text: index for index, text in enumerate(texts) if len(text) == 1 and text != "\ufffd"})
+
+
+def _dump_meta(path: str | os.PathLike[str], texts: Sequence[str], stoi: dict[str, int]) -> None:
+    meta = {"vocab_size": len(texts), "itos": dict(enumerate(texts)), "stoi": stoi}
     try:
         with open_atomically(path) as file:
             pickle.dump(meta, file)
@@ -202,7 +222,9 @@ def _check_tables(path: Path, meta: Any) -> tuple[str, ...]:
         are_characters = all(isinstance(character, str) and len(character) == 1 for character in characters)
         if are_characters and len(stoi) == len(itos) and stoi == {c: index for index, c in itos.items()}:
             return characters
+    has_tokenizer = (path.parent / "tokenizer.json").is_file()  # as `hugging-nano-gpt prepare` writes both
+    advice = f"give --tokenizer {path.parent}" if has_tokenizer else "make it again with the data set's prepare.py"
     raise TokenizerError(
         f"{path}: expected 'itos' and 'stoi' to be inverse tables of characters and ids 0 to n - 1, got others; "
-        f"make it again with the data set's prepare.py"
+        f"{advice}"
     )

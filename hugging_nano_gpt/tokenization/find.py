@@ -5,14 +5,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import MissingDependencyError, TokenizerError, list_some
 from ..model.configuration_nano_gpt import GPT2_VOCAB_SIZES
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from .bpe import build_gpt2_tokenizer, build_tiktoken_tokenizer, read_gpt2_files
-from .characters import build_character_tokenizer, read_meta
-from .vocabulary import check_tokenizer, describe_spare_rows
+from .characters import build_character_tokenizer, read_meta, read_vocab_size
+from .vocabulary import check_tokenizer, describe_spare_rows, is_rounded_up
+
+_META, _TOKENIZER = "meta.pkl", "tokenizer.json"
 
 # For the command line and for Python.
 _ADVICE = "give its meta.pkl (--meta FILE, read_meta), or another by name (--tokenizer NAME, build_tiktoken_tokenizer)"
@@ -29,12 +31,13 @@ def find_tokenizer(
     vocab_size: int,
     *,
     block_size: int | None = None,
-) -> PreTrainedTokenizerFast:
+) -> PreTrainedTokenizerBase:
     """Finds the tokenizer that a checkpoint was trained with, as nanoGPT's sample.py does.
 
-    It is made from data/<dataset>/meta.pkl, if this file has as many characters as the model has rows. `data` is
-    looked for next to the checkpoint's folder, then in the working directory. Without a meta.pkl, a model with GPT-2's
-    vocabulary, which nanoGPT pads to 50304, has GPT-2's tokenizer.
+    It is data/<dataset>/tokenizer.json, which `hugging-nano-gpt prepare` writes, or else made from
+    data/<dataset>/meta.pkl, if it has as many tokens as the model has rows. `data` is looked for next to the
+    checkpoint's folder, then in the working directory. Without either, a model with GPT-2's vocabulary, which nanoGPT
+    pads to 50304, has GPT-2's tokenizer.
 
     Args:
         checkpoint_path: Path of the checkpoint, such as out/ckpt.pt.
@@ -48,18 +51,53 @@ def find_tokenizer(
     """
     dataset = config.get("dataset")
     roots = [Path(checkpoint_path).absolute().parent.parent, Path.cwd()] if _is_folder_name(dataset) else []
-    paths = [root / "data" / str(dataset) / "meta.pkl" for root in roots]
-    tables = {path: read_meta(path) for path in paths if path.is_file()}
-    for table in tables.values():
-        if len(table.characters) == vocab_size:
-            return build_character_tokenizer(table, block_size=block_size)
-    if vocab_size in GPT2_VOCAB_SIZES and not tables:
+    found = []
+    for folder in [root / "data" / str(dataset) for root in roots]:
+        path = folder / _TOKENIZER
+        if path.is_file():
+            tokenizer = _load_saved(str(folder), block_size, {})
+            if _fits(tokenizer, vocab_size):
+                tokenizer.model_max_length = block_size or tokenizer.model_max_length
+                return tokenizer
+            found.append(f"{path} of {count_ids(tokenizer)} tokens")
+        elif (path := folder / _META).is_file():
+            table = read_meta(path)
+            if len(table.characters) == vocab_size:
+                return build_character_tokenizer(table, block_size=block_size)
+            found.append(f"{path} of {len(table.characters)} characters")
+    if vocab_size in GPT2_VOCAB_SIZES and not found:
         return build_gpt2_tokenizer(block_size=block_size)
-    found = [f"{path} of {len(table.characters)} characters" for path, table in tables.items()]
     raise TokenizerError(
-        f"{os.fspath(checkpoint_path)}: no tokenizer found: expected a meta.pkl of {vocab_size} characters of the "
-        f"data set {dataset!r}, got {list_some(found) if found else 'none'}; {_ADVICE}"
+        f"{os.fspath(checkpoint_path)}: no tokenizer found: expected a meta.pkl of {vocab_size} characters, or a "
+        f"tokenizer.json of as many tokens, of the data set {dataset!r}, got {list_some(found) if found else 'none'}; "
+        f"{_ADVICE}"
     )
+
+
+def read_data_vocab_size(data_dir: Path) -> tuple[int, Path] | None:
+    """Reads the vocabulary size of a data set, and says from where; None if nothing records it.
+
+    It is in the meta.pkl, where train.py reads it, or else it is one more than the largest id in the tokenizer.json.
+
+    Raises:
+        TokenizerError: If the file cannot be read.
+    """
+    if (path := data_dir / _META).exists():
+        return read_vocab_size(path), path
+    if (path := data_dir / _TOKENIZER).exists():
+        return count_ids(_load_saved(str(data_dir), None, {})), path
+    return None
+
+
+def count_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns how many rows a model needs for the ids of a tokenizer, which may have gaps."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def _fits(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> bool:
+    """Returns whether a model has as many rows as a tokenizer has ids, or that number rounded up for speed."""
+    n_ids = count_ids(tokenizer)
+    return n_ids == vocab_size or (n_ids < vocab_size and is_rounded_up(n_ids, vocab_size))
 
 
 def _is_folder_name(name: Any) -> bool:
@@ -96,7 +134,7 @@ def load_tokenizer(
     if meta_path is not None:
         where, found = os.fspath(meta_path), build_character_tokenizer(read_meta(meta_path), block_size=block_size)
     elif tokenizer is not None:
-        where, found = tokenizer, _load_named(tokenizer, block_size, hub)
+        where, found = tokenizer, load_named(tokenizer, block_size, **hub)
     elif Path(source).is_file():
         config = model.nanogpt_training_state.config
         return find_tokenizer(source, config, vocab_size, block_size=block_size)
@@ -125,7 +163,13 @@ def find_tokenizer_or_reason(
         return None, [str(error)]
 
 
-def _load_named(name: str, block_size: int, hub: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+def load_named(name: str, block_size: int | None, **hub: Any) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer by name: "gpt2", another tiktoken encoding, a folder or a Hub id.
+
+    Raises:
+        TokenizerError: If there is none, or it cannot be loaded.
+        MissingDependencyError: If it needs tiktoken, which is not installed.
+    """
     if name == "gpt2":
         return build_gpt2_tokenizer(block_size=block_size)
     if Path(name).is_dir() or "/" in name:
@@ -133,7 +177,7 @@ def _load_named(name: str, block_size: int, hub: Mapping[str, Any]) -> PreTraine
     return build_tiktoken_tokenizer(name, block_size=block_size)
 
 
-def _load_saved(name: str, block_size: int, hub: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+def _load_saved(name: str, block_size: int | None, hub: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     folder = Path(name) / hub.get("subfolder", "")
     if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
         found = read_gpt2_files(folder, block_size=block_size)

@@ -87,15 +87,21 @@ def describe_spare_rows(where: str, tokenizer: PreTrainedTokenizerBase, vocab_si
     Raises:
         TokenizerError: If it has more than twice as many, so this cannot be its tokenizer.
     """
-    n_tokens, multiple = len(tokenizer.get_vocab()), vocab_size & -vocab_size
+    n_tokens = len(tokenizer.get_vocab())
     n_spare = vocab_size - n_tokens
-    if n_spare == 0 or n_spare < multiple >= _LEAST_MULTIPLE:  # rounded up for speed
+    if n_spare == 0 or is_rounded_up(n_tokens, vocab_size):
         return []
     if n_spare > n_tokens:
         raise TokenizerError(
             f"{where}: expected about {vocab_size} tokens, as the model has rows, got {n_tokens}; {_ADVICE}"
         )
     return [f"{where}: {n_tokens:,} tokens for {vocab_size:,} rows: the other {n_spare:,} are never generated"]
+
+
+def is_rounded_up(n_tokens: int, vocab_size: int) -> bool:
+    """Returns whether a model has so few spare rows that its number of tokens was rounded up for speed."""
+    multiple = vocab_size & -vocab_size
+    return vocab_size - n_tokens < multiple >= _LEAST_MULTIPLE
 
 
 def _set_token(settings: GenerationConfig, name: str, value: int | None, tokens: dict[int, str], default: Any) -> None:

@@ -17,9 +17,9 @@ from ..convert.gpt2 import import_gpt2
 from ..convert.nanogpt import make_model
 from ..data.offsets import NANOGPT_SEED
 from ..errors import ConversionError
-from ..model.configuration_nano_gpt import NanoGPTConfig
+from ..model.configuration_nano_gpt import GPT2_TOKENS, NanoGPTConfig
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
-from ..tokenization.characters import read_vocab_size
+from ..tokenization.find import read_data_vocab_size
 from .drawing import make_random_state
 from .out_dir import Beginning
 from .train_settings import TRAIN_DEFAULTS
@@ -41,7 +41,7 @@ def start_run(
     Args:
         settings: All of train.py's settings.
         beginning: What the run begins from.
-        data_dir: Folder of the data set; its meta.pkl says the vocabulary size of a new model.
+        data_dir: Folder of the data set; its meta.pkl or tokenizer.json says the vocabulary size of a new model.
         rank: Rank of this process. New weights are the first one's, as DDP broadcasts them.
         say: Prints train.py's lines.
 
@@ -52,7 +52,7 @@ def start_run(
         ConversionError: If init_from is unknown, the batches are longer than the model can read, or a setting asks for
             another model than the checkpoint's.
         CheckpointError: If there is no whole checkpoint, or no GPT-2.
-        TokenizerError: If the meta.pkl cannot be read.
+        TokenizerError: If the meta.pkl or the tokenizer.json cannot be read.
     """
     init_from, block_size = beginning.init_from, settings["block_size"]
     state = TrainingState(config=dict(settings))
@@ -85,11 +85,11 @@ def start_run(
 
 
 def _make_new_model(settings: Mapping[str, Any], data_dir: Path, say: Callable[[str], None]) -> NanoGPTLMHeadModel:
-    meta_path = data_dir / "meta.pkl"
-    if meta_path.exists():
-        vocab_size = read_vocab_size(meta_path)
-        say(f"found vocab_size = {vocab_size} (inside {meta_path})")
-    else:
+    found = read_data_vocab_size(data_dir)
+    if found is not None and found != (GPT2_TOKENS, data_dir / "tokenizer.json"):
+        vocab_size, path = found
+        say(f"found vocab_size = {vocab_size} (inside {path})")
+    else:  # as train.py, which reads no tokenizer.json
         vocab_size = _PADDED_GPT2_VOCAB_SIZE
         say("defaulting to vocab_size of GPT-2 to 50304 (50257 rounded up for efficiency)")
     torch.manual_seed(NANOGPT_SEED)
@@ -141,9 +141,9 @@ def _keep_shape(
     faults = [
         f"{name}: expected {kept[name]}, got {value}" for name, value in other.items() if value != TRAIN_DEFAULTS[name]
     ]
-    meta_path = data_dir / "meta.pkl"
-    if meta_path.exists() and (n_tokens := read_vocab_size(meta_path)) > config.vocab_size:
-        faults.append(f"vocab_size: expected at most {config.vocab_size}, got {n_tokens} in {meta_path}")
+    found = read_data_vocab_size(data_dir)
+    if found is not None and found[0] > config.vocab_size:
+        faults.append(f"vocab_size: expected at most {config.vocab_size}, got {found[0]} in {found[1]}")
     if faults:
         raise ConversionError(
             f"{path}: a checkpoint's model cannot change: {'; '.join(faults)}; leave them out and give the run's own "

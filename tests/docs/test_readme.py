@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hugging_nano_gpt import read_checkpoint
+from hugging_nano_gpt import read_checkpoint, read_meta
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
 from ..helpers.programs import run_command, run_program
@@ -32,7 +32,7 @@ from ..helpers.serving import run_in_thread
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 (BLOCK,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-(SESSION,) = re.findall(r"```\n(python train\.py.*?)```", README, flags=re.DOTALL)
+(SESSION,) = re.findall(r"```\n(hugging-nano-gpt prepare.*?)```", README, flags=re.DOTALL)
 (INSTALL,) = re.findall(r"```\n(pip install.*?)```", README, flags=re.DOTALL)
 PROGRAM = Path(name).absolute() if (name := os.environ.get("README_PROGRAM")) else None
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -56,7 +56,7 @@ LINES = split(SESSION)
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder with the files that nanoGPT's checkout has after the first line of the session."""
+    """A folder with a text, and the files that nanoGPT's checkout has after the first two lines of the session."""
     for folder in ("out", "out-shakespeare-char"):
         (tmp_path / folder).mkdir()
         shutil.copy(CKPT_PATH, tmp_path / folder / "ckpt.pt")
@@ -65,6 +65,9 @@ def workplace(tmp_path, monkeypatch):
     shutil.copy(META_PATH, data_dir / "meta.pkl")
     for split_name in ("train", "val"):
         np.random.default_rng(0).integers(0, 65, 1000, dtype=np.uint16).tofile(data_dir / f"{split_name}.bin")
+    characters = read_meta(META_PATH).characters
+    text = "".join(np.random.default_rng(0).choice(characters, 9935)) + "".join(characters)
+    (tmp_path / "input.txt").write_text(text)
     if NANOGPT_DIR:
         link_scripts(tmp_path)
         (tmp_path / "config").symlink_to(Path(NANOGPT_DIR) / "config")
@@ -98,6 +101,7 @@ def test_readme_python_runs_as_written(workplace):
 
 def test_readme_session_runs_line_by_line(workplace):
     printed, n_updates = {}, 0
+    shutil.rmtree(workplace / "data")  # the first line makes it
     for words in LINES:
         options = SHORTER.get(words[1], "").split()
         if words[0] == "pip" and PROGRAM:
@@ -107,7 +111,8 @@ def test_readme_session_runs_line_by_line(workplace):
             run_script(workplace, *words[1:], *options, f"--max_iters={n_updates}")
         elif words[0] == "hugging-nano-gpt" and words[1] != "serve" and (NANOGPT_DIR or "--nanogpt" not in words):
             printed[words[1]] = run(words, *options)
-    assert list(printed) == ["inspect", "evaluate", "convert", "verify", "generate", "back"]
+    assert list(printed) == ["prepare", "inspect", "evaluate", "convert", "verify", "generate", "back"]
+    assert "vocab size: 65\ntrain has 9,000 tokens\nval has 1,000 tokens\n" in printed["prepare"]
     assert "bits per character" in printed["evaluate"]
     assert printed["convert"].startswith(
         "Wrote shakespeare: 350,976 parameters, float32, and a tokenizer of 65 tokens"

@@ -1,0 +1,58 @@
+"""What the tests of prepare share: a text, documents, and tiktoken's and the Hub's files replaced by small ones."""
+
+import json
+import random
+
+import pytest
+import tiktoken
+
+import hugging_nano_gpt.prepare.sources as sources
+import hugging_nano_gpt.prepare.tokens as tokens
+import hugging_nano_gpt.tokenization.bpe as bpe
+
+from ..tokenization.test_bpe import make_encoding
+
+WORDS = (
+    "the king hath spoken to his daughter; and she wept. It's caf\xe9 \u4e2d\u6587\u3002 1234567 \U0001f642 O!".split()
+)
+ENDS = ("\n", "\r\n", "\n\n", " ", "  ", "\r", " \n  ")
+
+
+def make_text(n_words=6000, seed=0):
+    """Makes a text with all kinds of spaces and line ends."""
+    rng = random.Random(seed)
+    return "".join(rng.choice(WORDS) + rng.choices(ENDS, (2, 1, 1, 12, 1, 1, 1))[0] for _ in range(n_words))
+
+
+@pytest.fixture
+def text_path(tmp_path):
+    path = tmp_path / "input.txt"
+    path.write_bytes(make_text().encode())
+    return path
+
+
+@pytest.fixture
+def documents_path(tmp_path, monkeypatch):
+    """A file of 2,500 documents, of which 2 are val's; `datasets` has its cache in a folder of the test's."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "documents.jsonl"
+    rows = [{"id": index, "text": make_text(index % 7, seed=index)} for index in range(2500)]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def gpt2(monkeypatch):
+    """A small encoding under the name of GPT-2's, which is not on this machine."""
+    encoding = make_encoding()
+    monkeypatch.setattr(bpe, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": encoding}.__getitem__)
+    return encoding
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks so small that a text of a test has many."""
+    monkeypatch.setattr(sources, "_BLOCK_BYTES", 1000)
+    monkeypatch.setattr(tokens, "_WINDOW", 50)
