@@ -221,7 +221,7 @@ def _score(model: NanoGPTLMHeadModel, windows: _Windows, stride: int, path: Path
     begins = [*range(0, len(windows) - 1, stride), len(windows) - 1]
     counts = [windows.block_size, *(end - begin for begin, end in pairwise(begins))]
     total, scored = 0.0, []
-    with logging.tqdm(total=len(begins), unit="window") as bar:
+    with logging.tqdm(total=len(begins), desc="loss", unit="window") as bar:
         for first in range(0, len(begins), _N_ROWS):
             rows = slice(first, first + _N_ROWS)
             batch = default_collate([windows[begin] for begin in begins[rows]])
