@@ -1,13 +1,10 @@
-"""Every window of a token file as a data set, and windows stacked into batches.
-
-The file is opened once in each process and read window by window. It is not memory-mapped: the pages of a map count as
-the process's memory while the map is open, which is why nanoGPT makes a new one for every batch.
-"""
+"""Every window of a token file, or of several files as one, as a data set; and windows stacked into batches."""
 
 import os
-import weakref
+from bisect import bisect_right
 from collections import UserDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +12,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..errors import DataError
-from .token_file import measure_token_file
+from ..errors import DataError, require
+from .shards import list_token_files, open_token_files
 
 
 class Window(UserDict[str, torch.Tensor]):
@@ -24,31 +21,34 @@ class Window(UserDict[str, torch.Tensor]):
 
 
 class TokenDataset(Dataset):
-    """Every window of a token file: item i is tokens i to i + block_size, and their targets one token further.
+    """Every window of a text in tokens: item i is tokens i to i + block_size, and their targets one token further.
 
     Reads nanoGPT's train.bin and val.bin (uint16, no header), llm.c's .bin shards, of Llama 3's tokens too, and .npy
-    files of one row of integers; the first bytes say which.
+    files of one row of integers; the first bytes say which. Several files, in the order of their names, are read as
+    one file with their tokens would be, so a window may begin in one file and end in the next. llm.c and build-nanogpt
+    go through such files one by one instead, and their windows never cross from one to the next.
 
     Args:
-        path: The file.
+        path: A file; a folder with .bin and .npy files; or a glob, such as "data/fineweb/*_train_*.bin".
         block_size: Tokens in a window.
 
     Raises:
-        DataError: If the file is missing, is not whole, does not look like a token file, or is too short for a window
-            and its last target; when a window is read, if the file has been removed or cut off since.
+        DataError: If there are no files, if one is not whole or does not look like a token file, or if all of them are
+            too short for a window and its last target; if several files have tokens of different types, or are of
+            train and of val. When a window is read, if a file has been removed or cut off since.
     """
 
     def __init__(self, path: str | os.PathLike[str], block_size: int):
         self.path = Path(path)
         self.block_size = block_size
-        self._layout = measure_token_file(self.path)
-        self.n_tokens = self._layout.n_tokens
+        self._files = open_token_files(list_token_files(self.path))
+        self._ends = list(accumulate(file.n_tokens for file in self._files))
+        self.n_tokens = self._ends[-1]
         if self.n_tokens <= block_size:
             raise DataError(
                 f"{self.path}: too short: expected more than block_size={block_size} tokens, got {self.n_tokens}; "
                 f"give a longer file or a smaller block_size"
             )
-        self._descriptor: int | None = None
 
     def __len__(self) -> int:
         """Returns the number of windows: nanoGPT samples its offsets below it."""
@@ -61,30 +61,48 @@ class TokenDataset(Dataset):
         window = torch.from_numpy(self._read(offset, self.block_size + 1).astype(np.int64))
         return Window(input_ids=window[:-1], shift_labels=window[1:])
 
-    def __getstate__(self) -> dict[str, Any]:  # another process opens the file itself
-        return {**self.__dict__, "_descriptor": None}
+    def to_datasets(self, **kwargs: Any) -> Any:
+        """Returns a datasets.Dataset for plain Trainer and TRL: rows of block_size tokens as input_ids and labels.
+
+        The labels are the tokens themselves, because the model shifts labels. Each row begins with the last token of
+        the row before, so every token but the first is the target of exactly one position; a last row that would be
+        shorter is left out. The rows are written to the cache of datasets, once for these files, and read from there.
+
+        Args:
+            **kwargs: Arguments of datasets.Dataset.from_generator, such as cache_dir.
+
+        Raises:
+            MissingDependencyError: If datasets is not installed.
+            DataError: If block_size is 1, which leaves no target in a row.
+        """
+        require("TokenDataset.to_datasets", "datasets")
+        import datasets
+        from datasets.fingerprint import Hasher
+
+        if self.block_size < 2:
+            raise DataError(f"{self.path}: expected a block_size of 2 or more, got {self.block_size}; change it")
+        row = datasets.List(datasets.Value(self._files[0].dtype.name), length=self.block_size)
+        versions = [(file.path.resolve(), *file.stat()) for file in self._files]  # new files get new rows
+        return datasets.Dataset.from_generator(
+            self._iterate_rows,
+            features=datasets.Features({"input_ids": row, "labels": row}),
+            fingerprint=Hasher.hash((versions, self.block_size)),
+            **kwargs,
+        )
+
+    def _iterate_rows(self) -> Iterator[dict[str, np.ndarray]]:
+        for offset in range(0, len(self) + 1, self.block_size - 1):
+            tokens = self._read(offset, self.block_size)
+            yield {"input_ids": tokens, "labels": tokens}
 
     def _read(self, first: int, count: int) -> np.ndarray:
-        start, dtype, _ = self._layout
-        try:
-            data = self._read_at(start + first * dtype.itemsize, count * dtype.itemsize)
-        except OSError as error:
-            raise DataError(
-                f"{self.path}: cannot be read any more: {error.strerror}; see what became of it"
-            ) from error
-        if len(data) != count * dtype.itemsize:
-            raise DataError(f"{self.path}: expected {self.n_tokens} tokens, as it had, got fewer; write it again")
-        return np.frombuffer(data, dtype=dtype)
-
-    def _read_at(self, offset: int, n_bytes: int) -> bytes:
-        if not hasattr(os, "pread"):  # Windows
-            with self.path.open("rb") as file:
-                file.seek(offset)
-                return file.read(n_bytes)
-        if self._descriptor is None:
-            self._descriptor = os.open(self.path, os.O_RDONLY)
-            weakref.finalize(self, os.close, self._descriptor)
-        return os.pread(self._descriptor, n_bytes, offset)  # does not move the position, which forked processes share
+        """Reads tokens from the file that has the first one, and from those after it."""
+        number = bisect_right(self._ends, first)
+        start = self._ends[number] - self._files[number].n_tokens
+        tokens = self._files[number].read(first - start, min(count, self._ends[number] - first))
+        if len(tokens) == count:
+            return tokens
+        return np.concatenate([tokens, self._read(self._ends[number], count - len(tokens))])
 
 
 def collate_windows(windows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

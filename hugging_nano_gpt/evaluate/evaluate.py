@@ -22,6 +22,7 @@ from ..checkpoint.contents import NO_VAL_LOSS, TrainingState
 from ..convert.inspect import to_json
 from ..convert.source import Source, choose_device, load_source
 from ..data.dataset import TokenDataset
+from ..data.shards import find_split
 from ..errors import DataError
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from ..tokenization.text import count_units, encode_text, read_text
@@ -127,7 +128,8 @@ def evaluate_loss(
 
     Args:
         source: What load_source takes: a checkpoint file, a saved folder or a Hub id.
-        data_path: A .bin or .npy file of tokens, a folder with val.bin, or a UTF-8 text under any other name.
+        data_path: A .bin or .npy file of tokens, a glob of several, a folder with val.bin or its shards, or a UTF-8
+            text under any other name.
         stride: Number of tokens from one window to the next, 1 to block_size; block_size by default.
         eval_iters: Number of batches for nanoGPT's estimate, instead of the checkpoint's.
         device: Device of torch; by default CUDA if there is a GPU for it, else the CPU.
@@ -140,7 +142,8 @@ def evaluate_loss(
             the stride is out of range, or eval_iters is given for a text.
         TokenizerError: If a text has no tokenizer, or characters that the tokenizer does not know.
     """
-    path = Path(data_path) / "val.bin" if Path(data_path).is_dir() else Path(data_path)
+    is_folder = Path(data_path).is_dir()
+    path = find_split(Path(data_path), "val") if is_folder else Path(data_path)
     if eval_iters is not None and path.suffix not in _TOKEN_SUFFIXES:
         raise DataError(f"{path}: expected no eval_iters for a text, got {eval_iters}; leave out --eval-iters")
     loaded = load_source(source, device=choose_device(device), attn_implementation="sdpa", **kwargs)
@@ -156,7 +159,7 @@ def evaluate_loss(
         state = model.nanogpt_training_state
         recorded_iters, batch_size = get_estimate_settings(state)
         estimate = estimate_loss(model, path, n_batches=eval_iters or recorded_iters, batch_size=batch_size)
-        if path.name == "val.bin":
+        if is_folder or path.name == "val.bin":
             recorded = state if state.best_val_loss < NO_VAL_LOSS else None
             reasons += [] if recorded else ["the estimate is not compared, because no best_val_loss is recorded"]
     return Evaluation(
@@ -218,7 +221,7 @@ def _score(model: NanoGPTLMHeadModel, windows: _Windows, stride: int, path: Path
     begins = [*range(0, len(windows) - 1, stride), len(windows) - 1]
     counts = [windows.block_size, *(end - begin for begin, end in pairwise(begins))]
     total, scored = 0.0, []
-    with logging.tqdm(total=len(begins), unit="window") as bar:
+    with logging.tqdm(total=len(begins), desc="loss", unit="window") as bar:
         for first in range(0, len(begins), _N_ROWS):
             rows = slice(first, first + _N_ROWS)
             batch = default_collate([windows[begin] for begin in begins[rows]])

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from transformers.utils import logging
 
 from hugging_nano_gpt import (
     DataError,
@@ -20,7 +21,7 @@ from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 from ..helpers.programs import run_command
 from ..helpers.reference import ReferenceGPT
 from ..helpers.tiny import make_model
-from ..helpers.trace import TRACE_DIR
+from ..helpers.trace import START_PATH, TRACE_DIR
 from ..tokenization.test_bpe import make_encoding
 
 TEXT = "KING RICHARD III:\nNow is the winter of our discontent\nMade glorious summer by this sun of York;\n" * 3
@@ -156,3 +157,17 @@ def test_command_prints_for_people_and_as_json(tmp_path):
     result = run_command(*arguments, "--json")
     assert json.loads(result.stdout) == json.loads(json.dumps(expected.to_json()))
     assert {"loss", "perplexity", "bits_per_character", "n_tokens", "estimate"} < json.loads(result.stdout).keys()
+
+
+def test_bars_show_the_progress_of_both_losses_and_change_no_number(capsys):
+    shown = evaluate_loss(START_PATH, TRACE_DIR / "val.bin", eval_iters=2)
+    bars = capsys.readouterr().err
+    logging.disable_progress_bar()
+    try:
+        hidden = evaluate_loss(START_PATH, TRACE_DIR / "val.bin", eval_iters=2)
+    finally:
+        logging.enable_progress_bar()
+    assert "loss: 100%" in bars
+    assert "estimate: 100%" in bars
+    assert capsys.readouterr().err == ""
+    assert shown == hidden
