@@ -68,7 +68,12 @@ def test_run_that_stopped_goes_on_to_the_bits_of_one_that_did_not(tmp_path):
 
 def test_one_checkpoint_of_trainers_is_kept(tmp_path):
     train(tmp_path)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {".train.lock", "ckpt.pt", "checkpoint-12"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        ".train.lock",
+        "ckpt.pt",
+        "checkpoint-12",
+        "log.jsonl",
+    }
 
 
 def test_checkpoint_holds_every_setting_in_train_pys_order(tmp_path):
