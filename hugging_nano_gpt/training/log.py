@@ -1,8 +1,8 @@
 """out_dir/log.jsonl: the losses of a run, a line of JSON for each iteration that train.py prints and each evaluation.
 
 A line of an update has iter, loss, lr, time_ms and tokens. A line of an evaluation has iter, train/loss, val/loss, lr
-and tokens. The names are those that train.py gives wandb; infinity and NaN are the strings "inf" and "nan". Each line is
-written at once, so a kill loses at most the last one.
+and tokens. The names are those that train.py gives wandb; infinity and NaN are the strings "inf" and "nan". A line is
+written as soon as it is known, so a kill loses at most the last one.
 """
 
 import json
