@@ -21,6 +21,13 @@ _NUMBER = r"(-?[\d.]+|nan|inf)"
 _PRINTED_EVALUATION = re.compile(rf"step (\d+): train loss {_NUMBER}, val loss {_NUMBER}")
 _PRINTED_UPDATE = re.compile(rf"iter (\d+): loss {_NUMBER}, time")
 
+# How each of the curves is plotted, and its name in the legend.
+_STYLES: dict[str, dict[str, Any]] = {
+    "each iteration": {"alpha": 0.3, "linewidth": 0.8},
+    "train loss": {"linestyle": "--"},
+    "val loss": {"marker": "."},
+}
+
 
 class LossCurves(NamedTuple):
     """The losses of a run, in nats per token, by iteration; what is missing is NaN."""
@@ -58,14 +65,13 @@ def plot_losses(
         raise fail(path, f"expected a suffix of {', '.join(formats)}, got {path.suffix!r}", "give one, as loss.png")
     axes = figure.subplots()
     for number, source in enumerate(sources):
-        curves, color = read_losses(source), f"C{number % 10}"
         name = f"{os.fspath(source)}: " if len(sources) > 1 else ""
-        axes.plot(*_split(curves.updates), color=color, alpha=0.3, linewidth=0.8, label=f"{name}each iteration")
-        axes.plot(*_split(curves.train), color=color, linestyle="--", label=f"{name}train loss")
-        axes.plot(*_split(curves.val), color=color, marker=".", label=f"{name}val loss")
+        for curve, (label, style) in zip(read_losses(source), _STYLES.items(), strict=True):
+            if curve:
+                axes.plot(*_split(curve), color=f"C{number % 10}", label=name + label, **style)
     axes.set(xlabel="iteration", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
-    axes.legend(handles=[line for line in axes.get_lines() if len(line.get_xdata())])
+    axes.legend()
     with open_atomically(path) as file:
         figure.savefig(file, format=path.suffix[1:].lower())
 

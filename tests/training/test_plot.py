@@ -91,12 +91,16 @@ def test_history_of_a_run_that_continued_has_nanogpts_iterations_and_its_own_los
 def test_file_without_losses_is_refused(tmp_path, text):
     path = tmp_path / "log.txt"
     path.write_text(text)
-    with pytest.raises(CheckpointError, match=r"log\.txt: no losses: expected lines of log\.jsonl .*; give the out_dir"):
+    with pytest.raises(
+        CheckpointError, match=r"log\.txt: no losses: expected lines of log\.jsonl .*; give the out_dir"
+    ):
         read_losses(path)
 
 
 def test_folder_without_losses_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no losses: expected log\.jsonl .*, got an empty folder; save train\.py"):
+    with pytest.raises(
+        CheckpointError, match=r"no losses: expected log\.jsonl .*, got an empty folder; save train\.py"
+    ):
         read_losses(tmp_path)
     (tmp_path / "ckpt.pt").touch()
     with pytest.raises(CheckpointError, match=r"or trainer_state\.json, got 'ckpt\.pt'; save train\.py's output"):
@@ -107,7 +111,7 @@ def test_folder_without_losses_is_refused(tmp_path):
 
 def test_plot_without_matplotlib_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr("hugging_nano_gpt.errors.find_spec", lambda name: None)
-    with pytest.raises(MissingDependencyError, match="^plot: matplotlib is not installed; pip install matplotlib$"):
+    with pytest.raises(MissingDependencyError, match=r"^plot: matplotlib is not installed; pip install matplotlib$"):
         plot_losses([tmp_path], tmp_path / "loss.png")
 
 
