@@ -79,7 +79,13 @@ class NanoGPTCheckpointCallback(TrainerCallback):
 
 
 class BarCallback(ProgressCallback):
-    """A progress bar alone: Trainer's own prints the logs too."""
+    """A progress bar alone, which begins where the run does: Trainer's own prints the logs too, and begins at 0."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.current_step = self.training_bar.initial = self.training_bar.n = state.global_step
+            self.training_bar.refresh()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         pass

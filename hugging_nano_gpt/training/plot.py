@@ -59,7 +59,7 @@ def plot_losses(
 
     path = Path(output)
     check_file(path, overwrite)
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
     formats = sorted(figure.canvas.get_supported_filetypes())
     if path.suffix[1:].lower() not in formats:
         raise fail(path, f"expected a suffix of {', '.join(formats)}, got {path.suffix!r}", "give one, as loss.png")

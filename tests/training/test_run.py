@@ -237,3 +237,13 @@ def test_ckpt_pt_and_lines_of_a_resumed_run_are_train_pys_own(tmp_path, capsys):
     assert mask_times(capsys.readouterr().out) == mask_times(printed)
     found, expected = (flatten_checkpoint(folder / "out" / "ckpt.pt") for folder in (tmp_path, theirs))
     assert list_differences(found, expected) == []
+
+
+def test_progress_bar_of_a_resumed_run_begins_where_the_run_does(tmp_path, capsys):
+    """Otherwise the time left would count the updates of the earlier run as this one's."""
+    train(tmp_path, max_iters=4, has_bar=True)
+    bar = capsys.readouterr().err
+    assert re.search(r"\b5/5 \[", bar)
+    train(tmp_path, max_iters=8, resume=True, has_bar=True)
+    counts = re.findall(r"(\d+)/9 \[", capsys.readouterr().err)
+    assert (counts[0], counts[1], counts[-1]) == ("0", "4", "9")  # tqdm shows 0 when it is created
