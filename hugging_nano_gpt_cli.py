@@ -364,6 +364,26 @@ def train(
         run_training(read_settings(settings or []), **options, has_bar=sys.stderr.isatty())
 
 
+@_command(_FORCE, has_progress=False)
+def plot(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="OUT_DIR...", help="For each run its out_dir, saved lines of train.py, or a trainer_state.json."
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", metavar="FILE", help="Picture to write: .png, .svg or .pdf.")
+    ] = Path("loss.png"),
+    **options: Any,
+) -> None:
+    """Plot the train and val loss of one run or several, also while they train."""
+    from hugging_nano_gpt.training import plot_losses
+
+    plot_losses(sources, output, **options)
+    print(f"Wrote {output}")
+
+
 @_command(
     _option("port", int, min=1, max=65535, default=7860, help="Port of 127.0.0.1 to listen on."),
     *_COMPUTING,

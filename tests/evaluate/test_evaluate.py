@@ -1,5 +1,6 @@
 """evaluate: every token is scored once, as a plain loop over the reference does; nanoGPT's estimate; errors."""
 
+import io
 import json
 import math
 
@@ -171,3 +172,16 @@ def test_bars_show_the_progress_of_both_losses_and_change_no_number(capsys):
     assert "estimate: 100%" in bars
     assert capsys.readouterr().err == ""
     assert shown == hidden
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_command_shows_bars_on_a_terminal_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(io, "StringIO", Terminal)
+    shown = run_command("evaluate", RUN_PATH, TRACE_DIR, "--eval-iters", "2")
+    assert (shown.returncode, "window/s" in shown.stderr, "batch/s" in shown.stderr) == (0, True, True)
+    monkeypatch.undo()
+    assert run_command("evaluate", RUN_PATH, TRACE_DIR, "--eval-iters", "2") == (0, shown.stdout, "")
