@@ -133,6 +133,8 @@ def test_remote_code_gives_the_same_bits(remote):
 @torch.no_grad()
 def test_folder_of_an_earlier_version_gives_the_same_bits(remote, tmp_path):
     """By its own code as remote code, by the package, as a checkpoint, and saved again."""
+    if FRESH_PYTHON and "earlier" not in remote.outputs:
+        pytest.skip("its code needs Transformers 5.14")
     golden = load_file(EARLIER_DIR / "golden.safetensors")
     # not bit for bit, because another CPU may have computed the golden logits
     torch.testing.assert_close(remote.outputs["earlier"], golden["logits"], rtol=0, atol=1e-5)
