@@ -200,16 +200,19 @@ def convert(
 )
 def back(
     source: Annotated[str, typer.Argument(metavar="DIR_OR_HUB_ID", help="Saved folder or hub id; GPT-2's too.")],
-    ckpt: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint file to write.")],
+    ckpt: Annotated[
+        Path, typer.Argument(metavar="CKPT", help="Checkpoint file to write, or a folder for its ckpt.pt.")
+    ],
     **options: Any,
 ) -> None:
     """Convert a folder back to a checkpoint that nanoGPT's train.py resumes and its sample.py reads."""
     from hugging_nano_gpt import convert_to_checkpoint
+    from hugging_nano_gpt.convert.folder import name_ckpt
 
     model = convert_to_checkpoint(source, ckpt, **options)
     iter_num, path = model.nanogpt_training_state.iter_num, options.get("optimizer_from")
     optimizer = "a fresh optimizer state" if path is None else f"the optimizer state of {path}"
-    print(f"Wrote {ckpt}: {model.num_parameters():,} parameters, iteration {iter_num:,}, {optimizer}")
+    print(f"Wrote {name_ckpt(ckpt)}: {model.num_parameters():,} parameters, iteration {iter_num:,}, {optimizer}")
 
 
 @_command(

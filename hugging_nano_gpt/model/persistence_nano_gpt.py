@@ -196,11 +196,12 @@ class NanoGPTCheckpointMixin:
             **kwargs: `iter_num`, `best_val_loss` and `config` of the checkpoint default to those of the checkpoint
                 that the model is from, or else to nanoGPT's values before the first step. `optimizer` is the
                 `training_state.optimizer` of a checkpoint, what training.read_optimizer returns for an AdamW, or an
-                AdamW state dict in nanoGPT's parameter order; a fresh one by default.
+                AdamW state dict in nanoGPT's parameter order; a fresh one by default. `overwrite` says whether an
+                existing file may be replaced; without it, it is, with a FutureWarning.
 
         Raises:
-            ConversionError: If nanoGPT cannot compute the same (an untied head, a wrapped or quantised layer), or the
-                optimizer state does not fit the model.
+            ConversionError: If nanoGPT cannot compute the same (an untied head, a wrapped or quantised layer), the
+                optimizer state does not fit the model, or the file exists and `overwrite` is False.
             CheckpointError: If the file cannot be written.
             ImportError: See from_nanogpt_ckpt.
         """
