@@ -387,8 +387,8 @@ def test_write_training_state_that_could_not_be_read_is_refused(checkpoint, tmp_
 
 def test_write_refused_leaves_the_old_file(checkpoint, tmp_path):
     before = (tmp_path / "ckpt.pt").read_bytes()
+    changed = change_tensor(checkpoint, HEAD, checkpoint.state_dict[WTE] + 1)
     with pytest.raises(ConversionError, match="nothing was written"):
-        changed = change_tensor(checkpoint, HEAD, checkpoint.state_dict[WTE] + 1)
         write_checkpoint(changed, tmp_path / "ckpt.pt", overwrite=True)
     assert (tmp_path / "ckpt.pt").read_bytes() == before
 
