@@ -10,6 +10,7 @@ import json
 import platform
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from enum import StrEnum
 from importlib.metadata import version
@@ -21,6 +22,7 @@ import typer
 app = typer.Typer(
     help="nanoGPT checkpoints as native Transformers models, and back, with every number the same.",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
@@ -52,7 +54,7 @@ def _set_up(
         typer.Option("--verbose", is_eager=True, help="With --version: torch, Transformers, device and system too."),
     ] = False,
     _version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, help="Print the version and exit.")
+        bool, typer.Option("--version", "-V", callback=_print_version, help="Print the version and exit.")
     ] = False,
 ) -> None:
     if verbose:
@@ -87,6 +89,7 @@ def _check_size(text: str) -> str:
 _Source = Annotated[str, typer.Argument(metavar="SOURCE", help="Checkpoint file, saved folder or hub id.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _FORCE = _switch("overwrite", "--force", "Overwrite existing files.")
+_QUIET = _switch("quiet", "--quiet", "No notes, progress or log lines on standard error.")
 
 # How to read a checkpoint file, how to load a model with its tokenizer, and where to compute with it.
 _READING = (
@@ -111,6 +114,7 @@ _SAMPLING = (
     _option("top_k", int, min=0, default=200, help="Number of likeliest tokens to sample from; 0 for all."),
     _option("seed", int, default=1337, help="Seed of the random numbers."),
     _option("stride", int, min=1, default=1, help="Tokens dropped at once past block_size; 1 as nanoGPT."),
+    _switch("ignore_eos", "--ignore-eos", "Go on after the end token, as sample.py."),
 )
 _PREPARING = (
     _option(
@@ -148,24 +152,29 @@ _SERVING = (
         help="Key to require; or in HUGGING_NANO_GPT_API_KEY.",
     ),
     _option("allow_origin", str | None, metavar="ORIGIN", help="Web page that may ask, as http://localhost:3000."),
-    _switch("quiet", "--quiet", "Do not log requests."),
 )
 
 
 def _command(*options: signatures.Parameter, has_progress: bool = True, is_quiet: bool = False, **kwargs: Any) -> Any:
-    """Registers a command: it gets the options that have a value as keywords, after Transformers is set up."""
+    """Registers a command: it gets the options that have a value as keywords, after Transformers is set up.
+
+    Every command has --quiet; a function that shows progress or logs on its own has a parameter `quiet`.
+    """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        parameters = signatures.signature(function).parameters.values()
-        own = [parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
-        signature = signatures.Signature([*own, *options])
+        parameters = signatures.signature(function).parameters
+        own = [p for p in parameters.values() if p.kind is not p.VAR_KEYWORD and p.name != _QUIET.name]
+        signature = signatures.Signature([*own, *options, _QUIET])
 
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> None:
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
             given = {name: value for name, value in bound.arguments.items() if value not in (None, [])}
-            _set_up_transformers(has_progress=has_progress, is_quiet=is_quiet)
+            quiet = given["quiet"] if _QUIET.name in parameters else given.pop("quiet")
+            _set_up_transformers(has_progress=has_progress and not quiet, is_quiet=is_quiet or quiet)
+            if quiet:
+                warnings.simplefilter("ignore")
             function(**{name: getattr(value, "value", value) for name, value in given.items()})
 
         run.__signature__ = signature  # typer and docs/make_cli.py read it
@@ -231,16 +240,19 @@ def convert(
 )
 def back(
     source: Annotated[str, typer.Argument(metavar="DIR_OR_HUB_ID", help="Saved folder or hub id; GPT-2's too.")],
-    ckpt: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint file to write.")],
+    ckpt: Annotated[
+        Path, typer.Argument(metavar="CKPT", help="Checkpoint file to write, or a folder for its ckpt.pt.")
+    ],
     **options: Any,
 ) -> None:
     """Convert a folder back to a checkpoint that nanoGPT's train.py resumes and its sample.py reads."""
     from hugging_nano_gpt import convert_to_checkpoint
+    from hugging_nano_gpt.convert.folder import name_ckpt
 
     model = convert_to_checkpoint(source, ckpt, **options)
     iter_num, path = model.nanogpt_training_state.iter_num, options.get("optimizer_from")
     optimizer = "a fresh optimizer state" if path is None else f"the optimizer state of {path}"
-    print(f"Wrote {ckpt}: {model.num_parameters():,} parameters, iteration {iter_num:,}, {optimizer}")
+    print(f"Wrote {name_ckpt(ckpt)}: {model.num_parameters():,} parameters, iteration {iter_num:,}, {optimizer}")
 
 
 @_command(
@@ -340,7 +352,7 @@ def generate(
     ] = None,
     **options: Any,
 ) -> None:
-    """Sample text as nanoGPT's sample.py does: the same defaults, and the same text from the same seed."""
+    """Sample text as nanoGPT's sample.py does: the same defaults and text, up to the end token if there is one."""
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read()
     from hugging_nano_gpt import sample_text
@@ -355,13 +367,15 @@ def train(
         list[str] | None,
         typer.Argument(metavar="SETTINGS", help="CONFIG.py and --key=value, as for train.py, in any number."),
     ] = None,
+    *,
+    quiet: bool,
     **options: Any,
 ) -> None:
     """Train as nanoGPT's train.py does, bit for bit: its settings, its log lines, its ckpt.pt; and resume exactly."""
     from hugging_nano_gpt.training import leave_processes, read_settings, run_training
 
     with leave_processes():
-        run_training(read_settings(settings or []), **options, has_bar=sys.stderr.isatty())
+        run_training(read_settings(settings or []), **options, has_bar=sys.stderr.isatty() and not quiet)
 
 
 @_command(_FORCE, has_progress=False)
@@ -402,11 +416,11 @@ def playground(
 
 
 @_command(*_SERVING, *_COMPUTING, is_quiet=True)
-def serve(source: _Source, **options: Any) -> None:
+def serve(source: _Source, *, quiet: bool, **options: Any) -> None:
     """Serve a model with OpenAI's API: completions and chats, streamed too. Until Ctrl-C."""
     from hugging_nano_gpt import run_server
 
-    run_server(source, **options)
+    run_server(source, quiet=quiet, **options)
 
 
 @_command(has_progress=False)

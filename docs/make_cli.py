@@ -14,12 +14,13 @@ PATH = Path(__file__).with_name("cli.md")
 
 HEAD = """# The command line
 
-`hugging-nano-gpt` comes with the package; every command is one call of the library. Results go to standard output,
-notes, progress and errors to standard error. The exit code is 0 when all went well, 1 for an error or a mismatch, 2
-for wrong usage. Nothing is overwritten without `--force`, and a failure leaves nothing half written. An error takes
-one line; `hugging-nano-gpt --debug COMMAND ...` shows its traceback, and `hugging-nano-gpt --version --verbose` prints
-the versions and the device that a report of a fault needs. `hugging-nano-gpt --install-completion` completes commands
-and options in your shell.
+`hugging-nano-gpt` comes with the package; every command is one call of the library. `python -m hugging_nano_gpt` is
+the same program. `-h` lists commands and options, and `-V` is `--version`. Results go to standard output; notes,
+progress, log lines and errors go to standard error, with `--quiet` only errors. The exit code is 0 when all went well,
+1 for an error or a mismatch, 2 for wrong usage. Nothing is overwritten without `--force`, and a failure leaves nothing
+half written. An error takes one line; `hugging-nano-gpt --debug COMMAND ...` shows its traceback, and
+`hugging-nano-gpt --version --verbose` prints the versions and the device that a report of a fault needs.
+`hugging-nano-gpt --install-completion` completes commands and options in your shell.
 
 This page is made by `python docs/make_cli.py`.
 """

@@ -47,7 +47,8 @@ def main(out_dir: Path, n_updates: int = 20) -> None:
     iter_num = start.iter_num + trainer.state.global_step
     path = out_dir / "ckpt.pt"
     optimizer = read_optimizer(trainer.optimizer, model)  # by name: Trainer orders parameters differently
-    model.to_nanogpt_ckpt(path, optimizer=optimizer, iter_num=iter_num, best_val_loss=1e9)  # no loss of these data yet
+    # no loss of these data yet
+    model.to_nanogpt_ckpt(path, optimizer=optimizer, iter_num=iter_num, best_val_loss=1e9, overwrite=True)
 
     written = read_checkpoint(path)
     assert all(torch.equal(written.state_dict[name], tensor) for name, tensor in model.state_dict().items())

@@ -92,7 +92,8 @@ def write_for_nanogpt(model: NanoGPTLMHeadModel, tokenizer: PreTrainedTokenizerB
     characters = tuple(STAND_INS.get(token, token) for token in sorted(ids, key=ids.__getitem__))
     write_meta(CharacterTable(characters), out_dir / "data" / "chat" / "meta.pkl", overwrite=True)
     config = {**model.nanogpt_training_state.config, "dataset": "chat"}
-    model.to_nanogpt_ckpt(out_dir / "out" / "ckpt.pt", config=config, best_val_loss=1e9)  # no loss of these data yet
+    path = out_dir / "out" / "ckpt.pt"
+    model.to_nanogpt_ckpt(path, config=config, best_val_loss=1e9, overwrite=True)  # no loss of these data yet
 
 
 def main(out_dir: Path, n_updates: int) -> list[bool]:

@@ -42,7 +42,8 @@ def train(out_dir: Path, n_updates: int, n_pairs: int = 320) -> tuple[dict[str, 
     after = trainer.evaluate()
 
     path = out_dir / "ckpt.pt"
-    trainer.model.to_nanogpt_ckpt(path, best_val_loss=1e9)  # other data than the run's, so no best loss yet
+    # other data than the run's, so no best loss yet
+    trainer.model.to_nanogpt_ckpt(path, best_val_loss=1e9, overwrite=True)
     print(f"Wrote {path}")
     return before, after
 

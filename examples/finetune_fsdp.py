@@ -54,7 +54,7 @@ def main(data_dir: Path, path: Path, n_updates: int = 10) -> None:
 
     iter_num = state.iter_num + n_updates
     moments = read_optimizer(optimizer, model)  # every process gathers, process 0 writes
-    model.to_nanogpt_ckpt(path, optimizer=moments, iter_num=iter_num)
+    model.to_nanogpt_ckpt(path, optimizer=moments, iter_num=iter_num, overwrite=True)
     if dist.get_rank() == 0:
         written = read_checkpoint(path).training_state
         assert {int(kept["step"]) for kept in written.optimizer.moments.values()} == {written.iter_num} == {iter_num}

@@ -46,7 +46,8 @@ def train(out_dir: Path, n_updates: int, trainer_name: str = "grpo") -> list[flo
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
 
     path = out_dir / "ckpt.pt"
-    trainer.model.to_nanogpt_ckpt(path, best_val_loss=1e9)  # other data than the run's, so no best loss yet
+    # other data than the run's, so no best loss yet
+    trainer.model.to_nanogpt_ckpt(path, best_val_loss=1e9, overwrite=True)
     print(f"Wrote {path}")
     return rewards
 

@@ -49,7 +49,7 @@ def main(out_dir: Path, n_updates: int = 20) -> None:
     with torch.no_grad():
         expected = adapted(rows[:4]).logits
         before = NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH)(rows[:4], labels=rows[:4]).loss
-        adapted.merge_and_unload().to_nanogpt_ckpt(out_dir / "ckpt.pt")
+        adapted.merge_and_unload().to_nanogpt_ckpt(out_dir / "ckpt.pt", overwrite=True)
         back = NanoGPTLMHeadModel.from_nanogpt_ckpt(out_dir / "ckpt.pt")(rows[:4], labels=rows[:4])
     torch.testing.assert_close(
         back.logits, expected, rtol=0, atol=1e-4

@@ -40,7 +40,8 @@ def train(out_dir: Path, n_updates: int) -> tuple[float, float]:
     after = trainer.evaluate()["eval_loss"]
 
     path = out_dir / "ckpt.pt"
-    model.to_nanogpt_ckpt(path, best_val_loss=1e9)  # other data than the run's, so no best loss yet
+    # other data than the run's, so no best loss yet
+    model.to_nanogpt_ckpt(path, best_val_loss=1e9, overwrite=True)
     print(f"Wrote {path}")
     return before, after
 

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import os
 import shutil
+import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -116,8 +117,17 @@ def open_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)  # renamed away when all went well
 
 
-def check_file(path: Path, overwrite: bool) -> None:
-    """Raises ConversionError if a path is a folder, or a file that may not be overwritten."""
+def check_file(path: Path, overwrite: bool | None) -> None:
+    """Raises ConversionError if a path is a folder, or a file that may not be overwritten; None warns of the file."""
+    if overwrite is None:
+        if path.is_file():
+            warnings.warn(
+                f"{path}: is there already and will be overwritten, which a later release will refuse; pass "
+                f"overwrite=True to replace files, or overwrite=False to keep them",
+                FutureWarning,
+                stacklevel=2,
+            )
+        return
     if path.is_dir():
         raise ConversionError(f"{path}: expected a file to write, got a folder; give the path of a file in it")
     if os.path.lexists(path) and not overwrite:

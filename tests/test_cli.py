@@ -2,15 +2,20 @@
 
 import io
 import re
+import runpy
 import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging
 
-from hugging_nano_gpt import NanoGPTLMHeadModel, demo
+import hugging_nano_gpt
+import hugging_nano_gpt_cli
+from hugging_nano_gpt import NanoGPTLMHeadModel, demo, training
 
 from .helpers.programs import run_command, run_program
 from .helpers.tiny import TORCH_VERSION
@@ -41,9 +46,57 @@ def test_demo_shows_five_steps_and_succeeds():
     assert result.stdout.endswith("Equal: nanoGPT -> Transformers -> nanoGPT.\n")
 
 
-def test_version_prints_that_of_the_package():
-    result = run_command("--version")
+@pytest.mark.parametrize("flag", ["--version", "-V"])
+def test_version_prints_that_of_the_package(flag):
+    result = run_command(flag)
     assert (result.returncode, result.stdout, result.stderr) == (0, f"{version('hugging-nano-gpt')}\n", "")
+
+
+def test_package_runs_as_the_program(monkeypatch, capsys):
+    """As `python -m hugging_nano_gpt` and `torchrun -m hugging_nano_gpt` do."""
+    monkeypatch.setattr(sys, "argv", ["hugging-nano-gpt", "-V"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("hugging_nano_gpt", run_name="__main__")
+    assert (end.value.code, capsys.readouterr().out) == (0, f"{version('hugging-nano-gpt')}\n")
+
+
+class Terminal(io.StringIO):
+    """A stream that is a terminal, where progress bars are shown."""
+
+    def isatty(self):
+        return True
+
+
+def test_every_command_has_quiet_and_it_silences_notes_warnings_and_progress(monkeypatch, tmp_path):
+    commands = [command.callback.__name__ for command in hugging_nano_gpt_cli.app.registered_commands]
+    assert all("--quiet" in run_command(command, "-h").stdout for command in commands)
+
+    def convert(*_, **__):
+        logging.get_logger("transformers.modeling_utils").warning("a note")
+        logging.get_logger("hugging_nano_gpt.convert").warning("another note")
+        warnings.warn("a warning", FutureWarning, stacklevel=1)
+        list(logging.tqdm(range(3)))  # a progress bar
+        return "Wrote it"
+
+    monkeypatch.setattr(hugging_nano_gpt, "convert_to_folder", convert)
+    monkeypatch.setattr(io, "StringIO", Terminal)  # of run_command
+    assert run_command("convert", "a", "b", "--quiet") == (0, "Wrote it\n", "")
+    with pytest.warns(FutureWarning, match="a warning"):
+        result = run_command("convert", "a", "b")
+    assert result.stdout == "Wrote it\n"
+    assert re.match(r"a note\nanother note\n.*3/3", result.stderr, re.DOTALL)
+    result = run_command("inspect", tmp_path / "missing.pt", "--quiet")
+    assert result.stderr.startswith("error: ")
+
+
+def test_quiet_training_has_no_bar_and_the_same_lines(monkeypatch):
+    given = {}
+    monkeypatch.setattr(io, "StringIO", Terminal)  # of run_command
+    monkeypatch.setattr(training, "run_training", lambda settings, **options: given.update(options))
+    for arguments, has_bar in ([], True), (["--quiet"], False):
+        assert run_command("train", *arguments).returncode == 0
+        assert given == {**given, "has_bar": has_bar}
+        assert "quiet" not in given
 
 
 @pytest.mark.parametrize("arguments", [["--version", "--verbose"], ["--verbose", "--version"]], ids=" ".join)

@@ -27,7 +27,10 @@ from hugging_nano_gpt import (
     read_meta,
     sample_text,
 )
+from hugging_nano_gpt.convert.source import load_source
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
+from hugging_nano_gpt.sample import page
+from hugging_nano_gpt.sample.sampling import make_sampler
 
 from .conftest import assert_same
 from .helpers.programs import PROGRAM, run_command, run_program
@@ -45,6 +48,7 @@ DOCS_DIR = Path(__file__).parent.parent / "docs"
 )
 def test_help_of_each_command_names_its_arguments(command):
     result = run_command(command, "--help")
+    assert run_command(command, "-h") == result
     assert (result.returncode, result.stderr) == (0, "")
     assert f"hugging-nano-gpt {command}" in result.stdout
 
@@ -270,17 +274,34 @@ def test_sampled_text_is_written_as_it_is_drawn():
     assert stream.n_flushes > 10
 
 
-def test_sampling_goes_on_behind_the_end_of_text(tmp_path):
+@pytest.fixture
+def ending(tmp_path):
+    """A folder with a model that only ever samples the end token."""
     tokenizer = build_tiktoken_tokenizer(make_encoding())
     model = make_model(vocab_size=len(tokenizer), n_layer=1)
-    with torch.no_grad():  # only the end of text is ever drawn
+    with torch.no_grad():
         model.transformer.ln_f.weight.zero_()
         model.transformer.ln_f.bias.fill_(1.0)
         model.lm_head.weight[tokenizer.eos_token_id] = 9.0
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
     for part in (model, tokenizer):
-        part.save_pretrained(tmp_path)
-    assert sample(tmp_path, "a", num_samples=1, max_new_tokens=9).count("<|endoftext|>") == 9
+        part.save_pretrained(tmp_path / "ending")
+    return tmp_path / "ending"
+
+
+def test_sampling_stops_at_the_end_token_unless_told_to_ignore_it(ending):
+    arguments = ("generate", ending, "a", "--num-samples", "2", "--max-new-tokens", "9")
+    result = run_command(*arguments)
+    assert (result.stdout, result.stderr) == ("a<|endoftext|>\n---------------\n" * 2, "")
+    result = run_command(*arguments, "--ignore-eos")  # as sample.py
+    assert (result.stdout, result.stderr) == (f"a{'<|endoftext|>' * 9}\n---------------\n" * 2, "")
+
+
+def test_page_ends_with_the_end_token(ending, monkeypatch):
+    monkeypatch.setattr(page, "_INTERVAL_S", 1e9)
+    settings = {"temperature": 0.8, "top_k": 200, "seed": 1}
+    *_, (text, _, progress) = page.show_steps(make_sampler(load_source(ending)), "a", max_new_tokens=9, **settings)
+    assert "&lt;|endoftext|&gt;</div>" in text
+    assert progress.startswith("1 of 9 tokens, ")
 
 
 def test_settings_of_a_folder_do_not_change_what_is_drawn(tmp_path):
@@ -289,7 +310,9 @@ def test_settings_of_a_folder_do_not_change_what_is_drawn(tmp_path):
     settings = {"do_sample": True, "top_p": 0.1, "repetition_penalty": 1.5, "eos_token_id": 1}
     GenerationConfig(**settings).save_pretrained(tmp_path)
     assert NanoGPTLMHeadModel.from_pretrained(tmp_path).generation_config.top_p == 0.1
-    assert sample(tmp_path, num_samples=1, max_new_tokens=60) == expected
+    assert sample(tmp_path, num_samples=1, max_new_tokens=60, ignore_eos=True) == expected
+    ended = sample(tmp_path, num_samples=1, max_new_tokens=60)
+    assert ended == expected[: expected.index(" ") + 1] + "\n---------------\n"  # token 1 is the space
 
 
 def test_temperature_zero_always_takes_the_likeliest_token():

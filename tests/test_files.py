@@ -6,6 +6,7 @@ KILL_SEED=7 python -m pytest tests/test_files.py
 
 import contextlib
 import errno
+import functools
 import os
 import random
 import re
@@ -340,7 +341,7 @@ def kill_writers(write, both, path):
 def test_write_checkpoint_killed_at_random_moments_leaves_the_old_or_the_new(both, tmp_path):
     path = tmp_path / "out" / "ckpt.pt"
     with limit_time(60):
-        outcomes = list(kill_writers(write_checkpoint, both, path))
+        outcomes = list(kill_writers(functools.partial(write_checkpoint, overwrite=True), both, path))
     assert [outcome for outcome in outcomes if outcome not in ("first", "second")] == [], f"KILL_SEED={KILL_SEED}"
     assert len(outcomes) == KILLS
     half_written = list(path.parent.glob(".writing-*"))

@@ -19,7 +19,7 @@ LAYERS = [
     {"demo"},
     {"sample"},
     {"serve"},
-    {"__init__"},
+    {"__init__", "__main__"},
 ]
 HEIGHTS = {room: height for height, rooms in enumerate(LAYERS) for room in rooms}
 MODULES = sorted(PACKAGE_DIR.rglob("*.py"))
@@ -127,9 +127,10 @@ def test_every_room_has_a_layer_and_every_layer_rooms():
     assert {get_room(path) for path in MODULES} == HEIGHTS.keys()
 
 
-def test_root_of_the_package_holds_four_modules():
+def test_root_of_the_package_holds_five_modules():
     assert sorted(path.name for path in PACKAGE_DIR.iterdir() if path.is_file()) == [
         "__init__.py",
+        "__main__.py",
         "errors.py",
         "files.py",
         "pickles.py",

@@ -30,7 +30,8 @@ def workplace(tmp_path_factory):
     (folder / "out" / "ckpt.pt").symlink_to(folder / "ckpt.pt")
     (folder / "finished" / "model_19073.pt").symlink_to(folder / "ckpt.pt")
     (folder / "empty").mkdir()
-    (folder / "text.txt").write_text("hello")
+    for name in ("text.txt", "note"):
+        (folder / name).write_text("hello")
     convert_to_folder(folder / "ckpt.pt", folder / "saved", meta_path=folder / "meta.pkl")
     shutil.copytree(folder / "saved", folder / "run" / "saved")
     shutil.copytree(folder / "saved", folder / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
@@ -60,8 +61,9 @@ MESSAGES = {
     "inspect ckpt.pt --n-head 5": r"ckpt\.pt: expected n_head=3 as it records, got 5; leave out n_head \(--n-head\)$",
     "inspect mingpt.pt": r"mingpt\.pt: .*; give it as n_head=\.\.\. \(--n-head\)",
     # Where to write.
-    "back saved saved": r"saved: expected a file to write, got a folder; give the path of a file in it$",
-    "back saved out --force": r"out: expected a file to write, got a folder; give the path of a file in it$",
+    "back saved saved": r"error: saved: is the source: expected another place, got the model itself",
+    "back saved out": r"out/ckpt\.pt: is there already: .* \(--force, overwrite=True\)$",
+    "back saved note --force": r"note: expected a folder, got a file; give another path$",
     "export ckpt.pt saved --to gguf": r"saved: expected a file to write, got a folder; give the path of a file in it$",
     "back saved ckpt.pt": r"ckpt\.pt: is there already: .* \(--force, overwrite=True\)$",
     "convert saved saved": r"saved: is the source: expected another place",

@@ -153,7 +153,7 @@ def test_model_is_saved_over_the_folder_and_the_checkpoint_that_it_is_from(windo
     model = NanoGPTLMHeadModel.from_pretrained(tmp_path)
     assert torch.equal(model(IDX).logits, expected)
     for _ in range(2):
-        model.to_nanogpt_ckpt(tmp_path / "ckpt.pt")
+        model.to_nanogpt_ckpt(tmp_path / "ckpt.pt", overwrite=True)
         model = NanoGPTLMHeadModel.from_nanogpt_ckpt(tmp_path / "ckpt.pt")
     gc.collect()
     model.save_pretrained(tmp_path)

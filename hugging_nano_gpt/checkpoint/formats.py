@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import CheckpointError, ConversionError
-from ..files import fail, fail_to_write, open_atomically, open_source
+from ..files import check_file, fail, fail_to_write, open_atomically, open_source
 from ..model.configuration_nano_gpt import ACTIVATION_FUNCTIONS
 from . import build_nanogpt, llmc, mingpt, nanogpt
 from .contents import Checkpoint, ReadingOptions, TrainingState
@@ -103,7 +103,9 @@ def read_iter_num(path: str | os.PathLike[str]) -> int:
     return iter_num
 
 
-def write_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str], *, to: str = nanogpt.NAME) -> None:
+def write_checkpoint(
+    checkpoint: Checkpoint, path: str | os.PathLike[str], *, to: str = nanogpt.NAME, overwrite: bool | None = None
+) -> None:
     """Writes a checkpoint: in today's nanoGPT format, for its train.py to resume, or as an llm.c .bin.
 
     The file appears under its name only when it is complete, and replaces what was there before in one step.
@@ -112,12 +114,16 @@ def write_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str], *, to
         checkpoint: What to write. Without an optimizer state, nanoGPT's format gets a fresh one.
         path: Path of the file to write. Missing folders are made.
         to: "nanogpt" or "llmc"; llm.c's .bin is float32 or bfloat16 as the tensors are.
+        overwrite: Whether an existing file may be replaced. Without it, it is, with a FutureWarning: a later release
+            will refuse that.
 
     Raises:
-        ConversionError: If the format cannot express what the checkpoint contains; every reason is listed.
+        ConversionError: If the format cannot express what the checkpoint contains (every reason is listed), or the
+            file exists and overwrite is False.
         CheckpointError: If the file cannot be written.
     """
     where = os.fspath(path)
+    check_file(Path(path), overwrite)
     if to not in _WRITERS:
         raise ConversionError(f"{where}: expected a format of {list(_WRITERS)}, got {to!r}; give one of them")
     faults = find_dense_faults(checkpoint.state_dict)

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..files import open_atomically
-from ..model.configuration_nano_gpt import GPT2_TOKENS, GPT2_VOCAB_SIZES
+from ..model.configuration_nano_gpt import GPT2_TOKENS, GPT2_VOCAB_SIZES, OLDEST_TRANSFORMERS
 from .facts import CLASSIFIER, LANGUAGE_MODEL, describe_model, describe_training
 from .nanogpt import read_training_state
 
@@ -43,12 +43,12 @@ init_from dataset gradient_accumulation_steps batch_size block_size dropout lear
 beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr dtype
 """.split()
 
-# The oldest release that pyproject.toml admits; a test compares the two.
-OLDEST_TRANSFORMERS = "5.17"
-
-_GENERATION = """tokenizer = AutoTokenizer.from_pretrained("path/or/name")
+_GENERATION = """tokenizer = AutoTokenizer.from_pretrained("path/or/name", trust_remote_code=True)
 inputs = tokenizer("\\n", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, do_sample=True, max_new_tokens=100)[0]))
+
+pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
+print(pipe("\\n", max_new_tokens=100)[0]["generated_text"])
 """
 
 
@@ -113,12 +113,13 @@ def make_card(model: PreTrainedModel, tags: Sequence[str] = ()) -> str:
 def _describe_use(config: PreTrainedConfig, class_name: str) -> list[str]:
     auto_class, is_language_model = _KINDS[class_name].auto_class, class_name == LANGUAGE_MODEL
     names, generation, back = auto_class, "", ""
+    oldest = ".".join(map(str, OLDEST_TRANSFORMERS))
     if is_language_model:
-        names, generation = f"{auto_class}, AutoTokenizer", _GENERATION
+        names, generation = f"{auto_class}, AutoTokenizer, pipeline", _GENERATION
     if is_language_model and config.tie_word_embeddings:
         back = '\nmodel.to_nanogpt_ckpt("ckpt.pt")  # for nanoGPT\'s train.py and sample.py'
     return [
-        f"With Transformers {OLDEST_TRANSFORMERS} or newer, which runs the Python files of this folder:",
+        f"With Transformers {oldest} or newer, which runs the Python files of this folder:",
         f"```python\nfrom transformers import {names}\n\n"
         f'model = {auto_class}.from_pretrained("path/or/name", trust_remote_code=True)\n{generation}```',
         "With the package hugging-nano-gpt (install it from a clone of its repository):",

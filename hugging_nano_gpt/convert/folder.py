@@ -93,7 +93,7 @@ def convert_to_checkpoint(
 
     Args:
         source: A folder that save_pretrained wrote, or a Hub id; GPT-2's too.
-        ckpt_path: Path of the ckpt.pt to write.
+        ckpt_path: Path of the ckpt.pt to write, or of the folder for it: see name_ckpt.
         best_val_loss: Instead of the recorded one. train.py saves only below it, and the loss on new data may be
             higher.
         optimizer_from: Checkpoint of the run that the model came from, to take its AdamW moments; without it, the
@@ -108,7 +108,9 @@ def convert_to_checkpoint(
         ConversionError: If the model computes what nanoGPT cannot, no moments fit it, or the file already exists.
         CheckpointError: If there is no whole model, or a file cannot be read or written.
     """
-    check_file(Path(ckpt_path), overwrite)
+    path = name_ckpt(ckpt_path)
+    check_other_place(source, ckpt_path)
+    check_file(path, overwrite)
     optimizer = None if optimizer_from is None else _read_optimizer(optimizer_from)
     model = load_source(source, folder_only=True, **kwargs).model
     if optimizer is not None and (faults := optimizer.find_faults(get_model_args(model.config))):
@@ -116,8 +118,21 @@ def convert_to_checkpoint(
             f"{os.fspath(optimizer_from or '')}: its optimizer state is of another model than {os.fspath(source)}: "
             f"{faults[0]}; give a checkpoint of the run that the model is from (--optimizer-from)"
         )
-    model.to_nanogpt_ckpt(ckpt_path, best_val_loss=best_val_loss, optimizer=optimizer)
+    model.to_nanogpt_ckpt(path, best_val_loss=best_val_loss, optimizer=optimizer, overwrite=overwrite)
     return model
+
+
+def name_ckpt(path: str | os.PathLike[str]) -> Path:
+    """Returns the checkpoint file to write: a folder's or, for a name without a suffix, a new folder's ckpt.pt.
+
+    Raises:
+        ConversionError: If there is a file of that name without a suffix.
+    """
+    path = Path(path)
+    if path.suffix and not path.is_dir():
+        return path
+    check_folder(path, overwrite=True)
+    return path / "ckpt.pt"
 
 
 def _read_optimizer(path: str | os.PathLike[str]) -> OptimizerState:

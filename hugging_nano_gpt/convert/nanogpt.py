@@ -91,6 +91,7 @@ def save_model(
     iter_num: int | None = None,
     best_val_loss: float | None = None,
     config: Mapping[str, Any] | None = None,
+    overwrite: bool | None = None,
 ) -> None:
     """Writes a model to a checkpoint file; see NanoGPTLMHeadModel.to_nanogpt_ckpt."""
     refuse_changed_layers(model, path)
@@ -109,7 +110,7 @@ def save_model(
         )
     checkpoint = Checkpoint(model_args, export_state_dict(model), training_state=state)
     if _is_main_process():
-        write_checkpoint(checkpoint, path)
+        write_checkpoint(checkpoint, path, overwrite=overwrite)
 
 
 def remember_training_state(model: PreTrainedModel, state: TrainingState) -> None:

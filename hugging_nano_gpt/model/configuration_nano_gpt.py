@@ -2,14 +2,26 @@
 
 `NanoGPTConfig(**checkpoint["model_args"])` is the whole conversion. In addition there are the activation, which
 nanoGPT changed in June 2023 without recording it, the chunk size of the loss, and fields that Transformers 5 expects
-every model to declare. This file travels with saved models as remote code.
+every model to declare. This file travels with saved models as remote code: Transformers runs it before the others, so
+it is the one that refuses releases that are too old.
 """
 
 import json
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+import transformers
+
+# The oldest minor release of Transformers in which the code of a saved folder loads and gives the same bits. 5.2 and
+# 5.3 load it without tying the weights, and older ones lack a module that it imports.
+OLDEST_TRANSFORMERS = (5, 4)
+
+if tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST_TRANSFORMERS:
+    raise ImportError(
+        f"configuration_nano_gpt.py: Transformers is too old for this model: expected "
+        f"{'.'.join(map(str, OLDEST_TRANSFORMERS))} or newer, got {transformers.__version__}; "
+        f"pip install --upgrade transformers"
+    )
 
 # nanoGPT has computed the exact GELU since 2023-06-14 (karpathy/nanoGPT f08abb45), and before that the tanh formula,
 # as minGPT and llm.c do; build-nanogpt uses torch's own tanh GELU, which rounds differently.
@@ -20,7 +32,7 @@ GPT2_TOKENS = 50257
 GPT2_VOCAB_SIZES = range(GPT2_TOKENS, 51201)
 
 
-class NanoGPTConfig(PreTrainedConfig):
+class NanoGPTConfig(transformers.PreTrainedConfig):
     """The configuration of a nanoGPT model. The defaults are those of nanoGPT's GPTConfig (model.py @ 3adf61e).
 
     Args:

@@ -29,7 +29,11 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_nano_gpt import NanoGPTConfig
+
+# Before 5.14, Transformers copies only the files of a folder that this file imports itself.
+from .decoding_nano_gpt import decode  # noqa: F401
 from .fast_nano_gpt import Step, bind_step, can_step
+from .folder_nano_gpt import replace_model  # noqa: F401
 from .generation_nano_gpt import NanoGPTGenerationMixin, document_as, follow_resize
 from .inputs_nano_gpt import (
     CACHE_NAME,

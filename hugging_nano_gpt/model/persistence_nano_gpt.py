@@ -100,7 +100,7 @@ class NanoGPTPersistence(PreTrainedModel):
         arguments = inspect.signature(super().save_pretrained).bind(folder, is_main_process, *args, **kwargs).arguments
         is_shared = arguments.get("distributed_checkpoint", False)  # every process writes into this folder
         failed_upload = None
-        if self.should_save_on_this_rank(is_main_process) and contains_model(folder) and not is_shared:
+        if self._saves_here(is_main_process) and contains_model(folder) and not is_shared:
             if arguments.get("push_to_hub"):
                 kwargs.setdefault("repo_id", folder.name)  # Transformers' default, but not for the temporary folder
             with replace_model(folder) as new_folder:
@@ -117,13 +117,17 @@ class NanoGPTPersistence(PreTrainedModel):
         if failed_upload is not None:
             raise failed_upload
 
+    def _saves_here(self, is_main_process: bool) -> bool:
+        """Returns whether this process writes files; before Transformers 5.15 only the caller decides that."""
+        return getattr(self, "should_save_on_this_rank", bool)(is_main_process)
+
     def _save_into(self, folder: str | os.PathLike[str], card_folder: str | os.PathLike[str], *args, **kwargs) -> None:
         # also replaces entries that point to the repository on the Hub that the model was loaded from
         self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **AUTO_MAP}
         package = _find_package()
         with contextlib.nullcontext() if package is None else package.keep_card(self, card_folder):
             super().save_pretrained(folder, *args, **kwargs)
-        if self.should_save_on_this_rank(args[0]):
+        if self._saves_here(args[0]):
             self._add_code_and_card(folder)
 
     def _upload_modified_files(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any):
@@ -192,11 +196,12 @@ class NanoGPTCheckpointMixin:
             **kwargs: `iter_num`, `best_val_loss` and `config` of the checkpoint default to those of the checkpoint
                 that the model is from, or else to nanoGPT's values before the first step. `optimizer` is the
                 `training_state.optimizer` of a checkpoint, what training.read_optimizer returns for an AdamW, or an
-                AdamW state dict in nanoGPT's parameter order; a fresh one by default.
+                AdamW state dict in nanoGPT's parameter order; a fresh one by default. `overwrite` says whether an
+                existing file may be replaced; without it, it is, with a FutureWarning.
 
         Raises:
-            ConversionError: If nanoGPT cannot compute the same (an untied head, a wrapped or quantised layer), or the
-                optimizer state does not fit the model.
+            ConversionError: If nanoGPT cannot compute the same (an untied head, a wrapped or quantised layer), the
+                optimizer state does not fit the model, or the file exists and `overwrite` is False.
             CheckpointError: If the file cannot be written.
             ImportError: See from_nanogpt_ckpt.
         """

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import NanoGPTError
 from .markup import draw_bars, draw_facts, draw_text
 from .sampling import Sampler
-from .streaming import list_candidates, stream_steps
+from .streaming import Step, list_candidates, stream_steps
 
 if TYPE_CHECKING:
     import gradio
@@ -74,7 +74,7 @@ def show_steps(
     Args:
         sampler: Model and tokenizer.
         prompt: Text to continue; a newline if it is empty, as in sample.py.
-        max_new_tokens: Number of tokens to generate.
+        max_new_tokens: Most tokens to generate; the end token ends the text before.
         **settings: The others of stream_steps.
 
     Raises:
@@ -82,14 +82,20 @@ def show_steps(
     """
     prompt = prompt or "\n"
     tokenizer, begin, shown = sampler.tokenizer, time.perf_counter(), -math.inf
+
+    def show(n_drawn: int, step: Step) -> tuple[str, str, str]:
+        rate = n_drawn / (time.perf_counter() - begin)
+        progress = f"{n_drawn:,} of {max_new_tokens:,} tokens, {rate:,.0f} a second"
+        return draw_text(prompt, tokenizer.decode(step.idx)), draw_bars(list_candidates(step, tokenizer)), progress
+
     with closing(stream_steps(sampler, prompt, max_new_tokens=max_new_tokens, **settings)) as steps:
+        n_shown = n_drawn = 0
         for n_drawn, step in enumerate(steps, start=1):
-            now = time.perf_counter()
-            if n_drawn < max_new_tokens and now < shown + _INTERVAL_S:
-                continue
-            shown = now
-            progress = f"{n_drawn:,} of {max_new_tokens:,} tokens, {n_drawn / (now - begin):,.0f} a second"
-            yield draw_text(prompt, tokenizer.decode(step.idx)), draw_bars(list_candidates(step, tokenizer)), progress
+            if time.perf_counter() >= shown + _INTERVAL_S:
+                yield show(n_drawn, step)
+                shown, n_shown = time.perf_counter(), n_drawn
+        if n_shown < n_drawn:  # the last one, at max_new_tokens or at the end token
+            yield show(n_drawn, step)
 
 
 def _add_controls(gr: ModuleType) -> list["gradio.components.Component"]:

@@ -45,14 +45,16 @@ def sample_text(
     top_k: int = 200,
     seed: int = 1337,
     stride: int = 1,
+    ignore_eos: bool = False,
     device: str | None = None,
     stream: TextIO | None = None,
     **kwargs: Any,
 ) -> None:
     """Samples texts that continue a prompt and writes them to a stream, with a line of dashes after each.
 
-    The defaults are sample.py's. On a GPU, matrix products are in bfloat16 (float16 if it has no bfloat16) and TF32,
-    as in sample.py, unless `dtype` is given.
+    The defaults are sample.py's. If the model has an end token, a text ends with it; with `ignore_eos` it goes on, as
+    in sample.py. On a GPU, matrix products are in bfloat16 (float16 if it has no bfloat16) and TF32, as in sample.py,
+    unless `dtype` is given.
 
     Args:
         source: What load_source takes: a checkpoint file, a saved folder or a Hub id.
@@ -63,6 +65,7 @@ def sample_text(
         top_k: Number of likeliest tokens to choose among, 0 for all.
         seed: Seed of the random numbers; as in sample.py, random weights are drawn before the first sample.
         stride: Tokens dropped at once past block_size; 1 is nanoGPT's way (docs/generation.md).
+        ignore_eos: Whether to go on after the end token up to max_new_tokens, as sample.py does.
         device: Device of torch; by default CUDA if there is a GPU for it, else the CPU.
         stream: Where to write; standard output by default.
         **kwargs: What load_source takes (convert/source.py), such as `meta_path`, `tokenizer`, `dtype`, `revision`.
@@ -74,7 +77,7 @@ def sample_text(
         DataError: If the prompt's file cannot be read, or the stride is out of range.
     """
     loaded = load_source(source, device=choose_device(device), **kwargs)
-    sampler = make_sampler(loaded, is_autocast=kwargs.get("dtype") is None)
+    sampler = make_sampler(loaded, is_autocast=kwargs.get("dtype") is None, ignore_eos=ignore_eos)
     block_size = sampler.model.config.block_size
     if not 1 <= stride <= block_size:
         raise DataError(f"stride: expected 1 to block_size={block_size}, got {stride}; change --stride")
@@ -164,20 +167,22 @@ class Sampler:
             )
 
 
-def make_sampler(source: Source, *, is_autocast: bool = True) -> Sampler:
+def make_sampler(source: Source, *, is_autocast: bool = True, ignore_eos: bool = False) -> Sampler:
     """Makes the sampler of a model that was loaded with its tokenizer.
 
     Args:
         source: The model, whose generation_config is replaced, and its tokenizer.
         is_autocast: Whether matrix products on a GPU are in bfloat16, as in sample.py, or else in the model's dtype.
+        ignore_eos: Whether to generate max_new_tokens, as sample.py does, or else stop at the end token.
 
     Raises:
         TokenizerError: If there is no tokenizer.
     """
     model = source.model
-    # sample.py does not know what else a generation_config.json may set: an end of text, a top_p, a penalty.
-    suppressed = make_generation_config(model, source.tokenizer).suppress_tokens
-    model.generation_config = GenerationConfig(suppress_tokens=suppressed)
+    # sample.py does not know what else a generation_config.json may set, such as a top_p or a penalty.
+    found = make_generation_config(model, source.tokenizer)
+    eos = None if ignore_eos else found.eos_token_id
+    model.generation_config = GenerationConfig(suppress_tokens=found.suppress_tokens, eos_token_id=eos)
     if not is_autocast or model.device.type != "cuda":
         return Sampler(model, source.tokenizer)
     autocast_dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16

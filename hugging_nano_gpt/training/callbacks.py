@@ -75,7 +75,7 @@ class NanoGPTCheckpointCallback(TrainerCallback):
         self.path = path
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.save_nanogpt_ckpt(self.path)
+        self.trainer.save_nanogpt_ckpt(self.path, overwrite=True)
 
 
 class BarCallback(ProgressCallback):
@@ -200,7 +200,7 @@ class TrainPyCallback(TrainerCallback):
     def _write_ckpt(self, state: Any) -> None:
         self._is_ckpt_due = False
         self.say(f"saving checkpoint to {self.out_dir}")
-        self.trainer.save_nanogpt_ckpt(self.out_dir / "ckpt.pt")
+        self.trainer.save_nanogpt_ckpt(self.out_dir / "ckpt.pt", overwrite=True)
         if self.folder is not None and state.is_world_process_zero:
             convert_to_folder(self.out_dir / "ckpt.pt", self.folder, overwrite=True)
 

@@ -245,14 +245,17 @@ class NanoGPTTrainer(Trainer):
         """Logs as Trainer does; loggers show what train.py logs under its names."""
         super().log(name_logs(logs), start_time)
 
-    def save_nanogpt_ckpt(self, path: str | os.PathLike[str]) -> None:
-        """Writes a checkpoint from which nanoGPT's train.py resumes; under torchrun every process has to call this."""
+    def save_nanogpt_ckpt(self, path: str | os.PathLike[str], *, overwrite: bool | None = None) -> None:
+        """Writes a checkpoint from which nanoGPT's train.py resumes; under torchrun every process has to call this.
+
+        An existing file is replaced if overwrite is True, refused if False, and without it replaced with a warning.
+        """
         optimizer = self.training_state.optimizer
         if self.optimizer is not None and (optimizer is None or any(self.optimizer.state.values())):
             optimizer = read_optimizer(self.optimizer, self.model)  # shards again what an evaluation has left whole
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         counts: dict[str, Any] = {"iter_num": self.iter_num, "best_val_loss": self.best_val_loss}
-        save_model(model, path, optimizer=optimizer, config=self.config, **counts)
+        save_model(model, path, optimizer=optimizer, config=self.config, overwrite=overwrite, **counts)
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Returns what Trainer returns; Trainer would count the parameters each time, and wait for a GPU."""

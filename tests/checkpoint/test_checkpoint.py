@@ -76,14 +76,14 @@ def test_round_trip_keeps_dtype_and_special_values(tmp_path, dtype):
     limits = torch.finfo(dtype)
     contents["model"][LN][:4] = torch.tensor([-0.0, limits.tiny / 2, limits.max, limits.min], dtype=dtype)
     path = save(contents, tmp_path)
-    write_checkpoint(read_checkpoint(path), path)
+    write_checkpoint(read_checkpoint(path), path, overwrite=True)
     assert_same(dict(torch.load(path, weights_only=True)["model"]), contents["model"])
 
 
 def test_round_trip_through_a_string_path_replaces_the_file_read(contents, tmp_path):
     path = str(save(contents, tmp_path))
     checkpoint = read_checkpoint(path)
-    write_checkpoint(checkpoint, path)
+    write_checkpoint(checkpoint, path, overwrite=True)
     assert_same(read_checkpoint(path).state_dict, checkpoint.state_dict)
 
 
@@ -387,8 +387,9 @@ def test_write_training_state_that_could_not_be_read_is_refused(checkpoint, tmp_
 
 def test_write_refused_leaves_the_old_file(checkpoint, tmp_path):
     before = (tmp_path / "ckpt.pt").read_bytes()
+    changed = change_tensor(checkpoint, HEAD, checkpoint.state_dict[WTE] + 1)
     with pytest.raises(ConversionError, match="nothing was written"):
-        write_checkpoint(change_tensor(checkpoint, HEAD, checkpoint.state_dict[WTE] + 1), tmp_path / "ckpt.pt")
+        write_checkpoint(changed, tmp_path / "ckpt.pt", overwrite=True)
     assert (tmp_path / "ckpt.pt").read_bytes() == before
 
 
@@ -396,6 +397,6 @@ def test_write_without_room_leaves_the_old_file(checkpoint, tmp_path):
     path = tmp_path / "ckpt.pt"
     before = path.read_bytes()
     with limit_file_size(100_000), pytest.raises(CheckpointError, match=r"cannot be written: .*untouched, .*has room"):
-        write_checkpoint(checkpoint, path)
+        write_checkpoint(checkpoint, path, overwrite=True)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

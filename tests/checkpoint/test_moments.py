@@ -44,7 +44,7 @@ def test_read_moments_get_the_names_of_their_parameters(contents, tmp_path, regr
         {name: checkpoint.training_state.optimizer.moments[name] for name in names},
         dict(zip(names, expected.values(), strict=True)),
     )
-    write_checkpoint(checkpoint, path)
+    write_checkpoint(checkpoint, path, overwrite=True)
     written = torch.load(path, weights_only=True)["optimizer"]
     assert_same(written["state"], expected)
     assert [group["params"] for group in written["param_groups"]] == [list(range(10)), list(range(10, 28))]
@@ -76,7 +76,7 @@ def test_read_without_optimizer_does_not_touch_it(contents, tmp_path):
 
 def test_write_without_optimizer_writes_a_fresh_one_with_the_settings_of_the_run(contents, tmp_path):
     path = save(contents, tmp_path)
-    write_checkpoint(read_checkpoint(path, with_optimizer=False), path)
+    write_checkpoint(read_checkpoint(path, with_optimizer=False), path, overwrite=True)
     written = torch.load(path, weights_only=True)["optimizer"]
     assert written["state"] == {}
     assert [group.pop("params") for group in written["param_groups"]] == [list(range(10)), list(range(10, 28))]

@@ -23,6 +23,8 @@ BLOCKER = Blocker()
 sys.meta_path.insert(0, BLOCKER)
 
 import torch  # noqa: E402
+import transformers  # noqa: E402
+from packaging.version import Version  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import (  # noqa: E402
     AutoConfig,
@@ -56,9 +58,13 @@ def main(folder: Path, n_threads: int) -> None:
         outputs["from_lm"] = load(AutoModelForSequenceClassification, "lm").transformer(idx).last_hidden_state
         outputs["untied"] = load(AutoModelForCausalLM, "untied")(idx).logits
         outputs["sharded"] = load(AutoModelForCausalLM, "sharded")(idx).logits
-        earlier, earlier_idx = load(AutoModelForCausalLM, "earlier"), load_file(folder / "golden.safetensors")["idx"]
-        outputs["earlier"] = earlier(earlier_idx).logits
-        outputs["earlier_tokens"] = earlier.generate(earlier_idx[:, :4], max_new_tokens=28, do_sample=False)
+        if Version(transformers.__version__).release >= (5, 14):  # older ones do not find all files of that folder
+            earlier, golden_idx = (
+                load(AutoModelForCausalLM, "earlier"),
+                load_file(folder / "golden.safetensors")["idx"],
+            )
+            outputs["earlier"] = earlier(golden_idx).logits
+            outputs["earlier_tokens"] = earlier.generate(golden_idx[:, :4], max_new_tokens=28, do_sample=False)
     n_new = model.config.block_size + 8  # past block_size
     outputs["generated"] = model.generate(idx[:1, :4], max_new_tokens=n_new, do_sample=False)
     pipe = pipeline("text-generation", model=str(folder / "lm"), trust_remote_code=True, device="cpu")

@@ -1,5 +1,6 @@
 """Whole conversions: every fixture there and back, what is overwritten, what is left behind; and inspect_path."""
 
+import functools
 import json
 import shutil
 
@@ -18,12 +19,14 @@ from hugging_nano_gpt import (
     convert_to_folder,
     inspect_path,
     read_checkpoint,
+    write_checkpoint,
     write_meta,
 )
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
 from ..conftest import assert_same, limit_file_size
 from ..helpers.folders import read_files
+from ..helpers.programs import run_command
 from ..helpers.tiny import FIXTURES_DIR, make_model
 
 FIXTURES = sorted(
@@ -148,6 +151,39 @@ def test_checkpoint_is_not_overwritten_unless_told(tmp_path):
     assert (tmp_path / "ckpt.pt").read_text() == "mine"
     convert_to_checkpoint(tmp_path / "folder", tmp_path / "ckpt.pt", overwrite=True)
     assert read_checkpoint(tmp_path / "ckpt.pt").model_args["n_layer"] == 2
+
+
+@pytest.mark.parametrize("way", ["to_nanogpt_ckpt", "write_checkpoint"])
+def test_writers_of_checkpoints_refuse_a_file_or_warn_that_they_will(way, tmp_path):
+    path, to_file = tmp_path / "ckpt.pt", functools.partial(write_checkpoint, read_checkpoint(CKPT_PATH))
+    write = to_file if way == "write_checkpoint" else make_model().to_nanogpt_ckpt
+    write(path)  # nothing is there, so nothing is said
+    path.write_text("mine")
+    with pytest.raises(ConversionError, match=r"ckpt\.pt: is there already: .*overwrite=True"):
+        write(path, overwrite=False)
+    assert path.read_text() == "mine"
+    with pytest.warns(FutureWarning, match=r"ckpt\.pt: is there already .* release will refuse; pass overwrite"):
+        write(path)
+    assert read_checkpoint(path).training_state.optimizer is not None
+    path.write_text("mine")
+    write(path, overwrite=True)  # a warning would be an error
+    assert read_checkpoint(path).training_state.optimizer is not None
+
+
+def test_back_takes_a_name_without_a_suffix_for_a_folder(tmp_path):
+    make_model().save_pretrained(tmp_path / "saved")
+    (tmp_path / "there.v2").mkdir()
+    (tmp_path / "note").write_text("mine")
+    for name, file in (("new", "new/ckpt.pt"), ("new.pt", "new.pt"), ("there.v2", "there.v2/ckpt.pt")):
+        result = run_command("back", "saved", name, cwd=tmp_path)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout.startswith(f"Wrote {file}: ")
+        assert read_checkpoint(tmp_path / file).model_args["n_layer"] == 2
+        assert run_command("back", "saved", name, cwd=tmp_path).returncode == 1
+        assert run_command("back", "saved", name, "--force", cwd=tmp_path).returncode == 0
+    with pytest.raises(ConversionError, match=r"note: expected a folder, got a file; give another path"):
+        convert_to_checkpoint(tmp_path / "saved", tmp_path / "note", overwrite=True)
+    assert (tmp_path / "note").read_text() == "mine"
 
 
 def test_inspection_of_file_and_folder_agree(tmp_path):

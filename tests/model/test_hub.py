@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -24,6 +26,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.dynamic_module_utils import get_relative_imports
 
 from hugging_nano_gpt import (
     NanoGPTConfig,
@@ -130,6 +133,8 @@ def test_remote_code_gives_the_same_bits(remote):
 @torch.no_grad()
 def test_folder_of_an_earlier_version_gives_the_same_bits(remote, tmp_path):
     """By its own code as remote code, by the package, as a checkpoint, and saved again."""
+    if FRESH_PYTHON and "earlier" not in remote.outputs:
+        pytest.skip("its code needs Transformers 5.14")
     golden = load_file(EARLIER_DIR / "golden.safetensors")
     # not bit for bit, because another CPU may have computed the golden logits
     torch.testing.assert_close(remote.outputs["earlier"], golden["logits"], rtol=0, atol=1e-5)
@@ -269,6 +274,25 @@ def test_folder_has_all_files_and_all_auto_classes(model_class, tmp_path):
     config = read_json(tmp_path / "config.json")
     assert config["architectures"] == [model_class.__name__]
     assert config["auto_map"] == persistence_nano_gpt.AUTO_MAP
+
+
+def test_modeling_file_imports_every_other_file_itself():
+    """Transformers 5.4 to 5.13 copy only the files of a folder that this one imports, and then read the others."""
+    imported = {f"{name}.py" for name in get_relative_imports(MODEL_DIR / "modeling_nano_gpt.py")}
+    assert imported == {*CODE_FILES} - {"modeling_nano_gpt.py"}
+    assert get_relative_imports(MODEL_DIR / "configuration_nano_gpt.py") == []  # as AutoConfig loads it on its own
+
+
+@pytest.mark.parametrize("version", ["4.57.6", "5.3.0"])
+def test_code_of_a_folder_refuses_older_transformers_before_anything_else(version, monkeypatch):
+    file = MODEL_DIR / "configuration_nano_gpt.py"  # the one that AutoConfig runs first
+    monkeypatch.setattr(transformers, "__version__", "5.4.0.dev0")
+    assert runpy.run_path(str(file))["OLDEST_TRANSFORMERS"] == (5, 4)
+    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setitem(sys.modules["transformers"].__dict__, "PreTrainedConfig", None)  # as if it had none
+    message = rf"expected 5\.4 or newer, got {re.escape(version)}; pip install --upgrade transformers$"
+    with pytest.raises(ImportError, match=rf"^configuration_nano_gpt\.py: Transformers is too old .*: {message}"):
+        runpy.run_path(str(file))
 
 
 def test_auto_map_names_every_class_and_keeps_what_others_put_there(model, tmp_path):

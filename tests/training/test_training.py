@@ -93,6 +93,8 @@ def test_replay_through_trainer_ends_where_nanogpt_did_and_equals_the_loop_bitwi
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), by_hand[0].parameters(), strict=True))
 
     trainer.save_nanogpt_ckpt(tmp_path / "ckpt.pt")
+    with pytest.raises(ConversionError, match=r"ckpt\.pt: is there already"):
+        trainer.save_nanogpt_ckpt(tmp_path / "ckpt.pt", overwrite=False)
     written = read_checkpoint(tmp_path / "ckpt.pt")
     assert written.training_state.iter_num == 200
     assert written.training_state.config == CONFIG
