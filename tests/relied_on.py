@@ -11,10 +11,11 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-PACKAGE_DIR = Path(__file__).parents[1] / "hugging_nano_gpt"
+from .helpers.folders import ROOT
+
+PACKAGE_DIR = ROOT / "hugging_nano_gpt"
 
 # The names of each owner, with the arguments that the package passes by name. `a|b`: one or the other.
 RELIED_ON: dict[str, list[str]] = {

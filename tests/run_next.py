@@ -16,8 +16,8 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 from . import relied_on
+from .helpers.folders import ROOT
 
-ROOT = Path(__file__).parents[1]
 NEWEST = ("torch", "transformers")  # installed first, without the bounds of the range
 
 

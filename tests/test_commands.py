@@ -29,12 +29,12 @@ from hugging_nano_gpt import (
 )
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
-from .conftest import assert_same
+from .helpers.comparison import assert_same
+from .helpers.encodings import make_encoding
 from .helpers.programs import PROGRAM, run_command, run_program
 from .helpers.reference import ReferenceGPT
 from .helpers.tiny import make_model
 from .helpers.trace import TRACE_DIR
-from .tokenization.test_bpe import make_encoding
 
 DOCS_DIR = Path(__file__).parent.parent / "docs"
 

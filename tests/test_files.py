@@ -4,12 +4,10 @@ The writers that are killed at random moments have a seed, which is printed when
 KILL_SEED=7 python -m pytest tests/test_files.py
 """
 
-import contextlib
 import errno
 import os
 import random
 import re
-import signal
 import stat
 import tempfile
 import time
@@ -18,17 +16,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from hugging_nano_gpt import CheckpointError, ConversionError, read_checkpoint, write_checkpoint
 from hugging_nano_gpt.checkpoint import nanogpt
 from hugging_nano_gpt.files import check_folder, open_atomically, open_folder
 
-from .conftest import assert_same, limit_file_size, limit_time
+from .helpers.children import KILL_SEED, forks, start_child
+from .helpers.comparison import assert_same
 from .helpers.folders import read_files
+from .helpers.limits import limit_file_size, limit_time
 
 OLD, NEW = b"old", b"new" * 1000
-KILL_SEED = int(os.environ.get("KILL_SEED", "1337"))
 KILLS = 20
 
 
@@ -231,36 +229,6 @@ def test_write_into_a_locked_folder_is_refused(old_path):
 
 
 # Killing the writer
-
-
-def forks(test):
-    """Marks a test that forks this process; Python 3.12 and newer warn of that, because torch has threads."""
-    test = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")(test)
-    return pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows does not fork")(test)
-
-
-@contextlib.contextmanager
-def start_child(work):
-    """Runs work(ready) in a fork of this process, where torch is imported already, and kills it with SIGKILL.
-
-    The block begins when the child calls ready().
-    """
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            torch.set_num_threads(1)  # the threads of the parent do not exist in the child
-            work(lambda: os.write(writer, b"!"))
-        finally:
-            os._exit(1)
-    try:
-        os.close(writer)
-        assert os.read(reader, 1) == b"!"
-        yield
-    finally:
-        os.close(reader)
-        os.kill(child, signal.SIGKILL)
-        assert os.waitpid(child, 0)[1] == signal.SIGKILL
 
 
 @forks

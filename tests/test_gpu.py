@@ -10,7 +10,7 @@ from transformers.utils import logging
 from hugging_nano_gpt import NanoGPTConfig, NanoGPTLMHeadModel
 from hugging_nano_gpt.model import modeling_nano_gpt
 
-from .clients.test_examples import ROOT
+from .helpers.folders import ROOT
 
 DEVICES = [
     "cpu",

@@ -11,16 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from hugging_nano_gpt import (
-    NanoGPTLMHeadModel,
-    build_character_tokenizer,
-    read_checkpoint,
-    read_meta,
-    write_meta,
-)
+from hugging_nano_gpt import NanoGPTLMHeadModel, build_character_tokenizer, read_checkpoint, read_meta, write_meta
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
-from .conftest import assert_same
+from .helpers.comparison import assert_same
 from .helpers.programs import run_command
 from .helpers.scripts import NANOGPT_DIR, link_scripts, resume_trace, run_script, skip_without_nanogpt
 from .helpers.tiny import MODEL_ARGS, make_batch, make_pair

@@ -20,11 +20,11 @@ from hugging_nano_gpt import read_checkpoint
 from hugging_nano_gpt.demo import CKPT_PATH
 from hugging_nano_gpt.training import TokenDataset, read_settings, training_arguments_from_nanogpt
 
+from ..helpers.folders import ROOT
 from ..helpers.processes import needs_gloo
 from ..helpers.scripts import NANOGPT_DIR, keep_settings, run_script, skip_without_nanogpt
 from ..helpers.tiny import TORCH_VERSION
 
-ROOT = Path(__file__).parents[2]
 EXAMPLES_DIR = ROOT / "examples"
 GUIDE = "\n".join((ROOT / "docs" / name).read_text() for name in ("training.md", "trainer.md"))
 N_ITERATIONS = 5000  # of the demo checkpoint

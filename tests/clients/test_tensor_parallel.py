@@ -9,7 +9,7 @@ import transformers
 
 from hugging_nano_gpt import NanoGPTConfig, NanoGPTLMHeadModel
 
-from ..conftest import assert_same
+from ..helpers.comparison import assert_same
 from ..helpers.processes import needs_gloo, run_two_processes
 from ..helpers.tensor_parallel_worker import compute
 from ..helpers.tiny import MODEL_ARGS, TORCH_VERSION, make_batch, make_model

@@ -10,21 +10,14 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 
-from hugging_nano_gpt import (
-    CheckpointError,
-    NanoGPTConfig,
-    NanoGPTLMHeadModel,
-    build_character_tokenizer,
-    read_meta,
-)
+from hugging_nano_gpt import CheckpointError, NanoGPTConfig, NanoGPTLMHeadModel, build_character_tokenizer, read_meta
 from hugging_nano_gpt.convert import card as module
 from hugging_nano_gpt.convert.facts import count_model_parameters
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
-from ..conftest import limit_file_size
-from ..helpers.folders import list_files
-from ..helpers.tiny import MODEL_ARGS, make_model
-from ..model.test_hub import CLASSES, FILES, MODEL_DIR, make_classifier, make_untied
+from ..helpers.folders import FILES, MODEL_DIR, list_files
+from ..helpers.limits import limit_file_size
+from ..helpers.tiny import CLASSES, MODEL_ARGS, make_classifier, make_model, make_untied
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -31,15 +30,16 @@ from hugging_nano_gpt import (
 from hugging_nano_gpt.convert import gpt2 as module
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
-from ..checkpoint.test_family import MEMBERS
-from ..conftest import assert_same, limit_file_size
-from ..export.test_exporting import quantise
-from ..helpers.tiny import FIXTURES_DIR, MODEL_ARGS, compute_logits, make_gpt2, make_model
-from ..tokenization.test_bpe import make_encoding
+from ..helpers.comparison import assert_same
+from ..helpers.encodings import make_encoding
+from ..helpers.folders import DOCS_DIR
+from ..helpers.limits import limit_file_size
+from ..helpers.members import MEMBERS
+from ..helpers.tiny import FIXTURES_DIR, MODEL_ARGS, compute_logits, make_gpt2, make_model, quantise
 
 # For the order of float32 sums, which the matrix library picks by the layout; docs/gpt2.md has what was measured.
 ATOL = 1e-5
-DOC = (Path(__file__).parents[2] / "docs" / "gpt2.md").read_text()
+DOC = (DOCS_DIR / "gpt2.md").read_text()
 
 
 def assert_close_logits(left, right):

@@ -22,7 +22,7 @@ from hugging_nano_gpt import (
 from hugging_nano_gpt.convert.source import load_source
 from hugging_nano_gpt.demo import CKPT_PATH
 
-from ..conftest import assert_same
+from ..helpers.comparison import assert_same
 from ..helpers.tiny import make_model
 
 ALPHABET = [chr(ord("0") + index) for index in range(65)]

@@ -7,7 +7,6 @@ import sys
 import textwrap
 import tomllib
 from importlib.metadata import EntryPoint
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -17,11 +16,12 @@ from hugging_nano_gpt import NanoGPTLMHeadModel
 from hugging_nano_gpt.export import vllm as module
 from hugging_nano_gpt.model import modeling_nano_gpt, persistence_nano_gpt
 
+from ..helpers.folders import ROOT
 from ..helpers.tiny import make_batch, make_model
 
 GROUP = "vllm.general_plugins"
 BACKEND = "vllm.model_executor.models.transformers:TransformersForCausalLM"
-PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SOURCE = ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(modeling_nano_gpt.NanoGPTAttention.forward))))
 
 

@@ -22,7 +22,7 @@ from unittest import mock
 import pytest
 import torch
 
-REPOSITORY_DIR = Path(__file__).parents[2]
+from .folders import ROOT
 
 # A busy machine has taken 12 s to import what is imported first.
 TIMEOUT_S = 120
@@ -47,7 +47,7 @@ def run_forked(calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]], envi
     with (
         mock.patch.object(tempfile, "tempdir", None),  # a test may have set another
         tempfile.TemporaryDirectory(prefix="forked-") as folder,
-        contextlib.chdir(REPOSITORY_DIR),  # where the first process finds what it imports
+        contextlib.chdir(ROOT),  # where the first process finds what it imports
     ):
         paths = [[f"{folder}/{number}-{stream}" for stream in (1, 2)] for number in range(len(calls))]
         processes = [

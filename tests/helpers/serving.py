@@ -1,10 +1,22 @@
 """A server of an app in a thread of this process, and what generate alone draws, to compare its answers with."""
 
 import contextlib
+import socket
 import threading
 import time
 
 import torch
+
+from .programs import run_command
+
+PROMPT = "ROMEO:"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role not in ['user', 'assistant'] %}{{ raise_exception('no such role') }}{% endif %}"
+    "{{ message.role }}: {% generation %}{{ message.content }}{% endgeneration %}{{ '\n' }}{% endfor %}"
+    "{{ mood or '' }}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 
 
 class Address(str):
@@ -52,6 +64,20 @@ def run_in_thread(server, run=None):
         thread.join()
 
 
+@contextlib.contextmanager
+def run_serve(words, monkeypatch):
+    """Runs a command line of hugging-nano-gpt serve in this process while the block lasts."""
+    import uvicorn
+
+    servers, run = [], uvicorn.Server.run
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server: servers.append(server))
+    result = run_command(*words[1:])
+    assert result.returncode == 0, result.stderr
+    (server,) = servers
+    with run_in_thread(server, run):
+        yield
+
+
 def connect(address, **settings):
     """Connects a real client of OpenAI's."""
     import openai
@@ -66,3 +92,26 @@ def draw(model, tokenizer, prompt, seed=None, **settings):
         torch.manual_seed(seed)
     ids = model.generate(idx, **settings)[0, idx.shape[1] :]
     return tokenizer.decode(ids), ids.tolist()
+
+
+def complete(client, prompt=PROMPT, **settings):
+    """Asks for a completion."""
+    return client.completions.create(model="demo", prompt=prompt, **settings)
+
+
+def chat(client, content="Speak", **settings):
+    """Asks for the next message of a chat."""
+    return client.chat.completions.create(model="demo", messages=[{"role": "user", "content": content}], **settings)
+
+
+def find_port():
+    """Finds a free port of 127.0.0.1."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def ask_app(app, **body):
+    """Asks an app without a server."""
+    from starlette.testclient import TestClient
+
+    return TestClient(app).post("/v1/completions", json=body).json()

@@ -22,8 +22,9 @@ from hugging_nano_gpt import (
 )
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
-from ..conftest import assert_same, limit_file_size
+from ..helpers.comparison import assert_same
 from ..helpers.folders import read_files
+from ..helpers.limits import limit_file_size
 from ..helpers.tiny import FIXTURES_DIR, make_model
 
 FIXTURES = sorted(

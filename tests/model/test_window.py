@@ -7,12 +7,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import DynamicCache
 
-from hugging_nano_gpt import NanoGPTLMHeadModel
-from hugging_nano_gpt.demo import CKPT_PATH, SAMPLES_PATH
+from hugging_nano_gpt.demo import SAMPLES_PATH
 from hugging_nano_gpt.model import decoding_nano_gpt
 
-from ..helpers.tiny import TORCH_VERSION, make_batch, make_model, make_pair
-from .test_modeling import pad_left
+from ..helpers.tiny import TORCH_VERSION, make_batch, make_model, make_pair, pad_left
 
 BLOCK_SIZE = 32  # of the toy models
 CACHES = {
@@ -20,11 +18,6 @@ CACHES = {
     "none": {"use_cache": False},
     "static": {"cache_implementation": "static"},
 }
-
-
-@pytest.fixture(scope="module")
-def demo():
-    return NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH)
 
 
 @pytest.fixture(params=CACHES)

@@ -5,54 +5,25 @@ import shutil
 import socket
 import sys
 from html import unescape
-from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 
 import hugging_nano_gpt_cli
-from hugging_nano_gpt import (
-    MissingDependencyError,
-    ServerError,
-    TokenizerError,
-    convert_to_folder,
-    run_playground,
-)
-from hugging_nano_gpt.convert.source import Source, load_source
+from hugging_nano_gpt import MissingDependencyError, ServerError, TokenizerError, convert_to_folder, run_playground
+from hugging_nano_gpt.convert.source import Source
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 from hugging_nano_gpt.sample import page
 from hugging_nano_gpt.sample import playground as server
 from hugging_nano_gpt.sample.markup import draw_bars, draw_facts, draw_text, list_facts
-from hugging_nano_gpt.sample.sampling import make_sampler
 from hugging_nano_gpt.sample.streaming import Candidate, stream_steps
 
+from ..helpers.folders import DOCS_DIR
+from ..helpers.samples import FACTS, sample
+from ..helpers.serving import find_port
 from ..helpers.tiny import make_model
-from .test_streaming import sample
 
-DOCS_DIR = Path(__file__).parents[2] / "docs"
 SETTINGS = {"temperature": 0.8, "top_k": 5, "seed": 1337}
-FACTS = {
-    "model": "ckpt.pt",
-    "kind": "nanoGPT checkpoint, since 2023-05-06",
-    "layers": "3",
-    "heads": "3",
-    "width": "96",
-    "block size": "128 tokens",
-    "vocabulary": "65 tokens",
-    "biases": "no",
-    "dropout": "0.0",
-    "activation": "exact GELU, nanoGPT's since June 2023",
-    "output layer": "tied to the token embedding",
-    "parameters": "350,976, or 338,688 as nanoGPT counts, without the positions",
-    "iteration": "5,000",
-    "validation loss": "1.6176",
-    "computes on": "cpu, float32",
-}
-
-
-@pytest.fixture(scope="module")
-def sampler():
-    return make_sampler(load_source(CKPT_PATH, meta_path=META_PATH))
 
 
 def read(markup):
@@ -179,12 +150,6 @@ def test_playground_refuses_a_port_that_is_taken(served):
         with pytest.raises(ServerError, match=rf"^127.0.0.1:{port}: cannot be listened on: .*; give another port"):
             run_playground("missing.pt", port=port)
     assert served == []
-
-
-def find_port():
-    with socket.socket() as listener:
-        listener.bind((server.HOST, 0))
-        return listener.getsockname()[1]
 
 
 def test_playground_md_commands_and_python_run_as_written(served, tmp_path, monkeypatch):

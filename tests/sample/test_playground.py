@@ -21,14 +21,14 @@ from hugging_nano_gpt.sample.playground import HOST
 from hugging_nano_gpt.sample.sampling import make_sampler
 from hugging_nano_gpt.sample.streaming import stream_steps
 
-from .test_page import FACTS, find_port
-from .test_streaming import sample
+from ..helpers.folders import DOCS_DIR
+from ..helpers.samples import FACTS, sample
+from ..helpers.serving import find_port
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed, which Gradio needs")
 pytest.importorskip("gradio", reason="the extra playground is not installed")
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 
-DOCS_DIR = Path(__file__).parents[2] / "docs"
 PROGRAM = Path(sys.executable).with_name("hugging-nano-gpt")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 SWITCHES = """--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 
 from hugging_nano_gpt import NanoGPTLMHeadModel
 from hugging_nano_gpt.convert.source import load_source
+from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 from hugging_nano_gpt.sample.sampling import Sampler, make_sampler
 
 from ..helpers.tiny import make_batch, make_model
-from ..test_commands import CKPT_PATH, META_PATH
 
 DTYPE = torch.bfloat16
 

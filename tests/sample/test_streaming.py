@@ -1,35 +1,24 @@
 """Streaming: the text that sample_text draws, token by token, and the probabilities that it is drawn from."""
 
-import io
 import re
 
 import pytest
 import torch
 
-from hugging_nano_gpt import TokenizerError, build_tiktoken_tokenizer, sample_text
+from hugging_nano_gpt import TokenizerError, build_tiktoken_tokenizer
 from hugging_nano_gpt.convert.source import load_source
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 from hugging_nano_gpt.sample import streaming as module
 from hugging_nano_gpt.sample.sampling import Sampler, make_sampler
 from hugging_nano_gpt.sample.streaming import Step, list_candidates, stream_steps
 
+from ..helpers.encodings import make_encoding
 from ..helpers.reference import ReferenceGPT
+from ..helpers.samples import sample
 from ..helpers.tiny import make_model
-from ..tokenization.test_bpe import make_encoding
 
 SETTINGS = {"max_new_tokens": 140, "temperature": 0.9, "top_k": 8, "seed": 5}
 DONE_S = 30  # far more than a token takes, far less than the texts that are stopped
-
-
-@pytest.fixture(scope="module")
-def sampler():
-    return make_sampler(load_source(CKPT_PATH, meta_path=META_PATH))
-
-
-def sample(*args, **kwargs):
-    stream = io.StringIO()
-    sample_text(*args, num_samples=1, stream=stream, **kwargs)
-    return stream.getvalue().removesuffix("\n---------------\n")
 
 
 @pytest.mark.parametrize("settings", [{}, SETTINGS], ids=["sample.py's", "others"])

@@ -8,8 +8,8 @@ import torch
 from hugging_nano_gpt import build_tiktoken_tokenizer
 from hugging_nano_gpt.serve.draft import Draft
 
+from ..helpers.encodings import make_encoding
 from ..helpers.tiny import make_tokenizer
-from ..tokenization.test_bpe import make_encoding
 
 N_DRAFTS = 300
 

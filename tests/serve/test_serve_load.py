@@ -17,14 +17,17 @@ import pytest
 
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
-from ..helpers.serving import connect, draw, serve_app
+from ..helpers.folders import ROOT
+from ..helpers.serving import CHAT_TEMPLATE, PROMPT, complete, connect, draw, find_port, serve_app
 from ..helpers.tiny import make_model, make_tokenizer
-from .test_serve import CHAT_TEMPLATE, find_port, httpx, openai
+
+pytest.importorskip("fastapi")
+openai = pytest.importorskip("openai")
+httpx = pytest.importorskip("httpx2")  # openai is built on it
 
 # What the packages that are underneath warn of is their own business.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-ROOT = Path(__file__).parents[2]
 ENDLESS = 10**8  # tokens: hours
 SOON_S = 10  # far less than that; a busy machine needs one
 
@@ -48,10 +51,6 @@ def client(address):
         address.wait_for_jobs(0)
 
 
-def complete(client, prompt="RO", **settings):
-    return client.completions.create(model="demo", prompt=prompt, **settings)
-
-
 def test_twenty_clients_at_once_get_what_each_gets_alone(parts):
     def ask(number):
         with connect(address) as client:
@@ -62,7 +61,7 @@ def test_twenty_clients_at_once_get_what_each_gets_alone(parts):
     with serve_app(*parts) as address, concurrent.futures.ThreadPoolExecutor(20) as threads:
         texts = list(threads.map(ask, range(20)))
     drawing = {"do_sample": True, "top_k": 0}
-    assert texts == [draw(*parts, "RO", seed=n, max_new_tokens=20 + n, **drawing)[0] for n in range(20)]
+    assert texts == [draw(*parts, PROMPT, seed=n, max_new_tokens=20 + n, **drawing)[0] for n in range(20)]
 
 
 def test_three_hundred_requests_leave_memory_as_it_is(client):
@@ -271,7 +270,7 @@ def test_command_ends_at_a_signal():
             assert process.wait(SOON_S) == codes[sign]  # Python and torch need a second of their own to end
             lines = process.stderr.read().splitlines()  # torchao, where it is installed, writes some of its own
             (line,) = [line for line in lines if " POST " in line]
-            assert " /v1/completions 200, 2 tokens in, " in line
+            assert " /v1/completions 200, 6 tokens in, " in line
             assert not any("Traceback" in line for line in lines)
 
 

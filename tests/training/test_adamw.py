@@ -8,7 +8,8 @@ import torch
 from hugging_nano_gpt import ConversionError, NanoGPTLMHeadModel, read_checkpoint
 from hugging_nano_gpt.training import make_optimizer, read_optimizer
 
-from ..conftest import assert_same, save
+from ..helpers.comparison import assert_same
+from ..helpers.contents import save
 from ..helpers.tiny import make_batch, make_model
 
 

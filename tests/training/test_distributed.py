@@ -13,7 +13,7 @@ import torch
 from hugging_nano_gpt import NanoGPTLMHeadModel, read_checkpoint
 from hugging_nano_gpt.training import make_optimizer, read_optimizer
 
-from ..conftest import assert_same
+from ..helpers.comparison import assert_same
 from ..helpers.distributed_worker import CHANGES, LONGER, SHORT
 from ..helpers.processes import needs_gloo, run_two_processes
 from ..helpers.reference_run import ReferenceRun, flatten_saved

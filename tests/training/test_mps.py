@@ -11,7 +11,7 @@ from hugging_nano_gpt.convert.source import choose_device
 from hugging_nano_gpt.evaluate import estimate
 from hugging_nano_gpt.training import TokenDataset, arguments, drawing, training_arguments_from_nanogpt
 
-from ..clients.test_examples import ROOT
+from ..helpers.folders import ROOT
 from ..helpers.programs import run_command
 from ..helpers.tiny import make_batch, make_model
 from ..helpers.toy_run import make_workplace

@@ -11,16 +11,10 @@ import torch
 from transformers import TrainerCallback
 
 from hugging_nano_gpt import CheckpointError, NanoGPTLMHeadModel, read_checkpoint
-from hugging_nano_gpt.training import (
-    NanoGPTSchedule,
-    compute_lr,
-    drawing,
-    make_optimizer,
-    read_optimizer,
-)
+from hugging_nano_gpt.training import NanoGPTSchedule, compute_lr, drawing, make_optimizer, read_optimizer
 from hugging_nano_gpt.training import trainer as trainer_module
 
-from ..conftest import assert_same
+from ..helpers.comparison import assert_same
 from ..helpers.trace import CONFIG, START, STEPS, list_offsets, load_start, make_trainer, train_by_hand
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": None, "logging_steps": 1}

@@ -6,7 +6,7 @@ from transformers import Trainer
 from hugging_nano_gpt import CheckpointError
 from hugging_nano_gpt.training.trainer_checkpoint import explain_full_disk
 
-from ..conftest import limit_file_size
+from ..helpers.limits import limit_file_size
 from ..helpers.programs import run_command
 from ..helpers.toy_run import SETTINGS, flatten_checkpoint, list_differences, make_workplace, train
 from ..helpers.trace import STEPS, load_start, make_trainer
