@@ -175,7 +175,7 @@ def test_a_claim_that_does_not_hold_ends_in_an_error(load_example, capsys):
     pytest.importorskip("trl")
     with pytest.raises(SystemExit, match="True"):
         load_example("trl_setup").conclude("Losses fall.", False)
-    assert capsys.readouterr().out == "DOES NOT HOLD: Losses fall.\n"
+    assert capsys.readouterr().out == "NOT TRUE: Losses fall.\n"
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by PEFT

@@ -1,4 +1,4 @@
-"""A server of an app in a thread of this process, and what generate alone draws, to compare its answers with."""
+"""Servers in a thread of this process, requests to them, and what generate alone returns, to compare with."""
 
 import contextlib
 import socket
@@ -20,7 +20,7 @@ CHAT_TEMPLATE = (
 
 
 class Address(str):
-    """Where an app is served, and the app."""
+    """The address of a server, and its app."""
 
     __slots__ = ("app",)
 
@@ -30,7 +30,7 @@ class Address(str):
         return self
 
     def wait_for_jobs(self, n_jobs):
-        """Waits until so many requests are answered or wait."""
+        """Waits until n_jobs requests are being answered or are waiting."""
         for _ in range(1000):
             if len(self.app.state.desk.drawer._jobs) == n_jobs:
                 return
@@ -40,7 +40,7 @@ class Address(str):
 
 @contextlib.contextmanager
 def serve_app(model, tokenizer, name="demo", **settings):
-    """Serves while the block lasts; yields the address."""
+    """Serves during the block; yields the address."""
     from hugging_nano_gpt.serve.app import Server, build_app
 
     app = build_app(model, tokenizer, name, **{"quiet": True, **settings})
@@ -51,7 +51,7 @@ def serve_app(model, tokenizer, name="demo", **settings):
 
 @contextlib.contextmanager
 def run_in_thread(server, run=None):
-    """Runs a server of uvicorn while the block lasts; run is its method where a test has replaced that."""
+    """Runs a server of uvicorn during the block; run is its original method if a test has replaced it."""
     thread = threading.Thread(target=run or type(server).run, args=(server,))
     thread.start()
     while not server.started:
@@ -66,7 +66,7 @@ def run_in_thread(server, run=None):
 
 @contextlib.contextmanager
 def run_serve(words, monkeypatch):
-    """Runs a command line of hugging-nano-gpt serve in this process while the block lasts."""
+    """Runs a command line of hugging-nano-gpt serve in this process during the block."""
     import uvicorn
 
     servers, run = [], uvicorn.Server.run
@@ -79,14 +79,14 @@ def run_serve(words, monkeypatch):
 
 
 def connect(address, **settings):
-    """Connects a real client of OpenAI's."""
+    """Connects OpenAI's own client."""
     import openai
 
     return openai.OpenAI(base_url=f"{address}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 60, **settings})
 
 
 def draw(model, tokenizer, prompt, seed=None, **settings):
-    """Draws with generate alone; returns the text and the ids."""
+    """Generates with generate alone; returns the text and the ids."""
     idx = tokenizer(prompt, return_tensors="pt").input_ids if isinstance(prompt, str) else torch.tensor([prompt])
     if seed is not None:
         torch.manual_seed(seed)

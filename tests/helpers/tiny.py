@@ -1,4 +1,4 @@
-"""Toy models, batches and tokenizers: small enough for seconds, with weights large enough that a fault shows."""
+"""Toy models, batches and tokenizers: small enough for tests of seconds, with weights large enough that a fault changes the numbers."""
 
 import warnings
 from collections.abc import Sequence
@@ -124,5 +124,5 @@ def pad_left(lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
 def quantise(model: torch.nn.Module) -> torch.nn.Module:
     """Quantises the Linear layers of a model with torch."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that torch.ao.quantization moves to torchao
+        warnings.simplefilter("ignore")  # torch.ao.quantization moves to torchao
         return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)

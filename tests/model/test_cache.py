@@ -240,7 +240,9 @@ def test_demo_with_a_broken_cache_says_which_tokens(monkeypatch, break_cache, fa
     assert not demo.run_demo(stream)
     text = stream.getvalue()
     assert re.search(f"   greedy: {fault}", text)
-    n_ways = 2 if TORCH_VERSION >= (2, 7) else 1  # torch 2.6 draws other numbers from a seed: greedy alone is compared
+    n_ways = (
+        2 if TORCH_VERSION >= (2, 7) else 1
+    )  # torch 2.6 draws other numbers from a seed, so only greedy is compared
     assert text.count("[WRONG: expected the tokens nanoGPT sampled]") == n_ways
 
 

@@ -400,7 +400,7 @@ def test_decay_groups_of_trainer_are_those_of_nanogpt():
     assert [name for name in decayed if name != "lm_head.weight"] == expected
 
 
-# The files that travel with a saved folder, and which of them each imports.
+# The files that are copied into a saved folder, and which of them each imports.
 SIBLINGS = {
     "configuration": [],
     "decoding": ["fast", "inputs"],

@@ -228,7 +228,7 @@ def test_drafted_tokens_equal_greedy_up_to_the_shorter_block_size():
             model.generate(idx, max_new_tokens=n_new + 1, do_sample=False, **settings)
 
 
-def test_early_exit_is_refused_and_leaves_the_model_as_it_was():
+def test_early_exit_is_refused_and_does_not_change_the_model():
     model = make_model()
     idx, _ = make_batch(1, 6)
     greedy = model.generate(idx, max_new_tokens=8, do_sample=False)

@@ -1,4 +1,4 @@
-"""The sampler of the demo model, which the tests of streaming and of the page share."""
+"""The sampler of the demo model, for the tests of streaming and of the page."""
 
 import pytest
 

@@ -27,7 +27,7 @@ SETTINGS = {"temperature": 0.8, "top_k": 5, "seed": 1337}
 
 
 def read(markup):
-    """Returns the texts of a piece of HTML of ours, without its marks."""
+    """Returns the texts of our HTML without its tags."""
     return [unescape(text) for text in re.split(r"<[^>]*>", markup) if text]
 
 
@@ -40,7 +40,7 @@ def test_page_shows_growing_text_and_ends_with_all_of_it(sampler, monkeypatch, i
     assert texts[-1] == sampler.tokenizer.decode(last.idx)
     assert len(set(texts)) == len(texts) == n_shown
     assert all(texts[-1].startswith(text) for text in texts)
-    assert read(shown[-1][0])[1] == "ROMEO:"  # in a colour of its own
+    assert read(shown[-1][0])[1] == "ROMEO:"  # in its own colour
     assert shown[-1][2].startswith("150 of 150 tokens, ")
     assert len(read(shown[-1][1])) == 1 + 2 * 5  # a heading, and for each of top_k tokens its name and its share
 
@@ -60,7 +60,7 @@ def test_leaving_the_page_stops_the_model(sampler):
     shown = page.show_steps(sampler, "", max_new_tokens=1_000_000, **SETTINGS)
     next(shown)
     shown.close()
-    assert len(list(stream_steps(sampler, max_new_tokens=3))) == 3  # which waits for its turn
+    assert len(list(stream_steps(sampler, max_new_tokens=3))) == 3  # it waits for its turn
 
 
 def test_texts_are_escaped():
@@ -85,7 +85,7 @@ def test_bars_are_as_long_as_the_tokens_are_likely():
 
 @pytest.fixture
 def served(monkeypatch):
-    """What run_playground would serve, without Gradio."""
+    """Records what run_playground would serve, without Gradio."""
     calls = []
     monkeypatch.setattr(server, "require", lambda *_: None)
     monkeypatch.setattr(server, "build_page", lambda sampler, facts: (sampler, facts))
@@ -121,7 +121,7 @@ def test_facts_before_the_first_evaluation_say_so():
     assert (facts["iteration"], facts["validation loss"], facts["biases"]) == ("0", "not measured", "yes")
 
 
-def test_playground_reads_as_it_is_told(served, tmp_path):
+def test_playground_uses_the_options_of_the_command(served, tmp_path):
     shutil.copy(CKPT_PATH, tmp_path / "mine.pt")
     run_playground(
         tmp_path / "mine.pt", port=find_port(), meta_path=META_PATH, dtype="bfloat16", activation_function="gelu_new"

@@ -1,4 +1,4 @@
-"""The servers that the tests of serve share: the demo model's, the same with a chat template, and a model of bytes."""
+"""The servers of the demo model, without and with a chat template, and a model of bytes, for the tests of serve."""
 
 import pytest
 

@@ -15,7 +15,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 
-# What the packages that are underneath warn of is their own business.
+# Warnings of fastapi, uvicorn and their dependencies.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -30,7 +30,7 @@ def test_completion_goes_on_past_block_size(client, demo):
     ("settings", "expected"),
     [
         ({"temperature": 0.7}, {"temperature": 0.7}),
-        ({"temperature": 2}, {"temperature": 2.0}),  # a whole number too
+        ({"temperature": 2}, {"temperature": 2.0}),  # an integer too
         ({"temperature": 1.3, "top_p": 0.5}, {"temperature": 1.3, "top_p": 0.5}),
         ({"top_p": 1}, {}),
         ({"extra_body": {"top_k": 3}}, {"top_k": 3}),
@@ -41,7 +41,7 @@ def test_completion_goes_on_past_block_size(client, demo):
     ],
     ids=str,
 )
-def test_settings_of_a_request_count(client, demo, settings, expected):
+def test_settings_of_a_request_are_used(client, demo, settings, expected):
     settings = {"max_tokens": 40, **settings}
     texts = [complete(client, seed=seed, **settings).choices[0].text for seed in (5, 6, 5)]
     expected = {"max_new_tokens": 40, "do_sample": True, "top_k": 0, **expected}
@@ -51,12 +51,12 @@ def test_settings_of_a_request_count(client, demo, settings, expected):
 
 
 @pytest.mark.parametrize("temperature", [1e-19, 1e-21, 1e-30, 1e-320])
-def test_temperature_near_nothing_is_greedy(client, temperature):
+def test_temperature_near_zero_is_greedy(client, temperature):
     greedy = complete(client, max_tokens=30).choices[0].text
     assert complete(client, max_tokens=30, temperature=temperature, seed=1).choices[0].text == greedy
 
 
-def test_request_without_a_seed_does_not_follow_from_the_one_before(client):
+def test_request_without_a_seed_does_not_depend_on_the_one_before(client):
     def ask():
         complete(client, max_tokens=1, seed=1)
         return complete(client, max_tokens=60, temperature=1).choices[0].text
@@ -77,7 +77,7 @@ def test_prompts_of_each_kind_are_answered_as_alone(client, demo):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_nth_answer_is_drawn_from_the_nth_seed(client, demo, stream):
+def test_nth_answer_is_sampled_with_the_nth_seed(client, demo, stream):
     prompts, settings = [PROMPT, "JULIET:"], {"max_tokens": 15, "n": 3, "seed": 2**63 - 1, "stream": stream}
     answer = complete(client, prompts, **settings)
     choices = [choice for part in (answer if stream else [answer]) for choice in part.choices]
@@ -89,7 +89,7 @@ def test_nth_answer_is_drawn_from_the_nth_seed(client, demo, stream):
     assert len(set(texts)) == 6
 
 
-def test_end_of_text_ends_an_answer_and_is_no_part_of_it(demo):
+def test_end_of_text_ends_an_answer_and_is_not_part_of_it(demo):
     whole = draw(demo, make_tokenizer(), PROMPT, max_new_tokens=60, do_sample=False)[0]
     end = whole[30]
     demo.generation_config = GenerationConfig(eos_token_id=make_tokenizer()(end).input_ids)
@@ -101,7 +101,7 @@ def test_end_of_text_ends_an_answer_and_is_no_part_of_it(demo):
     assert len(answer.choices[0].logprobs.tokens) == whole.index(end) == answer.usage.completion_tokens - 1
 
 
-def test_rows_that_are_never_drawn_are_never_drawn(demo):
+def test_suppressed_tokens_are_never_sampled(demo):
     first, (index,) = draw(demo, make_tokenizer(), PROMPT, max_new_tokens=1, do_sample=False)
     demo.generation_config = GenerationConfig(suppress_tokens=[index])
     expected = draw(demo, make_tokenizer(), PROMPT, max_new_tokens=20, do_sample=False)[0]
@@ -138,7 +138,7 @@ def test_logprobs_are_the_models_own(client, demo, stream, echo):
     assert [top[name] for top, name in zip(tops, names, strict=True)] == logprobs
 
 
-def test_logprobs_of_zero_tell_of_the_token_alone(client):
+def test_logprobs_of_zero_are_those_of_the_token_only(client):
     found = complete(client, max_tokens=3, logprobs=0).choices[0].logprobs
     assert [list(top) for top in found.top_logprobs] == [[token] for token in found.tokens]
 
@@ -161,7 +161,7 @@ def test_parts_of_characters_are_named_in_logprobs(byte_parts):
     assert all(len(top) >= 3 for top in choice.logprobs.top_logprobs)
 
 
-def test_values_that_change_nothing_are_taken(client, chat_client):
+def test_values_that_change_nothing_are_accepted(client, chat_client):
     neutral = {"n": 1, "echo": False, "presence_penalty": 0, "best_of": 1, "user": "me", "suffix": None}
     assert complete(client, max_tokens=3, **neutral).choices[0].text
     of_chats = {"tools": [], "tool_choice": "none", "parallel_tool_calls": False, "response_format": {"type": "text"}}

@@ -8,11 +8,11 @@ from ..helpers.tiny import make_model, make_tokenizer
 pytest.importorskip("fastapi")
 openai = pytest.importorskip("openai")
 
-# What the packages that are underneath warn of is their own business.
+# Warnings of fastapi, uvicorn and their dependencies.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def test_stream_brings_the_same_text_in_pieces(client):
+def test_stream_has_the_same_text_in_pieces(client):
     settings = {"max_tokens": 50, "temperature": 0.8, "seed": 3}
     *parts, last = complete(client, stream=True, stream_options={"include_usage": True}, **settings)
     pieces = [part.choices[0] for part in parts]
@@ -35,7 +35,7 @@ def test_text_ends_before_its_stop(client, demo, stream, stops):
     assert choices[-1].finish_reason == ("length" if expected == whole else "stop")
 
 
-def test_answers_that_end_inside_a_character_are_whole(byte_parts):
+def test_answers_that_end_inside_a_character_are_complete(byte_parts):
     n_halves = 0
     with serve_app(*byte_parts) as address, connect(address) as client:
         for seed in range(20):
@@ -54,7 +54,7 @@ def test_chat_with_a_base_model_says_what_it_needs(client):
 
 @pytest.mark.parametrize("content", ["Speak", [{"type": "text", "text": "Speak"}]])
 @pytest.mark.parametrize("stream", [False, True])
-def test_chat_answers_after_the_template(chat_client, demo, content, stream):
+def test_chat_continues_the_text_of_the_template(chat_client, demo, content, stream):
     answer = chat(chat_client, content, max_completion_tokens=30, temperature=0, stream=stream)
     parts = [
         (chunk.choices[0].delta if stream else chunk.choices[0].message) for chunk in (answer if stream else [answer])
@@ -78,7 +78,7 @@ def test_chat_has_logprobs_of_its_tokens(chat_client):
         chat(chat_client, top_logprobs=2)
 
 
-def test_chat_takes_either_name_of_its_length(chat_client):
+def test_chat_accepts_either_name_of_its_length(chat_client):
     for name in ("max_tokens", "max_completion_tokens"):
         assert chat(chat_client, **{name: 5}).usage.completion_tokens == 5
         with pytest.raises(openai.BadRequestError, match="expected greater than or equal to 1, got 0") as caught:
@@ -88,7 +88,7 @@ def test_chat_takes_either_name_of_its_length(chat_client):
         chat(chat_client, max_tokens=5, max_completion_tokens=6)
 
 
-def test_chat_goes_on_to_block_size_unless_told(chat_client):
+def test_chat_continues_to_block_size_by_default(chat_client):
     assert chat(chat_client).usage.completion_tokens == 128
 
 

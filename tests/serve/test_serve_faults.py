@@ -21,14 +21,14 @@ openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx2")  # openai is built on it
 
-# What the packages that are underneath warn of is their own business.
+# Warnings of fastapi, uvicorn and their dependencies.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 SERVING_MD = DOCS_DIR / "serving.md"
 
 
 def post(client, path="completions", **body):
-    """Sends what the client of OpenAI's would not send; returns the raw answer."""
+    """Sends what OpenAI's client would not send; returns the raw response."""
     return httpx.post(f"{client.base_url}{path}", json={"prompt": PROMPT, **body}, timeout=60)
 
 
@@ -93,7 +93,7 @@ def post(client, path="completions", **body):
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_request_that_cannot_be_obeyed_is_refused(client, body, param, message):
+def test_request_that_cannot_be_answered_is_refused(client, body, param, message):
     for stream in (False, True):
         answer = post(client, stream=stream, **body)
         error = answer.json()["error"]
@@ -124,8 +124,8 @@ def test_body_that_is_no_request_is_refused(client, body, message):
     assert message in answer.json()["error"]["message"]
 
 
-def test_body_that_is_not_said_to_be_json_is_refused(client):
-    """So that no page of the web can make a browser send it unasked."""
+def test_body_without_the_content_type_of_json_is_refused(client):
+    """Otherwise any web page could make a browser send it."""
     answer = httpx.post(f"{client.base_url}completions", content=b'{"prompt": "R"}')
     assert (answer.status_code, "Content-Type: application/json" in answer.text) == (400, True)
 
@@ -143,7 +143,7 @@ def test_model_and_paths_that_do_not_exist_are_not_found(client):
     assert client.models.retrieve("demo").id == "demo"
 
 
-def test_key_is_asked_for_everywhere_but_of_health(demo):
+def test_key_is_required_everywhere_except_for_health(demo):
     with serve_app(demo, make_tokenizer(), api_key="s\xe9same") as address:
         for key in ("none", "s\xe9sam"):
             answer = httpx.post(
@@ -162,7 +162,7 @@ def test_key_is_asked_for_everywhere_but_of_health(demo):
 
 
 @pytest.mark.parametrize(("allowed", "expected"), [(None, None), ("http://page.test", "http://page.test")])
-def test_pages_may_ask_only_where_they_are_let_in(demo, allowed, expected):
+def test_web_pages_need_an_allowed_origin(demo, allowed, expected):
     with serve_app(demo, make_tokenizer(), allow_origin=allowed, api_key="sesame") as address:
         asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
         for origin, found in (("http://page.test", expected), ("http://other.test", None)):
@@ -254,7 +254,7 @@ def test_ipv6_address_is_checked_printed_as_a_url_and_listened_on(demo, monkeypa
 
 
 def test_run_server_refuses_an_empty_key():
-    """An empty key is what "$KEY" gives if KEY is not set: everyone would be let in."""
+    """ "$KEY" is empty if KEY is not set; then everyone would have access."""
     with pytest.raises(ServerError, match="--api-key: expected some text, got none"):
         run_server("missing.pt", api_key="")
 
