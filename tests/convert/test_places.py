@@ -18,6 +18,7 @@ from hugging_nano_gpt import (
     import_gpt2,
     read_checkpoint,
     sample_text,
+    verify_models,
 )
 from hugging_nano_gpt.convert.source import load_source
 from hugging_nano_gpt.demo import CKPT_PATH
@@ -104,6 +105,20 @@ def test_export_takes_the_place(place, tmp_path):
 def test_checkpoint_is_written_of_the_place(place, tmp_path):
     convert_to_checkpoint("someone/model", tmp_path / "ckpt.pt", **place[0])
     assert_same(read_checkpoint(tmp_path / "ckpt.pt").state_dict, dict(load_source(place[1]).model.state_dict()))
+
+
+@pytest.mark.parametrize("kind", ["nanogpt"], indirect=True)
+def test_place_is_that_of_the_models_on_the_hub_in_a_verification(place, tmp_path):
+    """A file next to such a model takes what says how to read it, and neither gets the other's arguments."""
+    assert verify_models("someone/model", "someone/model", **place[0]).is_equal
+    NanoGPTLMHeadModel.from_pretrained(place[1]).to_nanogpt_ckpt(tmp_path / "ckpt.pt")
+    activation = load_source(place[1]).model.config.activation_function
+    options = {**place[0], "activation_function": activation}
+    assert verify_models(tmp_path / "ckpt.pt", "someone/model", **options).is_equal
+    options["revision"] = "main" if "revision" in place[0] else "other"
+    assert not verify_models(tmp_path / "ckpt.pt", "someone/model", **options).is_equal
+    with pytest.raises(CheckpointError, match=r"'revision' cannot be set: expected none for a file"):
+        verify_models(tmp_path / "ckpt.pt", tmp_path / "ckpt.pt", revision="other")
 
 
 def test_loss_and_text_are_of_the_place(place, tmp_path):
