@@ -54,7 +54,7 @@ def train_with_ddp(folder: Path, rank: int, world_size: int) -> None:
 
 
 def train_with_fsdp2(folder: Path, rank: int, world_size: int) -> None:
-    """Makes the updates in a plain loop on sharded parameters; each process has half of the rows of both micro-steps."""
+    """Makes the updates in a plain loop on sharded parameters; each process has half of the rows of each batch."""
     model = load_start().train()
     for block in model.transformer.h:
         fully_shard(block)

@@ -1,4 +1,4 @@
-"""An independent training run in train.py's order (karpathy/nanoGPT train.py @ 3adf61e), of tests/helpers/reference.py.
+"""An independent run in train.py's order (karpathy/nanoGPT train.py @ 3adf61e), of tests/helpers/reference.py.
 
 It shares no code with the package, so the results of the package's runs can be compared with it bit for bit on any
 machine. tests/training/test_run.py compares the package with train.py itself.

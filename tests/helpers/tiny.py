@@ -1,4 +1,4 @@
-"""Toy models, batches and tokenizers: small enough for tests of seconds, with weights large enough that a fault changes the numbers."""
+"""Toy models, batches and tokenizers: small enough to be fast, with weights large enough to show faults."""
 
 import warnings
 from collections.abc import Sequence

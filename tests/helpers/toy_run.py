@@ -60,7 +60,7 @@ def train(folder: Path, /, **changes: Any) -> NanoGPTTrainer:
 
 @contextlib.contextmanager
 def signalled(number: int, iter_num: int, again: bool = False) -> Iterator[None]:
-    """Sends this process a signal during the update after which iter_num is reached; with again, also during the next."""
+    """Sends this process a signal during the update that reaches iter_num and, with again, during the next one."""
 
     def send(self, args, state, control, **kwargs):
         if self.trainer.iter_num in ([iter_num - 1, iter_num] if again else [iter_num - 1]):

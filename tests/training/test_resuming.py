@@ -1,4 +1,4 @@
-"""Resuming in NanoGPTTrainer: the parts of a checkpoint have the same updates; the settings of the new run are used."""
+"""Resuming in NanoGPTTrainer: all parts of a checkpoint have the same updates; the new run's settings are used."""
 
 import functools
 import shutil

@@ -1,4 +1,4 @@
-"""Values of settings that train.py cannot run with are refused by name, and those that it can run with are accepted."""
+"""Values of settings that train.py cannot run with are refused by name; all others are accepted."""
 
 import math
 
