@@ -167,7 +167,7 @@ def test_write_over_old_file_keeps_its_permissions(old_path, umask, mode):
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
-def test_write_new_file_honours_the_umask(tmp_path, umask, mask, mode):
+def test_write_new_file_uses_the_umask(tmp_path, umask, mask, mode):
     umask(mask)
     write(tmp_path / "ckpt.pt")
     assert get_mode(tmp_path / "ckpt.pt") == mode
@@ -341,7 +341,7 @@ MODEL = {"config.json": "{}", "model.safetensors": "new", "templates/tool.jinja"
 
 @pytest.fixture
 def elsewhere():
-    """A folder on another file system, where there is one."""
+    """A folder on another file system, if one exists."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
         yield Path(name)
 
@@ -366,7 +366,7 @@ def test_folder_behind_a_link_to_another_file_system_is_written_there(tmp_path, 
 
 
 def test_folder_that_is_there_needs_nothing_of_its_parent(tmp_path, monkeypatch):
-    """A mount point, or a writable folder in one that is not: nothing is made next to it, and it is not replaced."""
+    """A mount point, or a writable folder in a read-only one: nothing is created next to it, and it stays."""
     folder = tmp_path / "out"
     folder.mkdir()
     number, made, mkdir = folder.stat().st_ino, [], Path.mkdir
@@ -403,7 +403,7 @@ def test_of_two_writers_of_one_place_one_wins_and_the_other_says_so(tmp_path, is
 
 
 def test_writers_that_overwrite_do_not_mix(tmp_path):
-    """In threads, which take the place of processes: the lock is the folder's."""
+    """In threads instead of processes, because the lock is the folder's."""
     folder = tmp_path / "out"
     write_folder(folder, {})
     whole = [{name: str(number) for name in ("config.json", "model.safetensors", "b", "c")} for number in range(20)]

@@ -1,6 +1,6 @@
 """Models split over two processes on the CPU (tensor parallel), compared with the same models in one process.
 
-Two processes load each case with from_pretrained; both have to compute what one process computes.
+Two processes load each case with from_pretrained; both have to give the results of one process.
 """
 
 import pytest

@@ -115,7 +115,7 @@ def test_failed_card_leaves_no_half_file(model, tmp_path):
 
 @pytest.fixture
 def repository(monkeypatch):
-    """Stands in for the Hub: takes uploads as a dict of contents, and serves a card if there is one."""
+    """Replaces the Hub: stores uploads in a dict of contents, and serves a card if one exists."""
     repository = SimpleNamespace(card=None, files={})
 
     def load_card(*_, **__):

@@ -47,7 +47,7 @@ def assert_close_logits(left, right):
 
 
 def load_stock(folder) -> GPT2LMHeadModel:
-    """Loads a folder as someone without this package does; every tensor has to be there, and no other."""
+    """Loads a folder without this package; every tensor has to be in it, and no other."""
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert type(model) is GPT2LMHeadModel
     assert not any(info.values())
@@ -90,7 +90,7 @@ def test_skipped_transpose_shows(skipped, tmp_path, monkeypatch):
     assert (compute_logits(stock) - compute_logits(model)).abs().max() > 0.1
     assert_same(
         dict(import_gpt2(tmp_path / "out").state_dict()), dict(model.state_dict())
-    )  # this alone proves nothing
+    )  # this alone does not show that the numbers are right
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -371,7 +371,7 @@ def test_folder_is_exported_as_its_checkpoint_is(tmp_path):
     export_model(CKPT_PATH, tmp_path / "b", to="gpt2", meta_path=META_PATH)
     files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "ab"]
     for contents in files:
-        contents.pop("tokenizer_config.json")  # says whether it was loaded from a folder
+        contents.pop("tokenizer_config.json")  # True if it was loaded from a folder
     assert files[0] == files[1]
     assert "tokenizer.json" in files[0]
     with pytest.raises(ConversionError, match="is the source"):

@@ -1,4 +1,4 @@
-"""What every exporter refuses: models that are not whole or plain, and tokenizers too large; and their table."""
+"""What every exporter refuses: incomplete or changed models, and tokenizers too large; the table of exports."""
 
 from typing import get_type_hints
 

@@ -179,7 +179,7 @@ def test_exporting_says_nothing_and_leaves_the_model_as_it_was(tmp_path, capfd):
     assert_close(Runtime(tmp_path / "out").compute(idx.numpy()), compute_logits(model.eval(), idx))
 
 
-def test_large_weights_lie_beside_the_graph(quick, tmp_path, monkeypatch):
+def test_large_weights_are_in_a_file_next_to_the_graph(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_MAX_FILE_BYTES", 1000)
     export_onnx(quick, tmp_path / "out")
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "out").glob("model*")}

@@ -1,4 +1,4 @@
-"""export/vllm.py and what vLLM reads of the model, without vLLM. With it: make vllm."""
+"""export/vllm.py and what vLLM reads of the model, without vLLM; `make vllm` runs vLLM itself."""
 
 import ast
 import inspect
@@ -93,7 +93,7 @@ def test_attention_source_of_another_shape_is_noticed(right, wrong, fault):
 
 
 def test_base_model_computes_as_vllm_calls_it():
-    """One row of packed tokens as embeddings, positions of its own, no cache, and a tuple back."""
+    """One row of packed tokens as embeddings, its own positions, no cache, and a tuple back."""
     model = make_model()
     base = getattr(model, NanoGPTLMHeadModel.base_model_prefix)
     assert type(base).__name__ == persistence_nano_gpt.AUTO_MAP["AutoModel"].rpartition(".")[2]

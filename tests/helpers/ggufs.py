@@ -2,13 +2,15 @@
 
 import re
 
-import gguf
+import pytest
 import torch
 
 from hugging_nano_gpt import NanoGPTConfig, NanoGPTLMHeadModel, export_gguf
 from hugging_nano_gpt.export import gguf as module
 
 from .tiny import MODEL_ARGS, make_model
+
+gguf = pytest.importorskip("gguf")
 
 
 def make_kind(*, is_tied=True, activation_function="gelu_new", **model_args) -> NanoGPTLMHeadModel:

@@ -6,6 +6,7 @@ from hugging_nano_gpt import sample_text
 
 
 def sample(*args, **kwargs):
+    """Returns the text that sample_text prints for one sample, without the line after it."""
     stream = io.StringIO()
     sample_text(*args, num_samples=1, stream=stream, **kwargs)
     return stream.getvalue().removesuffix("\n---------------\n")
