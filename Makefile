@@ -30,9 +30,7 @@ NEXT_VENV := .venv-next
 TORCH := torch
 
 # Tests of what the package relies on in other libraries: numbers, every way to generate, remote code, Trainer, TRL.
-CONTRACT := tests/model/test_exactness.py tests/model/test_cache.py tests/model/test_modeling.py
-tests/model/test_generation.py tests/model/test_window.py tests/sample/test_streaming.py tests/model/test_hub.py
-tests/training/test_training.py tests/training/test_plain_trainer.py tests/clients/test_trl.py
+CONTRACT := tests/model/test_exactness.py tests/model/test_cache.py tests/model/test_modeling.py tests/model/test_generation.py tests/model/test_window.py tests/sample/test_streaming.py tests/model/test_hub.py tests/training/test_training.py tests/training/test_plain_trainer.py tests/clients/test_trl.py
 
 .PHONY: demo test newest oldest next clients readme exports vllm check fix examples bench gpu clean
 
@@ -51,23 +49,23 @@ oldest: VERSIONS := '$(OLDEST_TRANSFORMERS)'
 newest: CONTRACT_VENV := $(NEWEST_VENV)
 oldest: CONTRACT_VENV := $(OLDEST_VENV)
 newest oldest:
-	test -d $(CONTRACT_VENV) || $(PYTHON) -m venv $(CONTRACT_VENV) grep '^torch==' constraints.txt >
-	$(CONTRACT_VENV)/torch.txt $(CONTRACT_VENV)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager
-	--constraint $(CONTRACT_VENV)/torch.txt --editable '.[dev]' $(VERSIONS) $(CONTRACT_VENV)/bin/python -c 'import torch,
-	transformers; print("torch", torch.__version__, "transformers", transformers.__version__)'
+	test -d $(CONTRACT_VENV) || $(PYTHON) -m venv $(CONTRACT_VENV)
+	grep '^torch==' constraints.txt > $(CONTRACT_VENV)/torch.txt
+	$(CONTRACT_VENV)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --constraint $(CONTRACT_VENV)/torch.txt --editable '.[dev]' $(VERSIONS)
+	$(CONTRACT_VENV)/bin/python -c 'import torch, transformers; print("torch", torch.__version__, "transformers", transformers.__version__)'
 	$(CONTRACT_VENV)/bin/$(PYTEST) $(CONTRACT)
 
 next:
-	test -d $(NEXT_VENV) || $(PYTHON) -m venv $(NEXT_VENV) $(NEXT_VENV)/bin/python -m pip install --quiet --upgrade $(if
-	$(PRE),--pre) '$(TORCH)' transformers $(NEXT_VENV)/bin/python -m pip freeze | grep -E '^(torch|transformers)==' >
-	$(NEXT_VENV)/newest.txt $(NEXT_VENV)/bin/python -m tests.run_next requirements > $(NEXT_VENV)/others.txt
-	$(NEXT_VENV)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --constraint $(NEXT_VENV)/newest.txt
-	--requirement $(NEXT_VENV)/others.txt $(NEXT_VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	test -d $(NEXT_VENV) || $(PYTHON) -m venv $(NEXT_VENV)
+	$(NEXT_VENV)/bin/python -m pip install --quiet --upgrade $(if $(PRE),--pre) '$(TORCH)' transformers
+	$(NEXT_VENV)/bin/python -m pip freeze | grep -E '^(torch|transformers)==' > $(NEXT_VENV)/newest.txt
+	$(NEXT_VENV)/bin/python -m tests.run_next requirements > $(NEXT_VENV)/others.txt
+	$(NEXT_VENV)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --constraint $(NEXT_VENV)/newest.txt --requirement $(NEXT_VENV)/others.txt
+	$(NEXT_VENV)/bin/python -m pip install --quiet --no-deps --editable .
 	$(NEXT_VENV)/bin/python -m tests.run_next $(CONTRACT)
 
 clients: $(CLIENTS_READY)
-	$(CLIENTS_VENV)/bin/python -m pytest tests/clients/test_quantization.py tests/clients/test_lm_eval.py
-	tests/clients/test_peft.py tests/serve tests/clients/test_chat.py tests/docs/test_readme.py
+	$(CLIENTS_VENV)/bin/python -m pytest tests/clients/test_quantization.py tests/clients/test_lm_eval.py tests/clients/test_peft.py tests/serve tests/clients/test_chat.py tests/docs/test_readme.py
 
 # The wheel, in a venv without this clone. The test installs it with the README's pip lines.
 readme: $(READY)
@@ -125,9 +123,10 @@ clean:
 	rm -rf $(VENV) $(NEWEST_VENV) $(OLDEST_VENV) $(NEXT_VENV) $(CLIENTS_VENV) $(README_VENV) $(EXPORTS_VENV) $(VLLM_VENV)
 
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set it with
-	PYTHON=...")' $(PYTHON) -m venv $(VENV) $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
-	--editable '.[dev]' @touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set it with PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
 
 $(CLIENTS_READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(CLIENTS_VENV)
@@ -135,8 +134,9 @@ $(CLIENTS_READY): pyproject.toml constraints.txt
 	@touch $@
 
 $(EXPORTS_READY): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(EXPORTS_VENV) $(EXPORTS_VENV)/bin/python -m pip install --quiet --constraint constraints.txt
-	--editable '.[dev,playground]' llama-cpp-python selenium @touch $@
+	$(PYTHON) -m venv $(EXPORTS_VENV)
+	$(EXPORTS_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,playground]' llama-cpp-python selenium
+	@touch $@
 
 $(VLLM_READY): benchmarks/vllm_requirements.txt
 	$(PYTHON) -m venv $(VLLM_VENV)

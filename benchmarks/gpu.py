@@ -120,7 +120,7 @@ def run_probe(probe: Probe, setting: Setting, seconds: float, is_lost: bool = Fa
     try:
         with limit_time(seconds):
             outcome = probe(setting)
-        result |= {"verdict": "ok" if outcome.holds else "failed", "why": outcome.claim}
+        result |= {"verdict": "ok" if outcome.is_true else "failed", "why": outcome.claim}
         result["figures"] |= outcome.figures
     except SkippedError as reason:
         result["why"] = str(reason)

@@ -71,7 +71,7 @@ def parse_command(doc: str, n_updates: int, trainers: Sequence[str] = ()) -> arg
     return args
 
 
-def conclude(claim: str, holds: bool) -> None:
-    """Prints the claim as the last line, and exits with 1 if it does not hold."""
-    print(claim if holds else f"DOES NOT HOLD: {claim}")
-    sys.exit(not holds)
+def conclude(claim: str, is_true: bool) -> None:
+    """Prints the claim as the last line, and exits with 1 if it is not true."""
+    print(claim if is_true else f"NOT TRUE: {claim}")
+    sys.exit(not is_true)

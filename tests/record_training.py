@@ -1,6 +1,6 @@
 """Records a run of nanoGPT's train.py from scratch: NANOGPT_DIR=... python -m tests.record_training.
 
-The file holds a few numbers of every tensor of its ckpt.pt, weights and moments, enough to tell another run by.
+The file contains a few numbers of every tensor of its ckpt.pt, weights and moments: enough to detect another run.
 """
 
 import json
@@ -28,7 +28,7 @@ def summarize(path: Path) -> dict[str, list[float]]:
 
 
 def record() -> None:
-    """Runs train.py, and writes the file."""
+    """Runs train.py and writes the file."""
     with tempfile.TemporaryDirectory() as name:
         folder = make_workplace(Path(name))
         link_scripts(folder)

@@ -11,10 +11,11 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-PACKAGE_DIR = Path(__file__).parents[1] / "hugging_nano_gpt"
+from .helpers.folders import ROOT
+
+PACKAGE_DIR = ROOT / "hugging_nano_gpt"
 
 # The names of each owner, with the arguments that the package passes by name. `a|b`: one or the other.
 RELIED_ON: dict[str, list[str]] = {
@@ -65,7 +66,10 @@ RELIED_ON: dict[str, list[str]] = {
     ],
     "transformers.TrainerCallback": ["on_evaluate", "on_log", "on_save", "on_step_end", "on_train_begin"],
     "torch": ["_neg_view"],
-    "torch.nn.Module": ["_compiled_call_impl", "_forward_hooks", "_forward_pre_hooks", "_modules"],
+    "torch.nn.Module": [
+        *("_backward_hooks", "_backward_pre_hooks", "_compiled_call_impl", "_forward_hooks", "_forward_pre_hooks"),
+        "_modules",
+    ],
     "torch.nn.modules.module": ["_global_forward_hooks", "_global_forward_pre_hooks"],
     "torch.ops.mkldnn": ["_linear_pointwise"],
     "pickle": ["_Unpickler"],

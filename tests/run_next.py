@@ -16,8 +16,8 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 from . import relied_on
+from .helpers.folders import ROOT
 
-ROOT = Path(__file__).parents[1]
 NEWEST = ("torch", "transformers")  # installed first, without the bounds of the range
 
 
@@ -30,14 +30,14 @@ class Row(NamedTuple):
 
 
 def list_requirements() -> list[str]:
-    """Returns the requirements of the package and its tests, without those that shall be the newest."""
+    """Returns the requirements of the package and its tests, except those installed as the newest."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
     return [each for each in needed if re.match(r"[\w-]+", each).group() not in NEWEST]
 
 
 def run_tests(files: list[str]) -> list[tuple[str, str]]:
-    """Runs tests in a process of its own; returns the name and the output of each that failed."""
+    """Runs tests in a new process; returns the name and the output of each that failed."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = (

@@ -32,12 +32,12 @@ from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 from hugging_nano_gpt.sample import page
 from hugging_nano_gpt.sample.sampling import make_sampler
 
-from .conftest import assert_same
+from .helpers.comparison import assert_same
+from .helpers.encodings import make_encoding
 from .helpers.programs import PROGRAM, run_command, run_program
 from .helpers.reference import ReferenceGPT
 from .helpers.tiny import make_model
 from .helpers.trace import TRACE_DIR
-from .tokenization.test_bpe import make_encoding
 
 DOCS_DIR = Path(__file__).parent.parent / "docs"
 
@@ -129,7 +129,7 @@ def test_errors_take_one_line_and_no_traceback(arguments, message, tmp_path):
 
 @pytest.mark.parametrize("device", ["cuda:99", "xpu:9", "meta", "gpu", ""])
 @pytest.mark.parametrize("command", ["generate", "evaluate"])
-def test_device_that_is_not_there_takes_one_line(command, device, tmp_path):
+def test_missing_device_gives_an_error_of_one_line(command, device, tmp_path):
     np.zeros(400, dtype=np.uint16).tofile(tmp_path / "val.bin")
     result = run_command(command, CKPT_PATH, "a" if command == "generate" else tmp_path, "--device", device)
     assert (result.returncode, result.stdout) == (1, "")
@@ -137,7 +137,7 @@ def test_device_that_is_not_there_takes_one_line(command, device, tmp_path):
     assert re.fullmatch(message, result.stderr)
 
 
-def test_gpu_that_is_not_there_takes_one_line():
+def test_missing_gpu_gives_an_error_of_one_line():
     result = run_command("generate", CKPT_PATH, "a", "--device", "cuda:99")
     assert (result.returncode, result.stdout) == (1, "")
     assert re.fullmatch(
@@ -193,7 +193,7 @@ def test_train_without_accelerate_says_what_to_install(monkeypatch):
 def test_debug_lets_the_error_through_for_its_traceback(tmp_path):
     with pytest.raises(CheckpointError, match=r"^missing\.pt: cannot be opened"):
         run_command("--debug", "inspect", "missing.pt", cwd=tmp_path)
-    assert run_command("inspect", "missing.pt", cwd=tmp_path).returncode == 1  # the next command is told anew
+    assert run_command("inspect", "missing.pt", cwd=tmp_path).returncode == 1  # the next command sets it again
 
 
 def test_error_that_is_not_ours_takes_one_line_too(monkeypatch):
@@ -243,14 +243,14 @@ def seed_as_sample_py(seed):
     torch.manual_seed(seed)
     model = ReferenceGPT(block_size=128, vocab_size=65, n_layer=3, n_head=3, n_embd=96, dropout=0.0, bias=False)
     parameters = [parameter for parameter in model.parameters() if parameter.ndim == 2]
-    parameters += [model.lm_head.weight]  # tied, and visited twice
+    parameters += [model.lm_head.weight]  # tied, so it is initialized twice
     parameters += [p for name, p in model.named_parameters() if name.endswith("c_proj.weight")]
     with torch.no_grad():
         for parameter in parameters:
             parameter.normal_(std=0.02)
 
 
-def test_sampled_text_is_what_the_model_draws(tmp_path):
+def test_sampled_text_is_what_the_model_samples(tmp_path):
     model, table = NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH), read_meta(META_PATH)
     seed_as_sample_py(1337)
     expected = ""
@@ -262,7 +262,7 @@ def test_sampled_text_is_what_the_model_draws(tmp_path):
     assert sample(CKPT_PATH, num_samples=3, max_new_tokens=150, meta_path=META_PATH) == expected
 
 
-def test_sampled_text_is_written_as_it_is_drawn():
+def test_sampled_text_is_written_as_it_is_sampled():
     class Stream(io.StringIO):
         n_flushes = 0
 
@@ -304,7 +304,7 @@ def test_page_ends_with_the_end_token(ending, monkeypatch):
     assert progress.startswith("1 of 9 tokens, ")
 
 
-def test_settings_of_a_folder_do_not_change_what_is_drawn(tmp_path):
+def test_settings_of_a_folder_do_not_change_what_is_sampled(tmp_path):
     convert_to_folder(CKPT_PATH, tmp_path, meta_path=META_PATH)
     expected = sample(tmp_path, num_samples=1, max_new_tokens=60)
     settings = {"do_sample": True, "top_p": 0.1, "repetition_penalty": 1.5, "eos_token_id": 1}
@@ -315,7 +315,7 @@ def test_settings_of_a_folder_do_not_change_what_is_drawn(tmp_path):
     assert ended == expected[: expected.index(" ") + 1] + "\n---------------\n"  # token 1 is the space
 
 
-def test_temperature_zero_always_takes_the_likeliest_token():
+def test_temperature_zero_always_selects_the_likeliest_token():
     result = run_command(
         "generate",
         CKPT_PATH,

@@ -4,13 +4,11 @@ The writers that are killed at random moments have a seed, which is printed when
 KILL_SEED=7 python -m pytest tests/test_files.py
 """
 
-import contextlib
 import errno
 import functools
 import os
 import random
 import re
-import signal
 import stat
 import tempfile
 import time
@@ -19,17 +17,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from hugging_nano_gpt import CheckpointError, ConversionError, read_checkpoint, write_checkpoint
 from hugging_nano_gpt.checkpoint import nanogpt
 from hugging_nano_gpt.files import check_folder, open_atomically, open_folder
 
-from .conftest import assert_same, limit_file_size, limit_time
+from .helpers.children import KILL_SEED, forks, start_child
+from .helpers.comparison import assert_same
 from .helpers.folders import read_files
+from .helpers.limits import limit_file_size, limit_time
 
 OLD, NEW = b"old", b"new" * 1000
-KILL_SEED = int(os.environ.get("KILL_SEED", "1337"))
 KILLS = 20
 
 
@@ -170,7 +168,7 @@ def test_write_over_old_file_keeps_its_permissions(old_path, umask, mode):
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
-def test_write_new_file_honours_the_umask(tmp_path, umask, mask, mode):
+def test_write_new_file_uses_the_umask(tmp_path, umask, mask, mode):
     umask(mask)
     write(tmp_path / "ckpt.pt")
     assert get_mode(tmp_path / "ckpt.pt") == mode
@@ -232,36 +230,6 @@ def test_write_into_a_locked_folder_is_refused(old_path):
 
 
 # Killing the writer
-
-
-def forks(test):
-    """Marks a test that forks this process; Python 3.12 and newer warn of that, because torch has threads."""
-    test = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")(test)
-    return pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows does not fork")(test)
-
-
-@contextlib.contextmanager
-def start_child(work):
-    """Runs work(ready) in a fork of this process, where torch is imported already, and kills it with SIGKILL.
-
-    The block begins when the child calls ready().
-    """
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            torch.set_num_threads(1)  # the threads of the parent do not exist in the child
-            work(lambda: os.write(writer, b"!"))
-        finally:
-            os._exit(1)
-    try:
-        os.close(writer)
-        assert os.read(reader, 1) == b"!"
-        yield
-    finally:
-        os.close(reader)
-        os.kill(child, signal.SIGKILL)
-        assert os.waitpid(child, 0)[1] == signal.SIGKILL
 
 
 @forks
@@ -374,7 +342,7 @@ MODEL = {"config.json": "{}", "model.safetensors": "new", "templates/tool.jinja"
 
 @pytest.fixture
 def elsewhere():
-    """A folder on another file system, where there is one."""
+    """A folder on another file system, if one exists."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
         yield Path(name)
 
@@ -399,7 +367,7 @@ def test_folder_behind_a_link_to_another_file_system_is_written_there(tmp_path, 
 
 
 def test_folder_that_is_there_needs_nothing_of_its_parent(tmp_path, monkeypatch):
-    """A mount point, or a writable folder in one that is not: nothing is made next to it, and it is not replaced."""
+    """A mount point, or a writable folder in a read-only one: nothing is created next to it, and it stays."""
     folder = tmp_path / "out"
     folder.mkdir()
     number, made, mkdir = folder.stat().st_ino, [], Path.mkdir
@@ -436,7 +404,7 @@ def test_of_two_writers_of_one_place_one_wins_and_the_other_says_so(tmp_path, is
 
 
 def test_writers_that_overwrite_do_not_mix(tmp_path):
-    """In threads, which take the place of processes: the lock is the folder's."""
+    """In threads instead of processes, because the lock is the folder's."""
     folder = tmp_path / "out"
     write_folder(folder, {})
     whole = [{name: str(number) for name in ("config.json", "model.safetensors", "b", "c")} for number in range(20)]

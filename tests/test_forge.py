@@ -2,14 +2,13 @@
 
 import re
 import tomllib
-from pathlib import Path
 
 import pytest
 import yaml
 
+from .helpers.folders import ROOT
 from .helpers.programs import run_command
 
-ROOT = Path(__file__).parents[1]
 FORGE_DIR = ROOT / ".github"
 WORKFLOWS = {path.stem: yaml.safe_load(path.read_text()) for path in (FORGE_DIR / "workflows").glob("*.yml")}
 

@@ -10,7 +10,7 @@ from transformers.utils import logging
 from hugging_nano_gpt import NanoGPTConfig, NanoGPTLMHeadModel
 from hugging_nano_gpt.model import modeling_nano_gpt
 
-from .clients.test_examples import ROOT
+from .helpers.folders import ROOT
 
 DEVICES = [
     "cpu",
@@ -57,7 +57,7 @@ def list_verdicts(report):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("part", ["exactness", "attention", "generate", "speed", "trainer"])
-def test_every_part_holds(script, capsys, tmp_path, part, device):
+def test_every_part_passes(script, capsys, tmp_path, part, device):
     status, report = run(script, capsys, "--device", device, "--only", part, "--output", str(tmp_path / "gpu.json"))
     verdicts = list_verdicts(report)
     assert list(verdicts) == list(script.PARTS[part].PROBES)
@@ -135,13 +135,13 @@ def test_what_goes_wrong_in_one_probe_is_reported_and_the_others_run(script, cap
     def skip(setting):
         raise SkippedError("nothing here")
 
-    hold = Part(holds=lambda setting: Outcome(True, "it holds", {"figure": 1.5}))
+    passing = Part(passes=lambda setting: Outcome(True, "it passes", {"figure": 1.5}))
     sleep = Part(1.0, sleeps=lambda setting: time.sleep(60))
-    first = Part(fails=fail, skips=skip, **{"holds too": hold.PROBES["holds"]})
-    monkeypatch.setattr(script, "PARTS", {"one": first, "two": sleep, "three": hold})
+    first = Part(fails=fail, skips=skip, **{"passes too": passing.PROBES["passes"]})
+    monkeypatch.setattr(script, "PARTS", {"one": first, "two": sleep, "three": passing})
     status, report = run(script, capsys, "--device", "cpu", "--only", "one,two,three")
     assert status == 1
-    verdicts = {"fails": "failed", "skips": "skipped", "holds too": "ok", "sleeps": "failed", "holds": "ok"}
+    verdicts = {"fails": "failed", "skips": "skipped", "passes too": "ok", "sleeps": "failed", "passes": "ok"}
     assert list_verdicts(report) == verdicts
     assert [part["verdict"] for part in report["parts"].values()] == ["failed", "failed", "ok"]
     fails, skips, _ = report["parts"]["one"]["probes"].values()
@@ -152,7 +152,7 @@ def test_what_goes_wrong_in_one_probe_is_reported_and_the_others_run(script, cap
     )
     assert "raise RuntimeError" in fails["trace"]
     assert report["parts"]["two"]["probes"]["sleeps"]["why"] == "not finished when 1 s were over"
-    assert report["parts"]["three"]["probes"]["holds"]["figures"] == {"figure": 1.5}
+    assert report["parts"]["three"]["probes"]["passes"]["figures"] == {"figure": 1.5}
 
 
 def test_nothing_is_tried_without_time_or_device(script, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""The rooms of the package: which may import which, the shape of its root, and the size of its files."""
+"""The rooms of the package: which may import which, the files of its root, and the size of its files."""
 
 import ast
 from pathlib import Path
@@ -44,7 +44,7 @@ def list_imports(path, source):
 
 
 def find_faults(path, source):
-    """Finds the imports of a file that do not point downwards; a name of no room is one of the package's own."""
+    """Finds the imports of a file that do not point downwards; a name outside the rooms is the package's own."""
     room = get_room(path)
     names = [name.partition(".")[0] for name in list_imports(path, source)]
     rooms = [name if name in HEIGHTS else "__init__" for name in names]
@@ -127,7 +127,7 @@ def test_every_room_has_a_layer_and_every_layer_rooms():
     assert {get_room(path) for path in MODULES} == HEIGHTS.keys()
 
 
-def test_root_of_the_package_holds_five_modules():
+def test_root_of_the_package_has_five_modules():
     assert sorted(path.name for path in PACKAGE_DIR.iterdir() if path.is_file()) == [
         "__init__.py",
         "__main__.py",

@@ -1,4 +1,4 @@
-"""What the commands say of wrong input: what was typed, what is wrong with it, and the flag or the path that helps."""
+"""The commands' errors for wrong input: what was typed, what is wrong with it, and the flag or the path that helps."""
 
 import re
 import shutil
@@ -19,7 +19,7 @@ from .helpers.trace import TRACE_DIR
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder with what people name by mistake."""
+    """A folder with files that people name by mistake."""
     folder = tmp_path_factory.mktemp("workplace")
     shutil.copy(CKPT_PATH, folder / "ckpt.pt")
     shutil.copy(META_PATH, folder / "meta.pkl")
@@ -82,7 +82,7 @@ MESSAGES = {
     "generate saved hi --device bogus": r"got 'bogus'; give one of these, or none \(--device\)$",
     "evaluate saved nowhere.bin": r"nowhere\.bin: cannot be opened: No such file or directory; check the path, or run",
     "train --device=cpu --out_dir=ckpt.pt": r"settings: out_dir: expected a folder, got 'ckpt\.pt'; change",
-    # What a fork has added may be left out, unless it was, or more is wrong.
+    # --ignore-extra is advised for what a fork has added, unless it was given or more is wrong.
     "inspect fork.pt": r"fork\.pt: .*got unknown 'wandb_id'; .*\(--ignore-extra\)$",
     "inspect headless.pt": r"headless\.pt: .*model_args: missing .* as nanoGPT's train\.py wrote it$",
     "inspect headless.pt --ignore-extra": r"headless\.pt: .*model_args: missing .* as nanoGPT's train\.py wrote it$",
@@ -107,7 +107,7 @@ def test_packages_that_are_not_installed_are_named_with_the_command():
 
 
 class Foreign:
-    """What a fork pickles."""
+    """An object that a fork pickles."""
 
 
 @pytest.mark.parametrize(("place", "is_advised"), [("extra", True), ("model_args", False), ("model", False)])
@@ -126,7 +126,7 @@ def test_leaving_out_is_advised_only_for_code_outside_of_the_model(tmp_path, pla
 
 @pytest.mark.parametrize("name", ["nowhere", "gpt3", "gpt2-small", "bert-base-uncased"])
 def test_name_without_an_owner_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, name):
-    """Offline that waits for 23 seconds."""
+    """Offline, a request to the Hub would wait for 23 seconds."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("transformers.PreTrainedConfig.get_config_dict", lambda *args, **kwargs: pytest.fail("asked"))
     assert names_file(name)

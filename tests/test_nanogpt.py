@@ -1,6 +1,6 @@
-"""Against nanoGPT itself, where NANOGPT_DIR names a checkout: its model, its train.py and its sample.py.
+"""Compares with nanoGPT itself, if NANOGPT_DIR names a checkout: its model, its train.py and its sample.py.
 
-The scripts run as they are, in a folder of links to the checkout with a small data set beside it.
+The scripts run unchanged, in a folder with links to the checkout and a small data set.
 """
 
 import importlib.util
@@ -11,16 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from hugging_nano_gpt import (
-    NanoGPTLMHeadModel,
-    build_character_tokenizer,
-    read_checkpoint,
-    read_meta,
-    write_meta,
-)
+from hugging_nano_gpt import NanoGPTLMHeadModel, build_character_tokenizer, read_checkpoint, read_meta, write_meta
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
-from .conftest import assert_same
+from .helpers.comparison import assert_same
 from .helpers.programs import run_command
 from .helpers.scripts import NANOGPT_DIR, link_scripts, resume_trace, run_script, skip_without_nanogpt
 from .helpers.tiny import MODEL_ARGS, make_batch, make_pair
@@ -41,7 +35,7 @@ def nanogpt():
     """nanoGPT's model.py as a module."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", Path(NANOGPT_DIR) / "model.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules["nanogpt_model"] = module  # dataclasses look their module up
+    sys.modules["nanogpt_model"] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
@@ -128,7 +122,7 @@ def test_our_checkpoint_loads_as_nanogpt_loads_its_own(nanogpt, tmp_path):
     assert torch.equal(theirs(idx, targets)[0], model(idx).logits)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's own business
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # a warning of PEFT
 def test_nanogpt_computes_a_merged_adapter(nanogpt, tmp_path):
     peft = pytest.importorskip("peft")
     model, _ = make_pair()

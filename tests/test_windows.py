@@ -26,10 +26,9 @@ from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 from hugging_nano_gpt.export.exporting import export_model
 from hugging_nano_gpt.files import open_atomically, open_folder
 
-from .helpers.folders import list_files
+from .helpers.folders import ROOT, list_files
 from .helpers.tiny import make_batch, make_model
 
-ROOT = Path(__file__).parents[1]
 SOURCES = [
     ROOT / "hugging_nano_gpt_cli.py",
     *(ROOT / "hugging_nano_gpt").rglob("*.py"),

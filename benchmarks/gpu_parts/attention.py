@@ -82,10 +82,10 @@ def probe_rows(setting: Setting, implementation: str, dtype: torch.dtype) -> Out
             "packed, without its positions": measure_error(read_packed(plain, rows, use_positions=False), expected),
         }
     tolerance = TOLERANCES[dtype]
-    holds = figures["padded"] <= tolerance and figures["packed"] <= tolerance
+    is_true = figures["padded"] <= tolerance and figures["packed"] <= tolerance
     can_fail = min(figures["padded, without its mask"], figures["packed, without its positions"]) > 2 * tolerance
     dtype_name = str(dtype).removeprefix("torch.")
-    return Outcome(holds and can_fail, f"{implementation}, {dtype_name}: each row as it is alone", figures)
+    return Outcome(is_true and can_fail, f"{implementation}, {dtype_name}: each row as it is alone", figures)
 
 
 def check_installed(setting: Setting, implementation: str) -> None:

@@ -73,8 +73,8 @@ def probe_sampled(setting: Setting) -> Outcome:
             prompt, max_new_tokens=count, do_sample=True, temperature=0.8, top_k=top_k, use_cache=use_cache
         )
         figures[f"{name}: rows equal of {len(prompt)}"] = int((found == expected).all(1).sum())
-    holds = figures[f"without a cache: rows equal of {len(prompt)}"] == len(prompt)
-    return Outcome(holds, "the reference's draws from the same seed", figures)
+    is_true = figures[f"without a cache: rows equal of {len(prompt)}"] == len(prompt)
+    return Outcome(is_true, "the reference's draws from the same seed", figures)
 
 
 class Collector:

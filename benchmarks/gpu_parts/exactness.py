@@ -207,10 +207,10 @@ def probe_trace(setting: Setting) -> Outcome:
         if len(steps) == len(STEPS):
             found = {key: value.cpu() for key, value in model.state_dict().items()}
             figures[f"{name}of a parameter"] = find_largest_difference(found, END.state_dict)
-    holds = figures["largest difference of a loss"] <= TRACE_TOLERANCE
+    is_true = figures["largest difference of a loss"] <= TRACE_TOLERANCE
     can_fail = figures["without moments, largest difference of a loss"] > TRACE_TOLERANCE
     return Outcome(
-        holds and can_fail,
+        is_true and can_fail,
         f"{len(steps)} recorded updates of train.py, within {TRACE_TOLERANCE:g} in the loss",
         figures,
     )
@@ -245,9 +245,9 @@ def probe_positions(setting: Setting) -> Outcome:
         figures = {"too many tokens": try_forward(setting, is_explicit=False), "explicit positions": "not tried"}
     else:
         figures = try_positions(setting)
-    holds = figures["too many tokens"].startswith("ValueError: ") and "returned" not in figures["explicit positions"]
+    is_true = figures["too many tokens"].startswith("ValueError: ") and "returned" not in figures["explicit positions"]
     return Outcome(
-        holds, "too many tokens are an error of ours, and no position past the table gives numbers", figures
+        is_true, "too many tokens are an error of ours, and no position past the table gives numbers", figures
     )
 
 

@@ -65,12 +65,12 @@ class Outcome:
     """The result of a probe.
 
     Args:
-        holds: Whether the claim holds.
+        is_true: Whether the claim is true.
         claim: The claim, in words.
         figures: Numbers, texts and booleans by name; the setting's are added.
     """
 
-    holds: bool
+    is_true: bool
     claim: str
     figures: dict[str, Any] = field(default_factory=dict)
 

@@ -85,10 +85,10 @@ def probe_training(setting: Setting, is_compiled: bool) -> Outcome:
     figures |= summarise_training(setting, contenders, sizes, args.batch_size)
     difference = max(float((a - b).abs() / b) for a, b in zip(losses["ours"], losses["reference"], strict=True))
     figures["largest relative difference of a loss"] = difference
-    holds = difference <= 2e-2 and all(torch.stack(each).isfinite().all() for each in losses.values())
+    is_true = difference <= 2e-2 and all(torch.stack(each).isfinite().all() for each in losses.values())
     if not setting.is_toy:
-        holds = holds and figures["ours / reference, time"] <= MOST_TIMES_SLOWER
-    return Outcome(holds, f"no more than {MOST_TIMES_SLOWER} times the reference's time, and its losses")
+        is_true = is_true and figures["ours / reference, time"] <= MOST_TIMES_SLOWER
+    return Outcome(is_true, f"no more than {MOST_TIMES_SLOWER} times the reference's time, and its losses")
 
 
 def measure_step(
@@ -158,12 +158,14 @@ def probe_chunked_loss(setting: Setting) -> Outcome:
         name = "all logits" if size is None else f"{size} tokens at a time"
         figures |= {f"{name}: ms": 1e3 * min(seconds), f"{name}: GB": peak_bytes / 1e9}
     figures["largest difference of a gradient"] = measure_differences(gradients[1], gradients[0])
-    holds = figures["largest difference of a gradient"] <= 2e-2  # sums of bfloat16 products are added in another order
+    is_true = (
+        figures["largest difference of a gradient"] <= 2e-2
+    )  # sums of bfloat16 products are added in another order
     if setting.is_cuda and not setting.is_toy:
         used = [value for name, value in figures.items() if name.endswith(": GB")]
         figures["memory, chunked / all"] = used[1] / used[0]
-        holds = holds and used[1] <= MOST_OF_MEMORY * used[0]
-    return Outcome(holds, f"the same gradients in at most {MOST_OF_MEMORY} times the memory", figures)
+        is_true = is_true and used[1] <= MOST_OF_MEMORY * used[0]
+    return Outcome(is_true, f"the same gradients in at most {MOST_OF_MEMORY} times the memory", figures)
 
 
 @torch.no_grad()
@@ -195,8 +197,10 @@ def probe_decoding(setting: Setting, batch: int, is_gpt2_compiled: bool = True) 
                 continue
             figures[f"{name}{way}: tokens/s"] = round(speed, 1)
             figures[f"{name}{way}: of the limit"] = speed / limit
-    holds = all(figures[f"ours{way}: tokens/s"] >= figures.get(f"gpt2{way}: tokens/s", 0) for way in ("", ", static"))
-    return Outcome(holds or setting.is_toy, "at least as many tokens a second as GPT2LMHeadModel")
+    is_true = all(
+        figures[f"ours{way}: tokens/s"] >= figures.get(f"gpt2{way}: tokens/s", 0) for way in ("", ", static")
+    )
+    return Outcome(is_true or setting.is_toy, "at least as many tokens a second as GPT2LMHeadModel")
 
 
 def time_generate(setting: Setting, model: Any, prompt: torch.Tensor, count: int, settings: dict[str, Any]) -> float:

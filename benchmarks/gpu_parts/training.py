@@ -59,8 +59,8 @@ def probe_overhead(setting: Setting) -> Outcome:
     figures = {name: value for name, value in times.items() if name != "is_trainer_at_the_bits_of_the_loop"}
     is_same = exact["is_trainer_at_the_bits_of_the_loop"]
     figures["bitwise with deterministic algorithms"] = is_same
-    holds = is_same and (setting.is_toy or times["trainer_overhead"] <= MOST_OVERHEAD)
-    return Outcome(holds, f"the loop's bits, in at most {MOST_OVERHEAD:.0%} more time", figures)
+    is_true = is_same and (setting.is_toy or times["trainer_overhead"] <= MOST_OVERHEAD)
+    return Outcome(is_true, f"the loop's bits, in at most {MOST_OVERHEAD:.0%} more time", figures)
 
 
 def probe_resume(setting: Setting) -> Outcome:
@@ -84,8 +84,8 @@ def probe_resume(setting: Setting) -> Outcome:
         "checkpoints there were": ", ".join(saved),
         "largest difference of a parameter": find_difference(resumed, alone),
     }
-    holds = is_killed and saved == [f"checkpoint-{SAVED_AT}"] and figures["largest difference of a parameter"] == 0.0
-    return Outcome(holds, f"killed at update {KILLED_AT} and resumed from {SAVED_AT}: the same bits", figures)
+    is_true = is_killed and saved == [f"checkpoint-{SAVED_AT}"] and figures["largest difference of a parameter"] == 0.0
+    return Outcome(is_true, f"killed at update {KILLED_AT} and resumed from {SAVED_AT}: the same bits", figures)
 
 
 def probe_fsdp(setting: Setting) -> Outcome:
@@ -103,12 +103,12 @@ def probe_fsdp(setting: Setting) -> Outcome:
         "largest difference of a parameter": find_difference(parameters, alone),
         "its checkpoint has its parameters": find_difference(written, parameters) == 0.0,
     }
-    holds = (
+    is_true = (
         kind == "DTensor"
         and figures["its checkpoint has its parameters"]
         and figures["largest difference of a parameter"] <= TOLERANCE
     )
-    return Outcome(holds, f"sharded by FSDP2, within {TOLERANCE:g} of training without it", figures)
+    return Outcome(is_true, f"sharded by FSDP2, within {TOLERANCE:g} of training without it", figures)
 
 
 def check_accelerate() -> None:

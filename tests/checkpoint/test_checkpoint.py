@@ -1,6 +1,5 @@
 """checkpoint/formats.py: real and tiny checkpoints are read and written; wrong ones are refused in a useful line."""
 
-import os
 import re
 from collections import OrderedDict, defaultdict, namedtuple
 from dataclasses import replace
@@ -12,7 +11,9 @@ import torch
 from hugging_nano_gpt import CheckpointError, ConversionError, read_checkpoint, write_checkpoint
 from hugging_nano_gpt.demo import CKPT_PATH
 
-from ..conftest import assert_same, assert_write_refused, limit_file_size, limit_time, make_contents, save
+from ..helpers.comparison import assert_same, assert_write_refused
+from ..helpers.contents import Malicious, make_contents, save
+from ..helpers.limits import limit_file_size, limit_time
 from ..helpers.tiny import FIXTURES_DIR
 
 # nanoGPT's files of today and of earlier eras; tests/checkpoint/test_family.py tests the other differences.
@@ -264,16 +265,6 @@ def test_read_bare_state_dict_with_a_table_of_other_dimensions_is_refused(conten
     path = save({**contents["model"], WTE: tensor, HEAD: tensor}, tmp_path)
     with pytest.raises(CheckpointError, match=f"^{re.escape(str(path))}: .*(expected|missing)"):
         read_checkpoint(path, n_head=n_head)
-
-
-class Malicious:
-    """Makes a folder as soon as it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 @pytest.mark.parametrize("with_optimizer", [True, False])

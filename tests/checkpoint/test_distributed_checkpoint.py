@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from hugging_nano_gpt import CheckpointError, read_checkpoint
 from hugging_nano_gpt.checkpoint.moments import group_by_module
 
-from ..conftest import assert_same
+from ..helpers.comparison import assert_same
 from ..helpers.tiny import FIXTURES_DIR
 
 FIXTURES = ["nanogpt-head-nobias", "nanogpt-2022-12-28-fe804286"]

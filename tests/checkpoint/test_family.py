@@ -2,7 +2,6 @@
 
 import copy
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,34 +18,13 @@ from hugging_nano_gpt import (
     write_checkpoint,
 )
 from hugging_nano_gpt.checkpoint import formats
-from hugging_nano_gpt.checkpoint.moments import (
-    from_adamw,
-    group_by_dimension,
-    group_by_module,
-    list_parameter_shapes,
-)
+from hugging_nano_gpt.checkpoint.moments import from_adamw, group_by_dimension, group_by_module, list_parameter_shapes
 from hugging_nano_gpt.demo import CKPT_PATH
 
+from ..helpers.folders import ROOT
+from ..helpers.members import MEMBERS
 from ..helpers.tiny import FIXTURES_DIR, MODEL_ARGS, make_batch, make_model
 
-# What the user has to say about each file, and the activation and the tying that it should be read with.
-MEMBERS = {
-    "nanogpt-2022-12-28-fe804286/ckpt.pt": ({}, "gelu_new", False),
-    "nanogpt-2023-01-14-43b37fd5/ckpt.pt": ({}, "gelu_new", True),
-    "nanogpt-2023-01-27-2892858c/ckpt.pt": ({}, "gelu_new", True),
-    "nanogpt-2023-01-27-e808a671/ckpt.pt": ({}, "gelu_new", True),
-    "nanogpt-2023-02-02-1e87509e/ckpt.pt": ({}, "gelu_new", True),
-    "nanogpt-2023-02-05-ab0718a7/ckpt.pt": ({}, "gelu_new", True),
-    # six weeks in which nothing in the file shows the GELU
-    "nanogpt-2023-05-06-7fe4a099/ckpt.pt": ({"activation_function": "gelu_new"}, "gelu_new", True),
-    "nanogpt-2023-06-14-f08abb45/ckpt.pt": ({}, "gelu", True),
-    "nanogpt-head-compiled/ckpt.pt": ({}, "gelu", True),
-    "nanogpt-head-nobias/ckpt.pt": ({}, "gelu", True),
-    "build-nanogpt/model_05000.pt": ({}, "gelu_pytorch_tanh", True),
-    "mingpt/model.pt": ({"n_head": 4}, "gelu_new", False),
-    "llmc/gpt2_tiny.bin": ({}, "gelu_new", True),
-}
-ROOT = Path(__file__).parents[2]
 TIED = [name for name, (_, _, is_tied) in MEMBERS.items() if is_tied]
 
 

@@ -16,7 +16,9 @@ from hugging_nano_gpt import CheckpointError
 from hugging_nano_gpt.checkpoint.file import CheckpointFile
 from hugging_nano_gpt.files import open_source
 
-from ..conftest import assert_same, limit_time, save
+from ..helpers.comparison import assert_same
+from ..helpers.contents import save
+from ..helpers.limits import limit_time
 from ..helpers.tiny import FIXTURES_DIR
 
 TRUNCATIONS = 20

@@ -23,7 +23,8 @@ from hugging_nano_gpt import (
 from hugging_nano_gpt.demo import CKPT_PATH
 from hugging_nano_gpt.training import TRAIN_DEFAULTS
 
-from ..conftest import assert_same, save
+from ..helpers.comparison import assert_same
+from ..helpers.contents import save
 from ..helpers.tiny import FIXTURES_DIR
 
 

@@ -17,7 +17,7 @@ import torch
 from hugging_nano_gpt import CheckpointError, read_checkpoint
 from hugging_nano_gpt.checkpoint.build_nanogpt import GPTConfig
 
-from ..conftest import measure_peak_bytes
+from ..helpers.limits import measure_peak_bytes
 from ..helpers.tiny import FIXTURES_DIR, TORCH_VERSION
 
 SEED = int(os.environ.get("FUZZ_SEED", "1337"))

@@ -10,7 +10,8 @@ import torch
 
 from hugging_nano_gpt import CheckpointError, read_checkpoint, write_checkpoint
 
-from ..conftest import assert_same, assert_write_refused, save
+from ..helpers.comparison import assert_same, assert_write_refused
+from ..helpers.contents import save
 
 HEAD, LN = "lm_head.weight", "transformer.h.1.ln_1.weight"
 

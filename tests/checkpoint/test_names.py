@@ -7,7 +7,8 @@ import torch
 
 from hugging_nano_gpt import CheckpointError, read_checkpoint
 
-from ..conftest import assert_same, save
+from ..helpers.comparison import assert_same
+from ..helpers.contents import save
 from ..helpers.tiny import FIXTURES_DIR
 
 LN = "transformer.h.1.ln_1.weight"

@@ -17,7 +17,9 @@ from hugging_nano_gpt.files import open_source
 from hugging_nano_gpt.pickles import Foreign
 from hugging_nano_gpt.tokenization.characters import read_vocab_size
 
-from ..conftest import assert_same, limit_time, measure_peak_bytes, save
+from ..helpers.comparison import assert_same
+from ..helpers.contents import save
+from ..helpers.limits import limit_time, measure_peak_bytes
 from ..helpers.tiny import FIXTURES_DIR
 
 BUILD_NANOGPT = FIXTURES_DIR / "build-nanogpt" / "model_05000.pt"

@@ -3,7 +3,6 @@
 import importlib
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +17,10 @@ from hugging_nano_gpt import (
     sample_text,
 )
 
+from ..helpers.folders import ROOT
 from ..helpers.scripts import link_scripts, run_script, skip_without_nanogpt
+from ..helpers.serving import find_port, run_serve
 
-ROOT = Path(__file__).parents[2]
 DOC = (ROOT / "docs" / "chat.md").read_text()
 QUESTION = [{"role": "user", "content": "Who art thou?"}]
 ANSWER = "A small model that has read some Shakespeare."
@@ -110,11 +110,9 @@ def test_untied_model_gets_both_of_its_matrices(example):
 def test_serve_answers_and_stops(out_dir, monkeypatch, stream):
     openai = pytest.importorskip("openai")
     pytest.importorskip("fastapi")
-    from ..docs.test_readme import find_port, serving
-
     port = find_port()
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=20)
-    with serving(["hugging-nano-gpt", "serve", str(out_dir / "chat"), "--port", str(port)], monkeypatch), client:
+    with run_serve(["hugging-nano-gpt", "serve", str(out_dir / "chat"), "--port", str(port)], monkeypatch), client:
         answer = client.chat.completions.create(model="chat", messages=QUESTION, stream=stream)
         choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
         pieces = [(choice.delta if stream else choice.message).content or "" for choice in choices]

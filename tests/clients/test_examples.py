@@ -20,11 +20,11 @@ from hugging_nano_gpt import read_checkpoint
 from hugging_nano_gpt.demo import CKPT_PATH
 from hugging_nano_gpt.training import TokenDataset, read_settings, training_arguments_from_nanogpt
 
+from ..helpers.folders import ROOT
 from ..helpers.processes import needs_gloo
 from ..helpers.scripts import NANOGPT_DIR, keep_settings, run_script, skip_without_nanogpt
 from ..helpers.tiny import TORCH_VERSION
 
-ROOT = Path(__file__).parents[2]
 EXAMPLES_DIR = ROOT / "examples"
 GUIDE = "\n".join((ROOT / "docs" / name).read_text() for name in ("training.md", "trainer.md"))
 N_ITERATIONS = 5000  # of the demo checkpoint
@@ -175,7 +175,7 @@ def test_a_claim_that_does_not_hold_ends_in_an_error(load_example, capsys):
     pytest.importorskip("trl")
     with pytest.raises(SystemExit, match="True"):
         load_example("trl_setup").conclude("Losses fall.", False)
-    assert capsys.readouterr().out == "DOES NOT HOLD: Losses fall.\n"
+    assert capsys.readouterr().out == "NOT TRUE: Losses fall.\n"
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by PEFT

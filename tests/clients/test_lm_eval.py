@@ -9,13 +9,13 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from hugging_nano_gpt import NanoGPTLMHeadModel, evaluate_loss
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
+from ..helpers.folders import ROOT
 from ..helpers.serving import serve_app
 from ..helpers.tiny import make_tokenizer
 
@@ -24,7 +24,6 @@ pytest.importorskip("lm_eval")
 # lm-eval and its many packages warn when they are imported.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-ROOT = Path(__file__).parents[2]
 TEXTS = [json.loads(line)["text"] for line in (ROOT / "examples/evaluate/lines.jsonl").read_text().splitlines()]
 
 

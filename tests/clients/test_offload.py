@@ -5,7 +5,7 @@ import torch
 
 from hugging_nano_gpt import NanoGPTLMHeadModel
 
-from ..conftest import assert_same
+from ..helpers.comparison import assert_same
 from ..helpers.tiny import make_batch, make_model
 
 accelerate = pytest.importorskip("accelerate")

@@ -1,6 +1,6 @@
 """Models split over two processes on the CPU (tensor parallel), compared with the same models in one process.
 
-Two processes load each case with from_pretrained; both have to compute what one process computes.
+Two processes load each case with from_pretrained; both have to give the results of one process.
 """
 
 import pytest
@@ -9,7 +9,7 @@ import transformers
 
 from hugging_nano_gpt import NanoGPTConfig, NanoGPTLMHeadModel
 
-from ..conftest import assert_same
+from ..helpers.comparison import assert_same
 from ..helpers.processes import needs_gloo, run_two_processes
 from ..helpers.tensor_parallel_worker import compute
 from ..helpers.tiny import MODEL_ARGS, TORCH_VERSION, make_batch, make_model

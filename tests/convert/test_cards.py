@@ -12,22 +12,15 @@ from huggingface_hub.errors import EntryNotFoundError
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from hugging_nano_gpt import (
-    CheckpointError,
-    NanoGPTConfig,
-    NanoGPTLMHeadModel,
-    build_character_tokenizer,
-    read_meta,
-)
+from hugging_nano_gpt import CheckpointError, NanoGPTConfig, NanoGPTLMHeadModel, build_character_tokenizer, read_meta
 from hugging_nano_gpt.convert import card as module
 from hugging_nano_gpt.convert.facts import count_model_parameters
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 from hugging_nano_gpt.model.configuration_nano_gpt import OLDEST_TRANSFORMERS
 
-from ..conftest import limit_file_size
-from ..helpers.folders import list_files
-from ..helpers.tiny import MODEL_ARGS, make_model
-from ..model.test_hub import CLASSES, FILES, MODEL_DIR, make_classifier, make_untied
+from ..helpers.folders import FILES, MODEL_DIR, list_files
+from ..helpers.limits import limit_file_size
+from ..helpers.tiny import CLASSES, MODEL_ARGS, make_classifier, make_model, make_untied
 
 
 @pytest.mark.parametrize(
@@ -128,7 +121,7 @@ def test_failed_card_leaves_no_half_file(model, tmp_path):
 
 @pytest.fixture
 def repository(monkeypatch):
-    """Stands in for the Hub: takes uploads as a dict of contents, and serves a card if there is one."""
+    """Replaces the Hub: stores uploads in a dict of contents, and serves a card if one exists."""
     repository = SimpleNamespace(card=None, files={})
 
     def load_card(*_, **__):

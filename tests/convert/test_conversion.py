@@ -1,4 +1,4 @@
-"""from_nanogpt_ckpt and to_nanogpt_ckpt: whole files in, whole models out, and back."""
+"""from_nanogpt_ckpt and to_nanogpt_ckpt: complete files become complete models, and back."""
 
 import importlib
 

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -31,15 +30,16 @@ from hugging_nano_gpt import (
 from hugging_nano_gpt.convert import gpt2 as module
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
-from ..checkpoint.test_family import MEMBERS
-from ..conftest import assert_same, limit_file_size
-from ..export.test_exporting import quantise
-from ..helpers.tiny import FIXTURES_DIR, MODEL_ARGS, compute_logits, make_gpt2, make_model
-from ..tokenization.test_bpe import make_encoding
+from ..helpers.comparison import assert_same
+from ..helpers.encodings import make_encoding
+from ..helpers.folders import DOCS_DIR
+from ..helpers.limits import limit_file_size
+from ..helpers.members import MEMBERS
+from ..helpers.tiny import FIXTURES_DIR, MODEL_ARGS, compute_logits, make_gpt2, make_model, quantise
 
 # For the order of float32 sums, which the matrix library picks by the layout; docs/gpt2.md has what was measured.
 ATOL = 1e-5
-DOC = (Path(__file__).parents[2] / "docs" / "gpt2.md").read_text()
+DOC = (DOCS_DIR / "gpt2.md").read_text()
 
 
 def assert_close_logits(left, right):
@@ -47,7 +47,7 @@ def assert_close_logits(left, right):
 
 
 def load_stock(folder) -> GPT2LMHeadModel:
-    """Loads a folder as someone without this package does; every tensor has to be there, and no other."""
+    """Loads a folder without this package; every tensor has to be in it, and no other."""
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert type(model) is GPT2LMHeadModel
     assert not any(info.values())
@@ -90,7 +90,7 @@ def test_skipped_transpose_shows(skipped, tmp_path, monkeypatch):
     assert (compute_logits(stock) - compute_logits(model)).abs().max() > 0.1
     assert_same(
         dict(import_gpt2(tmp_path / "out").state_dict()), dict(model.state_dict())
-    )  # this alone proves nothing
+    )  # this alone does not show that the numbers are right
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -371,7 +371,7 @@ def test_folder_is_exported_as_its_checkpoint_is(tmp_path):
     export_model(CKPT_PATH, tmp_path / "b", to="gpt2", meta_path=META_PATH)
     files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "ab"]
     for contents in files:
-        contents.pop("tokenizer_config.json")  # says whether it was loaded from a folder
+        contents.pop("tokenizer_config.json")  # True if it was loaded from a folder
     assert files[0] == files[1]
     assert "tokenizer.json" in files[0]
     with pytest.raises(ConversionError, match="is the source"):

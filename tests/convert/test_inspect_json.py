@@ -9,7 +9,7 @@ import torch
 import hugging_nano_gpt_cli
 from hugging_nano_gpt import convert_to_folder, inspect_path
 
-from ..conftest import save
+from ..helpers.contents import save
 
 ODD = {
     "lr": math.inf,

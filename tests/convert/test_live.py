@@ -15,7 +15,7 @@ from ..helpers.tiny import MODEL_ARGS, make_batch
 
 
 class Wrapper(nn.Module):
-    """Holds a module as DDP does."""
+    """Contains a module, like DDP."""
 
     def __init__(self, module):
         super().__init__()
@@ -32,7 +32,7 @@ def make_gpt(**changes):
 WRAPPERS = {"bare": lambda gpt: gpt, "compiled": torch.compile, "ddp": lambda gpt: Wrapper(torch.compile(gpt))}
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it compiles
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # warnings of torch's compiler
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_model_shares_the_tensors_of_the_gpt(wrap, bias):

@@ -23,13 +23,13 @@ from hugging_nano_gpt import (
 from hugging_nano_gpt.convert.source import load_source
 from hugging_nano_gpt.demo import CKPT_PATH
 
-from ..conftest import assert_same
+from ..helpers.comparison import assert_same
 from ..helpers.tiny import make_model
 
 ALPHABET = [chr(ord("0") + index) for index in range(65)]
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_new")
 
-# By the number of the model that is there.
+# Indexed by the number of the model in that place.
 PLACES = (
     {},
     {"revision": "other"},
@@ -39,7 +39,7 @@ PLACES = (
 
 
 def write(number, kind, folder):
-    """Writes a model whose every part tells its number."""
+    """Writes a model; each part of it depends on its number."""
     model = make_model(number)
     model.config.activation_function = ACTIVATIONS[number]
     model.generation_config.eos_token_id = number + 1
@@ -58,7 +58,7 @@ def kind(request):
 
 @pytest.fixture(scope="module")
 def cache(kind, tmp_path_factory):
-    """The Hub's cache of a repository with two revisions, as huggingface_hub lays it out, and the folders in it."""
+    """The Hub's cache of a repository with two revisions, in huggingface_hub's layout, and the folders in it."""
     root = tmp_path_factory.mktemp(kind)
     repository = root / "models--someone--model"
     folders = []
@@ -134,7 +134,7 @@ def test_loss_and_text_are_of_the_place(place, tmp_path):
 
 
 def test_places_hold_different_models(cache):
-    """Otherwise the tests above could not fail."""
+    """Shows that the tests above can fail."""
     models = [load_source(folder).model for folder in cache[1]]
     assert len({model.transformer.wte.weight[0, 0].item() for model in models}) == 4
 

@@ -2,14 +2,14 @@
 
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 
 from hugging_nano_gpt import read_checkpoint
 from hugging_nano_gpt.demo import CKPT_PATH
 
-ROOT = Path(__file__).parents[2]
+from ..helpers.folders import ROOT
+
 DOC = (ROOT / "docs" / "clients.md").read_text()
 CONSTRAINTS = (ROOT / "constraints.txt").read_text().lower().replace("_", "-")
 

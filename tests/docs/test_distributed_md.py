@@ -2,14 +2,14 @@
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 from torch.distributed.run import get_args_parser
 
+from ..helpers.folders import DOCS_DIR
 from ..helpers.programs import run_command
 
-PAGE = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text()
+PAGE = (DOCS_DIR / "distributed.md").read_text()
 BLOCKS = re.findall(r"```\n(.*?)```", PAGE, flags=re.DOTALL)
 LINES = [line for block in BLOCKS for line in block.splitlines() if "hugging-nano-gpt" in line]
 

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +9,10 @@ from safetensors.torch import load_file
 
 from hugging_nano_gpt.demo import CKPT_PATH, SAMPLES_PATH
 
+from ..helpers.folders import DOCS_DIR
 from ..helpers.tiny import TORCH_VERSION
 
-DOC = (Path(__file__).parents[2] / "docs" / "generation.md").read_text()
+DOC = (DOCS_DIR / "generation.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", DOC, flags=re.DOTALL)
 
 

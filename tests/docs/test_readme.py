@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import time
 import tomllib
@@ -25,11 +24,11 @@ import pytest
 from hugging_nano_gpt import read_checkpoint, read_meta
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
+from ..helpers.folders import ROOT
 from ..helpers.programs import run_command, run_program
 from ..helpers.scripts import NANOGPT_DIR, link_scripts, run_script
-from ..helpers.serving import run_in_thread
+from ..helpers.serving import find_port, run_serve
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 (BLOCK,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 (SESSION,) = re.findall(r"```\n(hugging-nano-gpt prepare.*?)```", README, flags=re.DOTALL)
@@ -154,11 +153,6 @@ def ask(curl):
     raise AssertionError("the server did not answer")
 
 
-def find_port():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
-
-
 @contextlib.contextmanager
 def serving(words, monkeypatch):
     if PROGRAM:
@@ -169,12 +163,8 @@ def serving(words, monkeypatch):
                 process.terminate()
         return
     pytest.importorskip("fastapi")
-    uvicorn = pytest.importorskip("uvicorn")
-    servers, run_server = [], uvicorn.Server.run
-    monkeypatch.setattr(uvicorn.Server, "run", lambda server: servers.append(server))
-    run(words)
-    (server,) = servers
-    with run_in_thread(server, run_server):
+    pytest.importorskip("uvicorn")
+    with run_serve(words, monkeypatch):
         yield
 
 

@@ -2,13 +2,14 @@
 
 import re
 import shutil
-from pathlib import Path
 
 import hugging_nano_gpt.tokenization.bpe as bpe
 from hugging_nano_gpt import read_meta
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
-DOC = (Path(__file__).parents[2] / "docs" / "tokenizers.md").read_text()
+from ..helpers.folders import DOCS_DIR
+
+DOC = (DOCS_DIR / "tokenizers.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", DOC, flags=re.DOTALL)
 
 

@@ -19,11 +19,11 @@ from hugging_nano_gpt import (
 )
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
+from ..helpers.encodings import make_encoding
 from ..helpers.programs import run_command
 from ..helpers.reference import ReferenceGPT
 from ..helpers.tiny import make_model
 from ..helpers.trace import START_PATH, TRACE_DIR
-from ..tokenization.test_bpe import make_encoding
 
 TEXT = "KING RICHARD III:\nNow is the winter of our discontent\nMade glorious summer by this sun of York;\n" * 3
 BLOCK_SIZE = 128

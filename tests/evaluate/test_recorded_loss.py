@@ -8,12 +8,13 @@ import torch
 
 from hugging_nano_gpt import DataError, NanoGPTLMHeadModel, evaluate_loss, read_checkpoint
 
-from ..conftest import save
+from ..helpers.contents import save
+from ..helpers.folders import DOCS_DIR
 from ..helpers.programs import run_command
 from ..helpers.tiny import MODEL_ARGS
 from ..helpers.trace import TRACE_DIR
 
-DOCS = (Path(__file__).parents[2] / "docs" / "evaluating.md").read_text()
+DOCS = (DOCS_DIR / "evaluating.md").read_text()
 CKPT_PATH = TRACE_DIR / "ckpt_200.pt"  # train.py evaluated it on 5 batches of 8 windows
 BLOCK_SIZE = MODEL_ARGS["block_size"]
 

@@ -1,7 +1,5 @@
-"""What every exporter refuses: models that are not whole or plain, and tokenizers too large; and their table."""
+"""What every exporter refuses: incomplete or changed models, and tokenizers too large; the table of exports."""
 
-import warnings
-from pathlib import Path
 from typing import get_type_hints
 
 import pytest
@@ -10,8 +8,6 @@ import torch
 import hugging_nano_gpt_cli
 from hugging_nano_gpt import (
     ConversionError,
-    NanoGPTConfig,
-    NanoGPTForSequenceClassification,
     TokenizerError,
     build_character_tokenizer,
     export_gguf,
@@ -24,7 +20,8 @@ from hugging_nano_gpt.demo import META_PATH
 from hugging_nano_gpt.export.exporting import EXPORTS
 from hugging_nano_gpt.export.gguf import _FILE_TYPES
 
-from ..helpers.tiny import MODEL_ARGS, make_model
+from ..helpers.folders import DOCS_DIR
+from ..helpers.tiny import make_classifier, make_model, quantise
 
 NEEDED = {export_gpt2: (), export_gguf: ("gguf",), export_onnx: ("onnx", "onnxscript")}
 
@@ -59,12 +56,6 @@ def make_quantised():
     return make_with_head(torch.ones(65, 32).as_subclass(type("Int8", (torch.Tensor,), {})))
 
 
-def quantise(model):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that torch.ao.quantization moves to torchao
-        return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
-
-
 def make_dynamic():
     return quantise(make_model().eval())
 
@@ -81,10 +72,6 @@ def make_fake_quantised():
 
 def make_loosened():
     return make_with_head(torch.ones(65, 32))
-
-
-def make_classifier():
-    return NanoGPTForSequenceClassification(NanoGPTConfig(**MODEL_ARGS))
 
 
 @pytest.mark.parametrize(
@@ -124,7 +111,7 @@ def test_command_line_and_documentation_have_the_exports_of_the_table():
     assert [each.value for each in option.__origin__] == list(EXPORTS)
     assert option.__metadata__[0].help == "; ".join(f"{name}: {each.makes}" for name, each in EXPORTS.items()) + "."
     assert [each.value for each in hugging_nano_gpt_cli._FileType] == list(_FILE_TYPES)
-    page = (Path(__file__).parents[2] / "docs" / "exporting.md").read_text()
+    page = (DOCS_DIR / "exporting.md").read_text()
     header = next(line for line in page.splitlines() if line.startswith("| |"))
     assert header.startswith(f"| | {' | '.join(each.column for each in EXPORTS.values())} | vLLM")
     assert all(f'"{name}", a f' in export_model.__doc__ for name in EXPORTS)

@@ -12,7 +12,6 @@ from hugging_nano_gpt import (
     CheckpointError,
     ConversionError,
     MissingDependencyError,
-    NanoGPTConfig,
     NanoGPTLMHeadModel,
     build_character_tokenizer,
     export_gguf,
@@ -20,12 +19,12 @@ from hugging_nano_gpt import (
     read_meta,
 )
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
-from hugging_nano_gpt.export import gguf as module
 
-from ..checkpoint.test_family import MEMBERS
-from ..conftest import limit_file_size
+from ..helpers.ggufs import export_and_read, make_kind, read_gelu_note, read_metadata, spoil_tensors
+from ..helpers.limits import limit_file_size
+from ..helpers.members import MEMBERS
 from ..helpers.programs import run_command
-from ..helpers.tiny import FIXTURES_DIR, MODEL_ARGS, compute_logits, make_batch, make_model
+from ..helpers.tiny import FIXTURES_DIR, compute_logits, make_batch, make_model
 
 gguf = pytest.importorskip("gguf")
 
@@ -38,26 +37,6 @@ LAYER = {
     "mlp.c_fc": "ffn_up",
     "mlp.c_proj": "ffn_down",
 }
-
-
-def make_kind(*, is_tied=True, activation_function="gelu_new", **model_args) -> NanoGPTLMHeadModel:
-    """Makes a toy model; with the tanh GELU, so that the export keeps everything."""
-    args = MODEL_ARGS | model_args
-    config = NanoGPTConfig(**args, tie_word_embeddings=is_tied, activation_function=activation_function)
-    model = NanoGPTLMHeadModel(config).eval()
-    model.load_state_dict(make_model(**args).state_dict())
-    with torch.no_grad():
-        model.lm_head.weight.mul_(1.5)  # of both where they are tied
-    return model
-
-
-def export_and_read(model, path, **kwargs):
-    export_gguf(model, path, **kwargs)
-    return gguf.GGUFReader(path)
-
-
-def read_metadata(reader) -> dict:
-    return {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
 
 
 def name_tensors(model) -> dict[str, torch.Tensor]:
@@ -114,19 +93,6 @@ def test_every_fixture_is_written_bit_for_bit(name, tmp_path):
         "tokenizer.ggml.model": "none",
     }
     assert read_metadata(reader) == expected
-
-
-def spoil_tensors(monkeypatch, fault):
-    """Makes the next exports swap two layers, or transpose a weight whose shape does not show it."""
-
-    def spoil(*args):
-        tensors = select(*args)
-        first, second = (f"transformer.h.{layer}.attn.c_proj.weight" for layer in (0, 1))
-        swapped = {first: tensors[second], second: tensors[first]}
-        return tensors | (swapped if fault == "swapped" else {first: tensors[first].t().contiguous()})
-
-    select = module.select_tensors
-    monkeypatch.setattr(module, "select_tensors", spoil)
 
 
 @pytest.mark.parametrize("fault", ["swapped", "transposed"])
@@ -216,13 +182,6 @@ def test_transformers_reads_the_same_model(bias, is_tied, activation_function, t
         is_transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))  # Conv1D
         assert torch.equal(found.t() if is_transposed else found, tensor), name
     assert AutoConfig.from_pretrained(tmp_path, gguf_file="m.gguf").n_positions == 1024
-
-
-def read_gelu_note(lost) -> list[float]:
-    """Reads the length, the logit difference and the two perplexities in what an export says it does not keep."""
-    notes = [sentence for sentence in lost if "GELU becomes" in sentence]
-    pattern = r".* on (\d+) tokens .* up to ([\d.e+-]+), and the perplexity is ([\d.]+) instead of ([\d.]+)"
-    return [float(number) for note in notes for number in re.fullmatch(pattern, note).groups()]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

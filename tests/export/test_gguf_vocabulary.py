@@ -19,13 +19,10 @@ from hugging_nano_gpt import (
 )
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
-from ..tokenization.test_bpe import PATTERNS, make_encoding
-from .test_gguf import export_and_read, make_kind, read_metadata
+from ..helpers.encodings import PATTERNS, make_encoding
+from ..helpers.ggufs import UNICODE, export_and_read, make_kind, read_metadata
 
 gguf = pytest.importorskip("gguf")
-
-# Printable, control, of two to four bytes in UTF-8, and characters that some tokenizers of llama.cpp treat specially.
-UNICODE = "\n !'aceo\\\t\r\x00\x7f\xe9\xfc\u0416\u0120\u0301\u2581\u4e2d\u6587\ufeff\u200d\U0001f642"
 
 
 def unescape(token: str) -> bytes:

@@ -29,11 +29,10 @@ from hugging_nano_gpt import (
 )
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH, SAMPLES_PATH
 
-from ..checkpoint.test_family import MEMBERS
+from ..helpers.encodings import make_encoding, make_gpt2_encoding, make_texts
+from ..helpers.ggufs import UNICODE, make_kind, read_gelu_note, spoil_tensors
+from ..helpers.members import MEMBERS
 from ..helpers.tiny import FIXTURES_DIR, compute_logits, make_batch
-from ..tokenization.test_bpe import make_encoding, make_gpt2_encoding, make_texts
-from .test_gguf import make_kind, read_gelu_note, spoil_tensors
-from .test_gguf_vocabulary import UNICODE
 
 llama_cpp = pytest.importorskip("llama_cpp")
 

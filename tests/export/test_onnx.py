@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,20 +14,14 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from hugging_nano_gpt import (
-    ConversionError,
-    MissingDependencyError,
-    NanoGPTLMHeadModel,
-    export_gpt2,
-    export_model,
-    export_onnx,
-    read_meta,
-)
+from hugging_nano_gpt import ConversionError, MissingDependencyError, export_gpt2, export_model, export_onnx, read_meta
 from hugging_nano_gpt.convert.tensors import gather_checked_tensors
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 from hugging_nano_gpt.export import onnx as module
 
-from ..conftest import limit_file_size
+from ..helpers.folders import DOCS_DIR
+from ..helpers.graphs import assert_close, find_differences, make_padded_batch, read_graph, read_weights
+from ..helpers.limits import limit_file_size
 from ..helpers.tiny import compute_logits, make_batch, make_model
 
 onnx = pytest.importorskip("onnx")
@@ -37,14 +30,7 @@ pytest.importorskip("onnxruntime")
 
 from ..helpers.runtime import Runtime  # noqa: E402  # after the check that it can be imported
 
-# For the order of float32 sums, with logits of up to 13; docs/onnx.md has what was measured.
-ATOL = 1e-4
-DOC = (Path(__file__).parents[2] / "docs" / "onnx.md").read_text()
-
-
-@pytest.fixture(scope="module")
-def demo():
-    return NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH)
+DOC = (DOCS_DIR / "onnx.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -72,35 +58,8 @@ def quick(toy, monkeypatch):
     return model
 
 
-def read_graph(folder) -> "onnx.GraphProto":
-    proto = onnx.load(folder / "model.onnx")
-    assert [(each.domain, each.version) for each in proto.opset_import] == [("", 18)]
-    assert not proto.functions
-    return proto.graph
-
-
 def read_axes(values) -> dict[str, list[str | int]]:
     return {each.name: [dim.dim_param or dim.dim_value for dim in each.type.tensor_type.shape.dim] for each in values}
-
-
-def read_weights(graph) -> dict[str, np.ndarray]:
-    return {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer if "." in each.name}
-
-
-def find_differences(graph, model) -> list[str]:
-    """Names the weights of a graph that differ from the model's in any bit."""
-    weights, expected = read_weights(graph), {name: t.detach().numpy() for name, t in model.named_parameters()}
-    assert weights.keys() == expected.keys()
-    return [name for name in weights if weights[name].tobytes() != expected[name].tobytes()]
-
-
-def assert_close(found, expected):
-    np.testing.assert_allclose(found, expected, rtol=0, atol=ATOL)
-
-
-def make_padded_batch(batch, length) -> tuple[torch.Tensor, torch.Tensor]:
-    """Makes idx and an attention_mask of rows with 0, 3, 6, ... tokens of padding on the left."""
-    return make_batch(batch, length)[0], (torch.arange(length) >= 3 * torch.arange(batch)[:, None]).long()
 
 
 def test_graph_has_the_names_and_axes_that_others_know(demo_folder):
@@ -220,7 +179,7 @@ def test_exporting_says_nothing_and_leaves_the_model_as_it_was(tmp_path, capfd):
     assert_close(Runtime(tmp_path / "out").compute(idx.numpy()), compute_logits(model.eval(), idx))
 
 
-def test_large_weights_lie_beside_the_graph(quick, tmp_path, monkeypatch):
+def test_large_weights_are_in_a_file_next_to_the_graph(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_MAX_FILE_BYTES", 1000)
     export_onnx(quick, tmp_path / "out")
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "out").glob("model*")}

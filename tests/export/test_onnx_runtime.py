@@ -9,7 +9,8 @@ import torch
 from hugging_nano_gpt import NanoGPTConfig, NanoGPTLMHeadModel, export_model, export_onnx
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
-from ..checkpoint.test_family import MEMBERS
+from ..helpers.graphs import assert_close, find_differences, make_padded_batch, read_graph
+from ..helpers.members import MEMBERS
 from ..helpers.tiny import FIXTURES_DIR, MODEL_ARGS, compute_logits, make_batch, make_model
 
 pytestmark = pytest.mark.slow
@@ -17,7 +18,6 @@ for name in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(name)
 
 from ..helpers.runtime import Runtime  # noqa: E402  # after the check that it can be imported
-from .test_onnx import assert_close, find_differences, make_padded_batch, read_graph  # noqa: E402
 
 PROMPTS = """
 First Citizen:|All:|ROMEO:|JULIET:|KING RICHARD III:|HENRY BOLINGBROKE:|What|O, the|The king|My lord,|I am|To be, or

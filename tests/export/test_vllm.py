@@ -1,4 +1,4 @@
-"""export/vllm.py and what vLLM reads of the model, without vLLM. With it: make vllm."""
+"""export/vllm.py and what vLLM reads of the model, without vLLM; `make vllm` runs vLLM itself."""
 
 import ast
 import inspect
@@ -7,7 +7,6 @@ import sys
 import textwrap
 import tomllib
 from importlib.metadata import EntryPoint
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -17,11 +16,12 @@ from hugging_nano_gpt import NanoGPTLMHeadModel
 from hugging_nano_gpt.export import vllm as module
 from hugging_nano_gpt.model import modeling_nano_gpt, persistence_nano_gpt
 
+from ..helpers.folders import ROOT
 from ..helpers.tiny import make_batch, make_model
 
 GROUP = "vllm.general_plugins"
 BACKEND = "vllm.model_executor.models.transformers:TransformersForCausalLM"
-PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SOURCE = ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(modeling_nano_gpt.NanoGPTAttention.forward))))
 
 
@@ -93,7 +93,7 @@ def test_attention_source_of_another_shape_is_noticed(right, wrong, fault):
 
 
 def test_base_model_computes_as_vllm_calls_it():
-    """One row of packed tokens as embeddings, positions of its own, no cache, and a tuple back."""
+    """One row of packed tokens as embeddings, its own positions, no cache, and a tuple back."""
     model = make_model()
     base = getattr(model, NanoGPTLMHeadModel.base_model_prefix)
     assert type(base).__name__ == persistence_nano_gpt.AUTO_MAP["AutoModel"].rpartition(".")[2]

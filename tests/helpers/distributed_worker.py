@@ -1,8 +1,8 @@
-"""One process of test_distributed.py: makes updates together with its peers, then writes a checkpoint.
+"""One process of test_distributed.py: makes updates together with the other process, then writes a checkpoint.
 
 processes.py calls main in each of two processes. In the folder FOLDER/STRATEGY, ckpt-0.pt is the checkpoint, which
-only the first process writes, and state.pt has their parameters and moments, gathered by torch's own functions.
-The strategies that begin with `train` are toy runs of train.py's settings, in out/.
+only the first process writes, and state.pt has the parameters and moments, gathered by torch's own functions.
+The strategies whose names start with `train` are toy runs of train.py's settings, in out/.
 """
 
 import signal
@@ -27,11 +27,11 @@ from .trace import CONFIG, START, STEPS, load_start, make_trainer, train_by_hand
 
 N_UPDATES = 20
 
-# For the toy run of two processes, whose dropout masks would differ from those of one. And without biases: the
+# For the toy run. Without dropout, because two processes draw other masks than one. Without biases, because the
 # gradient of the keys' bias consists of rounding errors, which AdamW divides by their own size.
 CHANGES = {"dropout": 0.0, "bias": False, "max_iters": N_UPDATES, "eval_interval": 10, "lr_decay_iters": N_UPDATES}
 
-# Its first updates once more, with settings that save memory.
+# Settings that save memory, for the first updates of the toy run.
 WAYS = {"lean": {"loss_chunk_size": 7, "gradient_checkpointing": True}, "bf16": {"bf16": True}}
 SHORT = {**CHANGES, "max_iters": 4, "eval_interval": 4}
 LONGER = {**SHORT, "max_iters": 8}
@@ -39,7 +39,7 @@ LONGER = {**SHORT, "max_iters": 8}
 # Older Transformers load the moments of several CPU processes under DDP to "cpu:0", which torch does not know.
 CAN_RESUME = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 19)
 
-# Long enough for a busy machine, short enough that a process without peers does not outlive the tests.
+# Long enough for a busy machine, short enough that a process whose peer has died ends before the tests.
 TIMEOUT_S = 60
 
 
@@ -54,7 +54,7 @@ def train_with_ddp(folder: Path, rank: int, world_size: int) -> None:
 
 
 def train_with_fsdp2(folder: Path, rank: int, world_size: int) -> None:
-    """Makes the updates by hand on sharded parameters, each process half of the rows of both micro-steps."""
+    """Makes the updates in a plain loop on sharded parameters; each process has half of the rows of each batch."""
     model = load_start().train()
     for block in model.transformer.h:
         fully_shard(block)
@@ -65,7 +65,7 @@ def train_with_fsdp2(folder: Path, rank: int, world_size: int) -> None:
     train_by_hand(model, optimizer, STEPS[:N_UPDATES], slice(rank * share, (rank + 1) * share))
     save_state(folder, model, optimizer)
 
-    with torch.no_grad():  # an evaluation, after which FSDP2 leaves the root's parameters whole
+    with torch.no_grad():  # an evaluation, after which FSDP2 leaves the root's parameters unsharded
         model.eval()(**collate_windows([{name: torch.arange(8) for name in ("input_ids", "shift_labels")}]))
     state = read_optimizer(optimizer, model)
     model.to_nanogpt_ckpt(folder / f"ckpt-{rank}.pt", optimizer=state, iter_num=100 + N_UPDATES)
@@ -103,7 +103,9 @@ def run_toy(folder: Path, fsdp: bool) -> None:
 def run_compiled_toy(folder: Path) -> None:
     """Makes the toy run sharded and compiled, stopped and resumed."""
     compiler = torch.compile
-    with mock.patch.object(torch, "compile", lambda model, **_: compiler(model, backend="eager")):  # the quickest
+    with mock.patch.object(
+        torch, "compile", lambda model, **_: compiler(model, backend="eager")
+    ):  # the fastest to compile
         train(folder, fsdp=True, compile=True, **SHORT)
         train(folder, fsdp=True, compile=True, resume=True, **LONGER)
 
@@ -126,7 +128,7 @@ STRATEGIES: dict[str, Callable[[Path, int, int], None]] = {
 
 
 def main(folder: str, *strategies: str) -> None:
-    """Follows the strategies one after another."""
+    """Runs the strategies one after another."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_S))
     for name in strategies:
         STRATEGIES[name](Path(folder) / name, dist.get_rank(), dist.get_world_size())

@@ -1,6 +1,14 @@
-"""What is in a folder: the names of its files, or what is in them."""
+"""The folders of the repository, the files of a saved model, and what is in any folder."""
 
 from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+DOCS_DIR = ROOT / "docs"
+MODEL_DIR = ROOT / "hugging_nano_gpt" / "model"
+
+# What save_pretrained writes: the code of the model, the card, two configs and the weights.
+CODE_FILES = [path.name for path in MODEL_DIR.glob("*_nano_gpt.py")]
+FILES = sorted([*CODE_FILES, "README.md", "config.json", "generation_config.json", "model.safetensors"])
 
 
 def list_files(folder: Path) -> list[str]:

@@ -1,7 +1,7 @@
-"""What the process has imported that tests/helpers/processes.py forks others from; nothing else imports this."""
+"""The imports of the process that tests/helpers/processes.py forks others from; no other file imports this one."""
 
 import gc
 
 from . import distributed_worker, tensor_parallel_worker  # noqa: F401
 
-gc.freeze()  # or each process forked looks through all of it, and so copies it
+gc.freeze()  # otherwise garbage collection in each forked process touches, and so copies, all of it

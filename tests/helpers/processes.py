@@ -1,7 +1,7 @@
-"""Processes for tests, forked from one that has imported torch and the package: that costs seconds, and is done once.
+"""Processes for tests, forked from one that has imported torch and the package, because the imports take seconds.
 
-What a process does before it forks must not have computed gradients, which torch refuses to go on with; so the tests'
-own process cannot be forked. Two that talk do so through gloo on this machine's CPU, as torchrun starts them.
+A process that has computed gradients cannot be forked: torch refuses to compute gradients in the child. So the process
+of the tests is not forked. Two processes that communicate use gloo on this machine's CPU, as with torchrun.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ from unittest import mock
 import pytest
 import torch
 
-REPOSITORY_DIR = Path(__file__).parents[2]
+from .folders import ROOT
 
-# A busy machine has taken 12 s to import what is imported first.
+# On a busy machine the imports have taken 12 s.
 TIMEOUT_S = 120
 
 needs_gloo = pytest.mark.skipif(
@@ -37,17 +37,17 @@ CONTEXT.set_forkserver_preload(["tests.helpers.preloaded"])
 
 
 def run_forked(calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]], environments: Sequence[Mapping[str, str]]):
-    """Makes each call in a process of its own, with an environment of its own, all at the same time.
+    """Makes all calls at the same time, each in its own process with its own environment.
 
-    When one fails, the others are ended.
+    If one fails, the others are terminated.
 
     Returns:
-        What each has left as subprocess.run returns it: exit code, or minus the signal; stdout and stderr.
+        The result of each call like subprocess.run's: exit code, or minus the signal; stdout and stderr.
     """
     with (
-        mock.patch.object(tempfile, "tempdir", None),  # a test may have set another
+        mock.patch.object(tempfile, "tempdir", None),  # a test may have changed it
         tempfile.TemporaryDirectory(prefix="forked-") as folder,
-        contextlib.chdir(REPOSITORY_DIR),  # where the first process finds what it imports
+        contextlib.chdir(ROOT),  # so that the first process finds the modules
     ):
         paths = [[f"{folder}/{number}-{stream}" for stream in (1, 2)] for number in range(len(calls))]
         processes = [
@@ -81,7 +81,7 @@ def _call(function: Callable[..., Any], arguments: tuple[Any, ...], environment:
 
 
 def run_two_processes(worker: str, *arguments: object) -> None:
-    """Calls main of a module of this folder in two processes, as torchrun does; fails the test if it fails."""
+    """Calls main of a module of this folder in two processes, as torchrun does; fails the test if one fails."""
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -99,7 +99,7 @@ def _run_main(worker: str, *arguments: str) -> None:
 
 
 def run_script_forked(command: Sequence[str], cwd: Path, env: Mapping[str, str], **_: Any):
-    """Stands in for subprocess.run of Python with a script and arguments; `-P` is how it always is."""
+    """Replaces subprocess.run of Python with `-P`, a script and arguments."""
     _, flag, script, *arguments = command
     assert flag == "-P"
     return run_forked([(_run_script, (str(cwd), script, arguments))], [env])[0]

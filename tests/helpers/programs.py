@@ -1,7 +1,7 @@
-"""The command line run in this process, which costs no import of torch, and as the installed program.
+"""The command line, run in this process, which saves the import of torch, or as the installed program.
 
-In this process it gets what the program gets: arguments, standard input, and streams of its own, to which Transformers
-and the package log. Python's warnings are errors here as in every test.
+In this process it gets what the program gets: arguments, standard input, and its own streams, to which Transformers
+and the package log. Python's warnings are errors here, as in every test.
 """
 
 import contextlib
@@ -21,14 +21,14 @@ import hugging_nano_gpt_cli
 
 PROGRAM = Path(sys.executable).with_name("hugging-nano-gpt")
 
-# A busy machine has taken 12 s for a process with torch, which takes 4.
+# A process with torch takes 4 s, and has taken 12 s on a busy machine.
 TIMEOUT_S = 120
 
 ENVIRONMENT = {"COLUMNS": "200", "TERM": "dumb"}
 
 
 class Result(NamedTuple):
-    """What a program leaves behind."""
+    """The exit code and the output of a program."""
 
     returncode: int
     stdout: str
@@ -36,17 +36,17 @@ class Result(NamedTuple):
 
 
 def run_program(*command: object, text: str = "") -> Result:
-    """Runs a command in a process of its own."""
+    """Runs a command in a new process."""
     settings = {"capture_output": True, "text": True, "timeout": TIMEOUT_S, "env": {**os.environ, **ENVIRONMENT}}
     done = subprocess.run([*map(str, command)], input=text, check=False, **settings)
     return Result(done.returncode, done.stdout, done.stderr)
 
 
 def run_command(*arguments: object, text: str = "", cwd: Path | None = None, closed: str = "") -> Result:
-    """Runs the command line in this process, and leaves the process as it was; a stream may be closed, as by `<&-`."""
+    """Runs the command line in this process and undoes its changes to it; a stream can be closed, as by `<&-`."""
     argv, stdin = ["hugging-nano-gpt", *map(str, arguments)], io.StringIO(text)
     stdout, stderr = io.StringIO(), io.StringIO()
-    none = {closed: None} if closed else {}  # so Python has it
+    none = {closed: None} if closed else {}  # a closed stream is None in Python
     with (
         contextlib.chdir(cwd or Path.cwd()),
         contextlib.redirect_stdout(stdout),
@@ -64,13 +64,13 @@ def run_command(*arguments: object, text: str = "", cwd: Path | None = None, clo
 
 @contextlib.contextmanager
 def _log_to(stream: TextIO) -> Iterator[None]:
-    """Lets a stream get what a new process logs to stderr, and undoes what a command sets."""
+    """Sends to a stream what a new process logs to stderr, and undoes a command's changes to logging."""
     loggers = [logging.getLogger(name) for name in (None, "transformers", "hugging_nano_gpt")]
     levels = [logger.level for logger in loggers]
     handler = logging.StreamHandler(stream)
     handler.setLevel(logging.WARNING)
     transformers_logging.warning_once.cache_clear()
-    for logger in loggers[:2]:  # Transformers' does not hand on to the first
+    for logger in loggers[:2]:  # the logger of Transformers does not propagate to the root
         logger.addHandler(handler)
     try:
         yield

@@ -1,4 +1,4 @@
-"""An independent reference of nanoGPT's model in plain torch, to hold the Transformers model against bit for bit.
+"""An independent reference of nanoGPT's model in plain torch, to compare the Transformers model with, bit for bit.
 
 Written from the description of the architecture and the order of its operations (karpathy/nanoGPT model.py @ 3adf61e),
 sharing no code with the package. Its state dict has nanoGPT's names. tests/test_nanogpt.py compares both with nanoGPT.
@@ -64,7 +64,7 @@ class ReferenceGPT(nn.Module):
         self.lm_head.weight = self.transformer["wte"].weight
 
     def draw_weights(self) -> None:
-        """Draws fresh weights: every module's, children first and the tied matrix twice, then the c_proj once more."""
+        """Draws new weights: for each module, children first and the tied matrix twice, then again for each c_proj."""
         for module in self._list_children_first(self):
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
@@ -78,7 +78,7 @@ class ReferenceGPT(nn.Module):
         return [below for child in module.children() for below in self._list_children_first(child)] + [module]
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Returns logits (B, T, V) and, with targets (B, T) of which -1 is ignored, the mean cross-entropy."""
+        """Returns logits (B, T, V) and, with targets (B, T), the mean cross-entropy; targets of -1 are ignored."""
         positions = torch.arange(idx.shape[1], device=idx.device)
         x = self.transformer["wte"](idx) + self.transformer["wpe"](positions)
         x = F.dropout(x, self.dropout, self.training)
@@ -95,7 +95,7 @@ class ReferenceGPT(nn.Module):
 
     @torch.no_grad()
     def sample(self, idx: Tensor, count: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
-        """Appends count drawn tokens, reading the last block_size tokens again for each; ties at the top_k stay."""
+        """Samples count tokens, each from the last block_size tokens; tokens tied with the top_k-th one stay."""
         block_size = self.transformer["wpe"].num_embeddings
         for _ in range(count):
             scores = self(idx[:, -block_size:])[0][:, -1] / temperature

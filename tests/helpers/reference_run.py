@@ -1,7 +1,7 @@
-"""An independent run in train.py's order (karpathy/nanoGPT train.py @ 3adf61e), over tests/helpers/reference.py.
+"""An independent run in train.py's order (karpathy/nanoGPT train.py @ 3adf61e), of tests/helpers/reference.py.
 
-It shares no code with the package, so what the package's runs end at can be held against it bit for bit on any
-machine. tests/test_nanogpt_run.py compares both with train.py itself.
+It shares no code with the package, so the results of the package's runs can be compared with it bit for bit on any
+machine. tests/training/test_run.py compares the package with train.py itself.
 """
 
 import copy
@@ -19,16 +19,16 @@ SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout")
 
 
 class ReferenceRun:
-    """One process's run from scratch, or from what an earlier run saved; or several's, whose sums one process makes.
+    """A run from scratch or from what an earlier run saved, of one process or of several that are computed in one.
 
     Args:
-        settings: All that the run reads, in train.py's words.
+        settings: Every setting of the run, under train.py's names.
         data_dir: Folder of train.bin and val.bin.
         vocab_size: Rows of the embedding.
         saved: What an earlier run saved, to resume from.
         is_late: Whether all micro-steps' batches are drawn before the first forward pass, which is wrong.
         n_first: Batches drawn before the loop; train.py draws one.
-        n_processes: Processes that share the micro-steps, each with its own seed; for a run without dropout.
+        n_processes: Processes that share the micro-steps, each with its own seed; only without dropout.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class ReferenceRun:
 
     @torch.no_grad()
     def evaluate(self) -> None:
-        """Estimates both losses, and keeps what train.py would save."""
+        """Estimates both losses, and stores a copy of what train.py would save."""
         self.model.eval()
         means = {}
         for split in ("train", "val"):
@@ -123,7 +123,7 @@ class ReferenceRun:
         self.losses.append(loss.item() * micro_steps)
 
     def compute_lr(self) -> float:
-        """Returns the learning rate of the coming update."""
+        """Returns the learning rate of the next update."""
         highest, lowest, warmup = (self.settings[name] for name in ("learning_rate", "min_lr", "warmup_iters"))
         end = self.settings["lr_decay_iters"]
         if not self.settings["decay_lr"]:
@@ -138,7 +138,7 @@ class ReferenceRun:
 
 
 def flatten_saved(run: ReferenceRun) -> dict[str, torch.Tensor]:
-    """Lays out what a run saved as toy_run.flatten_checkpoint does."""
+    """Returns what a run saved under the names of toy_run.flatten_checkpoint."""
     saved = run.saved
     names = {id(parameter): name for name, parameter in run.model.named_parameters()}
     order = [names[id(parameter)] for group in run.optimizer.param_groups for parameter in group["params"]]

@@ -1,7 +1,7 @@
-"""Uses saved folders as a machine without hugging_nano_gpt does; a script of its own, run by tests/model/test_hub.py.
+"""Uses saved folders like a machine without hugging_nano_gpt; a script that tests/model/test_hub.py runs.
 
-Arguments: the folder of the test, and the number of threads of the logits that it compares with. In the folder are
-idx.safetensors and the saved folders; beside them go outputs.safetensors, facts.json and the folders saved again.
+Arguments: the folder of the test, and the number of threads of the logits to compare with. The folder contains
+idx.safetensors and the saved folders; the script adds outputs.safetensors, facts.json and the folders saved again.
 """
 
 import importlib.abc
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 class Blocker(importlib.abc.MetaPathFinder):
-    """Makes a package that is installed impossible to import."""
+    """Makes the installed package impossible to import."""
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == "hugging_nano_gpt":
@@ -81,7 +81,7 @@ def main(folder: Path, n_threads: int) -> None:
 
     model.save_pretrained(folder / "again")
     model.transformer.save_pretrained(folder / "again-base")
-    for _ in range(2):  # the second time over the first
+    for _ in range(2):  # the second one overwrites the first
         load(AutoModelForCausalLM, "again").save_pretrained(folder / "third")
     shutil.copytree(folder / "third", folder / "interrupted")
     (folder / "interrupted" / ".writing-0" / "new").mkdir(parents=True)
@@ -101,7 +101,7 @@ def main(folder: Path, n_threads: int) -> None:
         outputs["trained"] = load(AutoModelForCausalLM, "trained")(idx).logits
         outputs["trained_here"] = model.eval()(idx).logits
 
-    # From here on the package is installed, but this process has loaded the model as remote code already.
+    # From here on the package is installed, but this process has already loaded the model as remote code.
     sys.meta_path.remove(BLOCKER)
     sys.path.insert(0, str(Path(__file__).parents[2]))
     late = load(AutoModelForCausalLM, "lm")
@@ -115,7 +115,7 @@ def main(folder: Path, n_threads: int) -> None:
 
 
 def generate_with_other_caches(model, idx) -> tuple[str, str]:
-    """Returns what generate raises where Transformers renames the cache, and where its caches stop working."""
+    """Returns what generate raises if Transformers renames the cache, and if its caches stop working."""
     prepare = GenerationMixin.prepare_inputs_for_generation
 
     def prepare_renamed(self, *args, **kwargs):

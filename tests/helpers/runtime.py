@@ -1,4 +1,4 @@
-"""A folder of export_onnx run by ONNX Runtime and numpy alone, as someone without torch and Transformers does."""
+"""Runs a folder of export_onnx with only ONNX Runtime and numpy, like a machine without torch and Transformers."""
 
 import json
 from pathlib import Path
@@ -40,12 +40,12 @@ class Runtime:
         return logits
 
     def compute(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
-        """Returns the logits of tokens with none before them."""
+        """Returns the logits of tokens that no others precede."""
         self.start(len(input_ids))
         return self.read(input_ids, attention_mask)
 
     def generate(self, input_ids: np.ndarray, count: int, attention_mask: np.ndarray | None = None) -> np.ndarray:
-        """Appends the most likely token count times, from keys and values after the prompt."""
+        """Appends the most likely token count times; each step after the prompt uses the cached keys and values."""
         mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
         new = input_ids
         self.start(len(input_ids))

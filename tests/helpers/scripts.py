@@ -1,4 +1,4 @@
-"""nanoGPT's own scripts, run as they are in a folder of links to the checkout that NANOGPT_DIR names."""
+"""nanoGPT's own scripts, run unchanged in a folder of links to the checkout that NANOGPT_DIR names."""
 
 import contextlib
 import io
@@ -24,12 +24,12 @@ skip_without_nanogpt = pytest.mark.skipif(not NANOGPT_DIR, reason="NANOGPT_DIR n
 
 SCRIPTS = ("model.py", "train.py", "sample.py", "configurator.py")
 
-# What the scripts import and find in their folder.
+# The modules that the scripts import from their folder.
 MODULES = ("model", "tiktoken")
 
 
 def link_scripts(folder: Path) -> None:
-    """Links nanoGPT's scripts into a folder, with a stand-in for tiktoken."""
+    """Links nanoGPT's scripts into a folder, with an empty module instead of tiktoken."""
     assert NANOGPT_DIR is not None
     for script in SCRIPTS:
         (folder / script).symlink_to(Path(NANOGPT_DIR) / script)
@@ -46,7 +46,7 @@ def run_script(workplace: Path, script: str, *flags: str, n_threads: int = 1) ->
         warnings.catch_warnings(),
         keep_settings(),
     ):
-        warnings.simplefilter("ignore")  # of what torch has renamed since
+        warnings.simplefilter("ignore")  # about names that torch has changed since
         torch.set_num_threads(n_threads)
         runpy.run_path(script, run_name="__main__")
     return output.getvalue()
@@ -71,11 +71,11 @@ def keep_settings() -> Iterator[None]:
 
 
 def resume_trace(workplace: Path, steps: Sequence[Mapping[str, Any]]) -> Checkpoint:
-    """Lets train.py go on from out/ckpt.pt with the recorded batches of some updates; returns what it then writes."""
+    """Continues from out/ckpt.pt with train.py and the recorded batches of some updates; returns what it writes."""
     (workplace / "data").mkdir(exist_ok=True)
     (workplace / "data" / CONFIG["dataset"]).unlink(missing_ok=True)
     (workplace / "data" / CONFIG["dataset"]).symlink_to(TRACE_DIR)
-    # It evaluates and saves when eval_interval divides the number of updates made, before it makes the next one.
+    # train.py evaluates and saves when eval_interval divides the number of updates made, before the next one.
     end = steps[-1]["iter"] + 1
     changes = {"out_dir": "out", "init_from": "resume", "eval_interval": end, "max_iters": end, "eval_iters": 1}
     flags = [f"--{name}={value}" for name, value in {**CONFIG, **changes}.items()]

@@ -1,7 +1,7 @@
-"""One process of test_tensor_parallel.py: loads saved models split over all processes, and saves what they compute.
+"""One process of test_tensor_parallel.py: loads saved models split over both processes, and saves the results.
 
-processes.py calls main in each of two. Each CASE is a folder in FOLDER with a saved model; computed-RANK.pt in
-it is what process RANK computed, ckpt.pt and saved/ are what all of them wrote.
+processes.py calls main in each of two processes. Each CASE is a folder in FOLDER with a saved model; computed-RANK.pt
+in it has the results of process RANK, and ckpt.pt and saved/ are written by both together.
 """
 
 from datetime import timedelta
@@ -15,14 +15,14 @@ from hugging_nano_gpt import NanoGPTLMHeadModel
 
 from .tiny import make_batch
 
-# Long enough for a busy machine, short enough that a process without peers does not outlive the tests.
+# Long enough for a busy machine, short enough that a process whose peer has died ends before the tests.
 TIMEOUT_S = 60
 
-PLANS = {"whole wte": {"transformer.wte": "replicate"}}  # what the package's plan was once
+PLANS = {"whole wte": {"transformer.wte": "replicate"}}  # a plan that replicates the embedding
 
 
 def compute(model: NanoGPTLMHeadModel) -> dict[str, torch.Tensor]:
-    """Computes what the processes are compared by: logits, tokens past block_size, losses, and gradients, whole."""
+    """Computes logits, tokens past block_size, losses and full gradients, to compare with one process."""
     idx, targets = make_batch(2, 20, vocab_size=64)
     with torch.no_grad():
         computed = {"logits": model(idx).logits}
@@ -41,7 +41,7 @@ def run_case(folder: Path, case: str) -> None:
     """Loads a case, computes and saves."""
     plan = DistributedConfig(tp_plan=PLANS.get(case, "auto"))
     model = NanoGPTLMHeadModel.from_pretrained(folder / case / "model", distributed_config=plan)
-    if case in PLANS:  # its logits alone can be computed
+    if case in PLANS:  # only its logits can be computed
         with torch.no_grad():
             computed = {"logits": model(make_batch(2, 20, vocab_size=64)[0]).logits}
     else:

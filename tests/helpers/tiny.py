@@ -1,12 +1,21 @@
-"""Toy models, batches and tokenizers: small enough for seconds, with weights large enough that a fault shows."""
+"""Toy models, batches and tokenizers: small enough to be fast, with weights large enough to show faults."""
 
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from hugging_nano_gpt import NanoGPTConfig, NanoGPTLMHeadModel, build_character_tokenizer, read_meta
+from hugging_nano_gpt import (
+    NanoGPTConfig,
+    NanoGPTForSequenceClassification,
+    NanoGPTLMHeadModel,
+    NanoGPTModel,
+    build_character_tokenizer,
+    read_meta,
+)
 from hugging_nano_gpt.demo import META_PATH
 
 from .reference import ReferenceGPT
@@ -26,6 +35,10 @@ MODEL_ARGS: dict[str, Any] = {
     "vocab_size": 65,
     "dropout": 0.0,
 }
+
+PAD = 64  # the last id, which pad_left puts in no row
+
+CLASSES = [NanoGPTModel, NanoGPTLMHeadModel, NanoGPTForSequenceClassification]
 
 
 def make_pair(seed: int = 0, **model_args: Any) -> tuple[NanoGPTLMHeadModel, ReferenceGPT]:
@@ -47,6 +60,19 @@ def make_pair(seed: int = 0, **model_args: Any) -> tuple[NanoGPTLMHeadModel, Ref
 def make_model(seed: int = 0, **model_args: Any) -> NanoGPTLMHeadModel:
     """Makes our model with random weights, in eval mode."""
     return make_pair(seed, **model_args)[0].eval()
+
+
+def make_untied() -> NanoGPTLMHeadModel:
+    """Makes our model with an output layer of its own, in eval mode."""
+    model = NanoGPTLMHeadModel(NanoGPTConfig(**MODEL_ARGS, tie_word_embeddings=False)).eval()
+    assert model.lm_head.weight is not model.transformer.wte.weight
+    return model
+
+
+def make_classifier() -> NanoGPTForSequenceClassification:
+    """Makes a sequence classifier with random weights, in eval mode."""
+    torch.manual_seed(3)
+    return NanoGPTForSequenceClassification(NanoGPTConfig(**MODEL_ARGS, num_labels=3)).eval()
 
 
 def make_batch(batch: int, length: int, vocab_size: int = 65, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,3 +109,20 @@ def compute_logits(
     if idx is None:
         idx, _ = make_batch(2, min(32, model.config.max_position_embeddings), model.config.vocab_size)
     return model(idx, attention_mask=attention_mask).logits
+
+
+def pad_left(lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns input_ids (B, T) and attention_mask of rows with these lengths, padded on the left."""
+    longest = max(lengths)
+    ids, mask = torch.full((len(lengths), longest), PAD), torch.zeros(len(lengths), longest, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        ids[row, longest - length :] = make_batch(1, length, vocab_size=PAD, seed=row)[0]
+        mask[row, longest - length :] = 1
+    return ids, mask
+
+
+def quantise(model: torch.nn.Module) -> torch.nn.Module:
+    """Quantises the Linear layers of a model with torch."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao.quantization moves to torchao
+        return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)

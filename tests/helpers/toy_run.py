@@ -1,4 +1,4 @@
-"""A toy run of train.py's settings, of which nothing is a default, and what its ckpt.pt holds as flat numbers."""
+"""A toy run with train.py's settings, none of them a default, and the contents of its ckpt.pt as tensors by name."""
 
 import contextlib
 import signal
@@ -15,7 +15,7 @@ from hugging_nano_gpt.training.callbacks import TrainPyCallback
 
 from .trace import TRACE_DIR
 
-VOCAB_SIZE = 31  # of the meta.pkl of the trace
+VOCAB_SIZE = 31  # of the trace's meta.pkl
 
 SETTINGS: dict[str, Any] = {
     **TRAIN_DEFAULTS,
@@ -52,7 +52,7 @@ def make_workplace(folder: Path) -> Path:
 
 
 def train(folder: Path, /, **changes: Any) -> NanoGPTTrainer:
-    """Makes the toy run in a folder, with some settings of train.py's or arguments of run_training changed."""
+    """Makes the toy run in a folder, with changes to train.py's settings or to the arguments of run_training."""
     arguments = {name: changes.pop(name) for name in changes.keys() - TRAIN_DEFAULTS.keys()}
     with contextlib.chdir(make_workplace(folder)):
         return run_training({**SETTINGS, **changes}, **arguments)
@@ -60,7 +60,7 @@ def train(folder: Path, /, **changes: Any) -> NanoGPTTrainer:
 
 @contextlib.contextmanager
 def signalled(number: int, iter_num: int, again: bool = False) -> Iterator[None]:
-    """Sends this process a signal within the update that makes a run's iteration iter_num, and in the next `again`."""
+    """Sends this process a signal during the update that reaches iter_num and, with again, during the next one."""
 
     def send(self, args, state, control, **kwargs):
         if self.trainer.iter_num in ([iter_num - 1, iter_num] if again else [iter_num - 1]):

@@ -1,4 +1,4 @@
-"""The run of nanoGPT's train.py recorded in tests/fixtures/trace, and ways to make its updates again.
+"""The run of nanoGPT's train.py recorded in tests/fixtures/trace, and functions that repeat its updates.
 
 Two checkpoints 100 updates apart, and every offset, learning rate and loss between them (2 micro-steps an update).
 """
@@ -29,8 +29,8 @@ START, END = (read_checkpoint(TRACE_DIR / f"ckpt_{number}.pt") for number in (10
 CONFIG = START.training_state.config
 BLOCK_SIZE = CONFIG["block_size"]
 
-# On the machine and torch that made the trace the difference is 0.0; other processors and builds sum in another order,
-# and so do several processes.
+# The difference is 0.0 on the machine and torch that made the trace. Other processors, other builds and several
+# processes add in another order.
 TOLERANCE = 1e-6
 
 
@@ -40,7 +40,7 @@ def load_start() -> NanoGPTLMHeadModel:
 
 
 def record_losses(model: nn.Module) -> list[float]:
-    """Returns the list to which every forward pass from now on adds its loss."""
+    """Returns a list to which every later forward pass appends its loss."""
     losses: list[float] = []
     model.register_forward_hook(lambda module, args, outputs: losses.append(outputs.loss.item()))
     return losses
@@ -58,7 +58,7 @@ def make_trainer(
     trainer_class: type[NanoGPTTrainer] = NanoGPTTrainer,
     **settings: Any,
 ) -> NanoGPTTrainer:
-    """Makes a trainer that goes on from the start with the recorded batches of some updates."""
+    """Makes a trainer that continues from the start with the recorded batches of some updates."""
     config = {**CONFIG, "max_iters": 100 + len(steps), "out_dir": str(folder)}
     quiet = {"save_strategy": "no", "eval_strategy": "no", "disable_tqdm": True}
     args, _ = training_arguments_from_nanogpt(config, iter_num=100, **{**quiet, **settings})
@@ -94,11 +94,11 @@ def train_by_hand(
 
 
 def find_largest_difference(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> float:
-    """Returns how far two sets of tensors of the same names are apart."""
+    """Returns the largest difference of two sets of tensors with the same names."""
     assert left.keys() == right.keys()
     return torch.stack([(left[name] - right[name]).abs().max() for name in left]).max().item()  # NaN if any is
 
 
 def flatten_moments(moments: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Returns moments by parameter name under one name each: `exp_avg of lm_head.weight`."""
+    """Returns moments in one dict, with names like `exp_avg of lm_head.weight`."""
     return {f"{key} of {name}": value for name, kept in moments.items() for key, value in kept.items()}

@@ -19,8 +19,8 @@ import hugging_nano_gpt
 from hugging_nano_gpt import NanoGPTForSequenceClassification, demo
 from hugging_nano_gpt.model import fast_nano_gpt, generation_nano_gpt, inputs_nano_gpt
 
-from ..helpers.tiny import TORCH_VERSION, make_batch, make_model, make_pair
-from .test_modeling import pad_left
+from ..helpers.folders import ROOT
+from ..helpers.tiny import TORCH_VERSION, make_batch, make_model, make_pair, pad_left
 
 CACHE_NAME = inputs_nano_gpt.CACHE_NAME
 NAMES = ["past_key_values", "cache"]
@@ -240,12 +240,14 @@ def test_demo_with_a_broken_cache_says_which_tokens(monkeypatch, break_cache, fa
     assert not demo.run_demo(stream)
     text = stream.getvalue()
     assert re.search(f"   greedy: {fault}", text)
-    n_ways = 2 if TORCH_VERSION >= (2, 7) else 1  # torch 2.6 draws other numbers from a seed: greedy alone is compared
+    n_ways = (
+        2 if TORCH_VERSION >= (2, 7) else 1
+    )  # torch 2.6 draws other numbers from a seed, so only greedy is compared
     assert text.count("[WRONG: expected the tokens nanoGPT sampled]") == n_ways
 
 
 def test_range_admits_what_was_tested_and_no_more():
-    project = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text())["project"]
+    project = tomllib.loads(ROOT.joinpath("pyproject.toml").read_text())["project"]
     requirement = next(r for r in map(Requirement, project["dependencies"]) if r.name == "transformers")
     major, minor = inputs_nano_gpt.NEWEST_TESTED
     assert f"{major}.{minor}.99" in requirement.specifier

@@ -11,8 +11,7 @@ from hugging_nano_gpt.model import generation_nano_gpt
 from hugging_nano_gpt.model.inputs_nano_gpt import CACHE_NAME
 from hugging_nano_gpt.tokenization.characters import CharacterTable
 
-from ..helpers.tiny import make_batch, make_model, make_pair
-from .test_modeling import pad_left
+from ..helpers.tiny import make_batch, make_model, make_pair, pad_left
 
 SETTINGS = [
     {},

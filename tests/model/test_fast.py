@@ -12,8 +12,7 @@ from hugging_nano_gpt.model import fast_nano_gpt as fast
 from hugging_nano_gpt.model.fast_nano_gpt import PreallocatedLayer
 from hugging_nano_gpt.model.inputs_nano_gpt import CACHE_NAME
 
-from ..helpers.tiny import make_batch, make_model
-from .test_modeling import pad_left
+from ..helpers.tiny import make_batch, make_model, pad_left
 
 linear = nn.functional.linear
 

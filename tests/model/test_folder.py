@@ -1,4 +1,4 @@
-"""Whole conversions: every fixture there and back, what is overwritten, what is left behind; and inspect_path."""
+"""Complete conversions: every fixture there and back, what is overwritten, what is left behind; and inspect_path."""
 
 import functools
 import json
@@ -24,15 +24,16 @@ from hugging_nano_gpt import (
 )
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
-from ..conftest import assert_same, limit_file_size
+from ..helpers.comparison import assert_same
 from ..helpers.folders import read_files
+from ..helpers.limits import limit_file_size
 from ..helpers.programs import run_command
 from ..helpers.tiny import FIXTURES_DIR, make_model
 
 FIXTURES = sorted(
     str(path.relative_to(FIXTURES_DIR)) for pattern in ("*/*.pt", "llmc/*.bin") for path in FIXTURES_DIR.glob(pattern)
 )
-N_HEAD = {"mingpt/model.pt": 4}  # it does not record it
+N_HEAD = {"mingpt/model.pt": 4}  # the file does not record it
 
 
 @pytest.mark.parametrize("name", FIXTURES)
@@ -78,7 +79,7 @@ def test_folder_without_a_tokenizer_says_why(tmp_path):
     assert "no tokenizer found: expected a meta.pkl of 65 characters" in conversion.notes[-1]
 
 
-def test_dtype_and_shards_are_as_asked(tmp_path):
+def test_dtype_and_shards_are_as_requested(tmp_path):
     convert_to_folder(CKPT_PATH, tmp_path / "folder", dtype="float16", max_shard_size="300KB")
     assert inspect_path(tmp_path / "folder").dtypes == ("float16",)
     assert len(list((tmp_path / "folder").glob("*.safetensors"))) > 2
@@ -143,7 +144,7 @@ def test_failed_overwriting_leaves_what_was_there(tmp_path):
     assert read_files(tmp_path / "folder") == before
 
 
-def test_checkpoint_is_not_overwritten_unless_told(tmp_path):
+def test_checkpoint_is_not_overwritten_by_default(tmp_path):
     make_model().save_pretrained(tmp_path / "folder")
     (tmp_path / "ckpt.pt").write_text("mine")
     with pytest.raises(ConversionError, match="is there already"):
@@ -212,7 +213,7 @@ def test_inspection_of_file_and_folder_agree(tmp_path):
         ("nanogpt-head-compiled", "since 2023-05-06", "gelu"),
     ],
 )
-def test_inspection_tells_the_era(name, era, activation_function):
+def test_inspection_names_the_era(name, era, activation_function):
     found = inspect_path(FIXTURES_DIR / name / "ckpt.pt")
     assert (found.era, found.model_config.activation_function) == (era, activation_function)
     assert any("GELU" in assumption for assumption in found.assumptions)

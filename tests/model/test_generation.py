@@ -10,8 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 from hugging_nano_gpt.demo import CKPT_PATH
 from hugging_nano_gpt.model.modeling_nano_gpt import NanoGPTLMHeadModel
 
-from ..helpers.tiny import TORCH_VERSION, make_batch, make_model, make_pair
-from .test_modeling import pad_left
+from ..helpers.tiny import TORCH_VERSION, make_batch, make_model, make_pair, pad_left
 
 N_TOKENS = 50257  # of GPT-2's vocabulary, which nanoGPT pads to 50304 rows
 

@@ -30,9 +30,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 from hugging_nano_gpt import (
     NanoGPTConfig,
-    NanoGPTForSequenceClassification,
     NanoGPTLMHeadModel,
-    NanoGPTModel,
     TrainingState,
     convert,
     convert_to_folder,
@@ -41,34 +39,27 @@ from hugging_nano_gpt import (
 )
 from hugging_nano_gpt.convert import nanogpt as conversion
 from hugging_nano_gpt.demo import CKPT_PATH
-from hugging_nano_gpt.model import modeling_nano_gpt, persistence_nano_gpt
+from hugging_nano_gpt.model import persistence_nano_gpt
 
-from ..conftest import assert_same
-from ..helpers.folders import list_files
-from ..helpers.tiny import FIXTURES_DIR, MODEL_ARGS, make_batch, make_model, make_tokenizer
+from ..helpers.comparison import assert_same
+from ..helpers.folders import CODE_FILES, DOCS_DIR, FILES, MODEL_DIR, ROOT, list_files
+from ..helpers.tiny import (
+    CLASSES,
+    FIXTURES_DIR,
+    MODEL_ARGS,
+    make_batch,
+    make_classifier,
+    make_model,
+    make_tokenizer,
+    make_untied,
+)
 
-MODEL_DIR = Path(modeling_nano_gpt.__file__).parent
-CODE_FILES = [path.name for path in MODEL_DIR.glob("*_nano_gpt.py")]
-FILES = sorted([*CODE_FILES, "README.md", "config.json", "generation_config.json", "model.safetensors"])
 PROMPT = "ROMEO:"  # of tests/helpers/remote_worker.py too
 # A Python with only torch and transformers, from tests/fresh_venv.sh, for what happens without the package.
 FRESH_PYTHON = os.environ.get("FRESH_PYTHON")
 # A folder that save_pretrained of commit 5e83a34 wrote, and in golden.safetensors what that model computed.
 EARLIER_DIR = FIXTURES_DIR / "folder-5e83a34"
-SAVING_MD = Path(__file__).parents[2] / "docs" / "saving.md"
-
-CLASSES = [NanoGPTModel, NanoGPTLMHeadModel, NanoGPTForSequenceClassification]
-
-
-def make_untied():
-    model = NanoGPTLMHeadModel(NanoGPTConfig(**MODEL_ARGS, tie_word_embeddings=False)).eval()
-    assert model.lm_head.weight is not model.transformer.wte.weight
-    return model
-
-
-def make_classifier():
-    torch.manual_seed(3)
-    return NanoGPTForSequenceClassification(NanoGPTConfig(**MODEL_ARGS, num_labels=3)).eval()
+SAVING_MD = DOCS_DIR / "saving.md"
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +186,7 @@ def test_remote_code_without_the_package_says_so(remote):
 def test_no_text_advises_to_fetch_the_package_by_its_name(model, tmp_path):
     """It is on no index, so anybody could publish another package there under its name."""
     model.save_pretrained(tmp_path)
-    root = Path(__file__).parents[2]
+    root = ROOT
     texts = [*root.glob("*.md"), *root.glob("*.py"), *tmp_path.iterdir()]
     texts += [
         path for name in ("benchmarks", "docs", "examples", "hugging_nano_gpt") for path in (root / name).rglob("*")

@@ -45,9 +45,9 @@ from hugging_nano_gpt.files import open_folder
 from hugging_nano_gpt.model import folder_nano_gpt
 from hugging_nano_gpt.model.folder_nano_gpt import replace_model
 
-from ..conftest import limit_file_size, limit_time
+from ..helpers.children import KILL_SEED, forks, start_child
+from ..helpers.limits import limit_file_size, limit_time
 from ..helpers.tiny import make_batch, make_model
-from ..test_files import KILL_SEED, forks, start_child
 
 OLD, NEW = 0, 1
 OPENING = ("model.safetensors", "model.safetensors.index.json", "model.onnx")  # nothing loads without one of them

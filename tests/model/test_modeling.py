@@ -9,32 +9,16 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache, StaticCache
 
-from hugging_nano_gpt import (
-    NanoGPTConfig,
-    NanoGPTForSequenceClassification,
-    NanoGPTLMHeadModel,
-    NanoGPTModel,
-)
+from hugging_nano_gpt import NanoGPTConfig, NanoGPTForSequenceClassification, NanoGPTLMHeadModel, NanoGPTModel
 from hugging_nano_gpt.model import modeling_nano_gpt
 from hugging_nano_gpt.model.inputs_nano_gpt import CACHE_NAME, check_positions
 
-from ..helpers.tiny import MODEL_ARGS, TORCH_VERSION, make_batch, make_model
+from ..helpers.tiny import MODEL_ARGS, PAD, TORCH_VERSION, make_batch, make_model, pad_left
 
 # Another order of float32 sums over at most 32 positions and 2 layers, on logits of size 10; measured at most 3e-6.
 TOLERANCE = {"rtol": 0, "atol": 2e-5}
 
 ONE_ROW_LENGTHS = (3, 16, 9, 1)
-PAD = 64  # not in any row
-
-
-def pad_left(lengths):
-    """Returns input_ids (B, T) and attention_mask of rows with these lengths, padded on the left."""
-    longest = max(lengths)
-    ids, mask = torch.full((len(lengths), longest), PAD), torch.zeros(len(lengths), longest, dtype=torch.long)
-    for row, length in enumerate(lengths):
-        ids[row, longest - length :] = make_batch(1, length, vocab_size=PAD, seed=row)[0]
-        mask[row, longest - length :] = 1
-    return ids, mask
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -416,7 +400,7 @@ def test_decay_groups_of_trainer_are_those_of_nanogpt():
     assert [name for name in decayed if name != "lm_head.weight"] == expected
 
 
-# The files that travel with a saved folder, and which of them each imports.
+# The files that are copied into a saved folder, and which of them each imports.
 SIBLINGS = {
     "configuration": [],
     "decoding": ["fast", "inputs"],

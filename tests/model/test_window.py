@@ -7,12 +7,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import DynamicCache
 
-from hugging_nano_gpt import NanoGPTLMHeadModel
-from hugging_nano_gpt.demo import CKPT_PATH, SAMPLES_PATH
+from hugging_nano_gpt.demo import SAMPLES_PATH
 from hugging_nano_gpt.model import decoding_nano_gpt
 
-from ..helpers.tiny import TORCH_VERSION, make_batch, make_model, make_pair
-from .test_modeling import pad_left
+from ..helpers.tiny import TORCH_VERSION, make_batch, make_model, make_pair, pad_left
 
 BLOCK_SIZE = 32  # of the toy models
 CACHES = {
@@ -20,11 +18,6 @@ CACHES = {
     "none": {"use_cache": False},
     "static": {"cache_implementation": "static"},
 }
-
-
-@pytest.fixture(scope="module")
-def demo():
-    return NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH)
 
 
 @pytest.fixture(params=CACHES)
@@ -235,7 +228,7 @@ def test_drafted_tokens_equal_greedy_up_to_the_shorter_block_size():
             model.generate(idx, max_new_tokens=n_new + 1, do_sample=False, **settings)
 
 
-def test_early_exit_is_refused_and_leaves_the_model_as_it_was():
+def test_early_exit_is_refused_and_does_not_change_the_model():
     model = make_model()
     idx, _ = make_batch(1, 6)
     greedy = model.generate(idx, max_new_tokens=8, do_sample=False)

@@ -5,58 +5,29 @@ import shutil
 import socket
 import sys
 from html import unescape
-from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 
 import hugging_nano_gpt_cli
-from hugging_nano_gpt import (
-    MissingDependencyError,
-    ServerError,
-    TokenizerError,
-    convert_to_folder,
-    run_playground,
-)
-from hugging_nano_gpt.convert.source import Source, load_source
+from hugging_nano_gpt import MissingDependencyError, ServerError, TokenizerError, convert_to_folder, run_playground
+from hugging_nano_gpt.convert.source import Source
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 from hugging_nano_gpt.sample import page
 from hugging_nano_gpt.sample import playground as server
 from hugging_nano_gpt.sample.markup import draw_bars, draw_facts, draw_text, list_facts
-from hugging_nano_gpt.sample.sampling import make_sampler
 from hugging_nano_gpt.sample.streaming import Candidate, stream_steps
 
+from ..helpers.folders import DOCS_DIR
+from ..helpers.samples import FACTS, sample
+from ..helpers.serving import find_port
 from ..helpers.tiny import make_model
-from .test_streaming import sample
 
-DOCS_DIR = Path(__file__).parents[2] / "docs"
 SETTINGS = {"temperature": 0.8, "top_k": 5, "seed": 1337}
-FACTS = {
-    "model": "ckpt.pt",
-    "kind": "nanoGPT checkpoint, since 2023-05-06",
-    "layers": "3",
-    "heads": "3",
-    "width": "96",
-    "block size": "128 tokens",
-    "vocabulary": "65 tokens",
-    "biases": "no",
-    "dropout": "0.0",
-    "activation": "exact GELU, nanoGPT's since June 2023",
-    "output layer": "tied to the token embedding",
-    "parameters": "350,976, or 338,688 as nanoGPT counts, without the positions",
-    "iteration": "5,000",
-    "validation loss": "1.6176",
-    "computes on": "cpu, float32",
-}
-
-
-@pytest.fixture(scope="module")
-def sampler():
-    return make_sampler(load_source(CKPT_PATH, meta_path=META_PATH))
 
 
 def read(markup):
-    """Returns the texts of a piece of HTML of ours, without its marks."""
+    """Returns the texts of our HTML without its tags."""
     return [unescape(text) for text in re.split(r"<[^>]*>", markup) if text]
 
 
@@ -69,7 +40,7 @@ def test_page_shows_growing_text_and_ends_with_all_of_it(sampler, monkeypatch, i
     assert texts[-1] == sampler.tokenizer.decode(last.idx)
     assert len(set(texts)) == len(texts) == n_shown
     assert all(texts[-1].startswith(text) for text in texts)
-    assert read(shown[-1][0])[1] == "ROMEO:"  # in a colour of its own
+    assert read(shown[-1][0])[1] == "ROMEO:"  # in its own colour
     assert shown[-1][2].startswith("150 of 150 tokens, ")
     assert len(read(shown[-1][1])) == 1 + 2 * 5  # a heading, and for each of top_k tokens its name and its share
 
@@ -89,7 +60,7 @@ def test_leaving_the_page_stops_the_model(sampler):
     shown = page.show_steps(sampler, "", max_new_tokens=1_000_000, **SETTINGS)
     next(shown)
     shown.close()
-    assert len(list(stream_steps(sampler, max_new_tokens=3))) == 3  # which waits for its turn
+    assert len(list(stream_steps(sampler, max_new_tokens=3))) == 3  # it waits for its turn
 
 
 def test_texts_are_escaped():
@@ -114,7 +85,7 @@ def test_bars_are_as_long_as_the_tokens_are_likely():
 
 @pytest.fixture
 def served(monkeypatch):
-    """What run_playground would serve, without Gradio."""
+    """Records what run_playground would serve, without Gradio."""
     calls = []
     monkeypatch.setattr(server, "require", lambda *_: None)
     monkeypatch.setattr(server, "build_page", lambda sampler, facts: (sampler, facts))
@@ -150,7 +121,7 @@ def test_facts_before_the_first_evaluation_say_so():
     assert (facts["iteration"], facts["validation loss"], facts["biases"]) == ("0", "not measured", "yes")
 
 
-def test_playground_reads_as_it_is_told(served, tmp_path):
+def test_playground_uses_the_options_of_the_command(served, tmp_path):
     shutil.copy(CKPT_PATH, tmp_path / "mine.pt")
     run_playground(
         tmp_path / "mine.pt", port=find_port(), meta_path=META_PATH, dtype="bfloat16", activation_function="gelu_new"
@@ -179,12 +150,6 @@ def test_playground_refuses_a_port_that_is_taken(served):
         with pytest.raises(ServerError, match=rf"^127.0.0.1:{port}: cannot be listened on: .*; give another port"):
             run_playground("missing.pt", port=port)
     assert served == []
-
-
-def find_port():
-    with socket.socket() as listener:
-        listener.bind((server.HOST, 0))
-        return listener.getsockname()[1]
 
 
 def test_playground_md_commands_and_python_run_as_written(served, tmp_path, monkeypatch):

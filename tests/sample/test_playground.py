@@ -21,19 +21,19 @@ from hugging_nano_gpt.sample.playground import HOST
 from hugging_nano_gpt.sample.sampling import make_sampler
 from hugging_nano_gpt.sample.streaming import stream_steps
 
-from .test_page import FACTS, find_port
-from .test_streaming import sample
+from ..helpers.folders import DOCS_DIR
+from ..helpers.samples import FACTS, sample
+from ..helpers.serving import find_port
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed, which Gradio needs")
 pytest.importorskip("gradio", reason="the extra playground is not installed")
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 
-DOCS_DIR = Path(__file__).parents[2] / "docs"
 PROGRAM = Path(sys.executable).with_name("hugging-nano-gpt")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 SWITCHES = """--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
 --disable-component-update --disable-sync --disable-extensions --no-default-browser-check""".split()
-TIMEOUT_S = 90  # for anything; a busy machine has taken 20 s to start the server
+TIMEOUT_S = 90  # a busy machine has taken 20 s to start the server
 
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not installed")
 
@@ -60,7 +60,7 @@ hugging_nano_gpt_cli.main()
 
 @contextmanager
 def serve(*arguments, program=(PROGRAM,), **environment):
-    """Runs the command on a free port; gives its process, with the address of its page."""
+    """Runs the command on a free port; yields its process and the address of its page."""
     port = find_port()
     command = [*program, "playground", *arguments, "--port", str(port)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -76,7 +76,7 @@ def serve(*arguments, program=(PROGRAM,), **environment):
 
 @pytest.fixture(scope="module")
 def proxy():
-    """A proxy for the server that notes who comes: nobody should."""
+    """A proxy for the server that records its clients; there should be none."""
     visits = []
     with socket.create_server((HOST, 0)) as listener:
 
@@ -154,7 +154,7 @@ class Page:
         self.find(f"#{name}")[0].click()
 
     def generate(self, prompt, **settings):
-        """Draws a text to its end; returns the different texts that were seen meanwhile."""
+        """Generates a text to its end; returns the different texts that were shown meanwhile."""
         self.set("#prompt textarea", prompt)
         for name, value in settings.items():
             self.set_number(name, value)
@@ -180,11 +180,11 @@ def wait(condition, every_s=0.1):
 
 
 def list_hosts(driver):
-    """Lists the hosts that pages have asked since the last call, whether they answered or not."""
+    """Lists the hosts that pages have contacted since the last call, with or without an answer."""
     events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     urls = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
     urls += [event["params"]["url"] for event in events if event["method"] == "Network.webSocketCreated"]
-    # the browser's own pages, chrome:, are no network
+    # the browser's own pages, chrome:, use no network
     return {urlsplit(url).hostname for url in urls if urlsplit(url).scheme in ("http", "https", "ws", "wss")}
 
 
@@ -199,7 +199,7 @@ def test_text_is_streamed_and_is_that_of_the_command(page):
     assert all(page.text.startswith(text) for text in growing)
 
 
-def test_bars_show_what_could_have_been_drawn(page):
+def test_bars_show_what_could_have_been_sampled(page):
     page.generate("ROMEO:", max_new_tokens=30)
     sampler = make_sampler(load_source(CKPT_PATH, meta_path=META_PATH))
     *_, last = stream_steps(sampler, "ROMEO:", max_new_tokens=30)
@@ -239,7 +239,7 @@ def test_unknown_character_is_an_error_that_can_be_read(page):
     expected = "prompt: expected characters of the model's 65, got '<', '>', '\xe9'; leave them out"
     wait(lambda: expected in page.read("body"))
     assert page.text == ""
-    page.generate("ROMEO:", max_new_tokens=5)  # the page goes on
+    page.generate("ROMEO:", max_new_tokens=5)  # the page still works
 
 
 def test_missing_seed_is_an_error_that_can_be_read(page):
@@ -248,11 +248,11 @@ def test_missing_seed_is_an_error_that_can_be_read(page):
     wait(lambda: "seed: expected a whole number" in page.read("body"))
 
 
-def test_no_other_machine_is_asked(page, proxy):
+def test_no_other_machine_is_contacted(page, proxy):
     page.generate("ROMEO:", max_new_tokens=20)
     assert list_hosts(page.driver) == {HOST}
     assert proxy[1] == []
-    page.driver.execute_script("fetch('http://playground.invalid/').catch(() => 0)")  # the log can tell
+    page.driver.execute_script("fetch('http://playground.invalid/').catch(() => 0)")  # the log records requests
     wait(lambda: "playground.invalid" in list_hosts(page.driver))
 
 
@@ -269,7 +269,7 @@ def test_screenshot_shows_the_page(page, tmp_path):
     page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     with Image.open(path) as image, Image.open(DOCS_DIR / "playground.png") as documented:
         assert image.size == documented.size == tuple(size.values())
-        for picture in (image, documented):  # with the bar of the token that was drawn, and not much alike
+        for picture in (image, documented):  # with the bar of the sampled token, and of different lengths
             colours = [colour for _, colour in picture.convert("RGB").getcolors(1 << 20)]
             assert (249, 115, 22) in colours
             assert len(colours) > 100
@@ -316,7 +316,7 @@ def test_stop_stops_the_model(driver, endless):
     text = page.text
     time.sleep(0.5)
     assert page.text == text
-    page.click("generate")  # it can go on
+    page.click("generate")  # the page still works
     wait(is_drawing)
     page.click("stop")
     wait(lambda: not is_drawing())

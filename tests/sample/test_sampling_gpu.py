@@ -1,4 +1,4 @@
-"""Sampling as sample.py does it on a GPU, seen without one: autocast, TF32, the whole window for each token."""
+"""Sampling like sample.py on a GPU, tested without one: autocast, TF32, the whole window for each token."""
 
 import pytest
 import torch
@@ -6,17 +6,17 @@ import torch.nn.functional as F
 
 from hugging_nano_gpt import NanoGPTLMHeadModel
 from hugging_nano_gpt.convert.source import load_source
+from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 from hugging_nano_gpt.sample.sampling import Sampler, make_sampler
 
 from ..helpers.tiny import make_batch, make_model
-from ..test_commands import CKPT_PATH, META_PATH
 
 DTYPE = torch.bfloat16
 
 
 @torch.no_grad()
 def sample_in_bfloat16(model, idx, count, top_k):
-    """Draws as nanoGPT's generate does under autocast, where logits are bfloat16 until the softmax."""
+    """Samples like nanoGPT's generate under autocast, where logits are bfloat16 until the softmax."""
     for _ in range(count):
         with torch.autocast("cpu", dtype=DTYPE):
             logits = model(idx[:, -model.config.block_size :], logits_to_keep=1, use_cache=False).logits[:, -1]
@@ -28,7 +28,7 @@ def sample_in_bfloat16(model, idx, count, top_k):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_under_autocast_the_draws_are_those_of_bfloat16_logits(seed):
+def test_under_autocast_the_samples_are_those_of_bfloat16_logits(seed):
     model = make_model()
     idx, _ = make_batch(1, 4)
     torch.manual_seed(seed)
@@ -40,7 +40,7 @@ def test_under_autocast_the_draws_are_those_of_bfloat16_logits(seed):
 
 
 class Collect:
-    """A streamer that keeps the tokens."""
+    """A streamer that collects the tokens."""
 
     def __init__(self, tokens):
         self.tokens = tokens
@@ -72,7 +72,7 @@ def test_autocast_is_sample_pys(monkeypatch, device, is_supported, dtype, expect
 
 @pytest.mark.parametrize("was_on", [False, True], ids=["off", "on by Trainer"])
 @pytest.mark.parametrize("device", ["cuda", "cpu", "mps"])
-def test_tf32_is_on_while_a_gpu_draws_and_as_before_afterwards(monkeypatch, device, was_on):
+def test_tf32_is_on_while_a_gpu_samples_and_restored_afterwards(monkeypatch, device, was_on):
     seen = []
     switch, name = torch.backends.cuda.matmul, "allow_tf32"
     off, on = False, True
@@ -82,7 +82,7 @@ def test_tf32_is_on_while_a_gpu_draws_and_as_before_afterwards(monkeypatch, devi
     setattr(switch, name, on if was_on else off)
     monkeypatch.setattr(NanoGPTLMHeadModel, "generate", lambda *args, **kwargs: seen.append(getattr(switch, name)))
     monkeypatch.setattr(NanoGPTLMHeadModel, "device", torch.device(device))
-    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: torch.no_grad())  # which would ask for the GPU
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: torch.no_grad())  # it would need the GPU
     try:
         Sampler(make_model(), None).draw(torch.zeros(1, 1), max_new_tokens=1, temperature=1.0, top_k=0)
         assert getattr(switch, name) == (on if was_on else off)

@@ -1,35 +1,24 @@
-"""Streaming: the text that sample_text draws, token by token, and the probabilities that it is drawn from."""
+"""Streaming: the text of sample_text, token by token, and the probabilities that it is sampled from."""
 
-import io
 import re
 
 import pytest
 import torch
 
-from hugging_nano_gpt import TokenizerError, build_tiktoken_tokenizer, sample_text
+from hugging_nano_gpt import TokenizerError, build_tiktoken_tokenizer
 from hugging_nano_gpt.convert.source import load_source
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 from hugging_nano_gpt.sample import streaming as module
 from hugging_nano_gpt.sample.sampling import Sampler, make_sampler
 from hugging_nano_gpt.sample.streaming import Step, list_candidates, stream_steps
 
+from ..helpers.encodings import make_encoding
 from ..helpers.reference import ReferenceGPT
+from ..helpers.samples import sample
 from ..helpers.tiny import make_model
-from ..tokenization.test_bpe import make_encoding
 
 SETTINGS = {"max_new_tokens": 140, "temperature": 0.9, "top_k": 8, "seed": 5}
 DONE_S = 30  # far more than a token takes, far less than the texts that are stopped
-
-
-@pytest.fixture(scope="module")
-def sampler():
-    return make_sampler(load_source(CKPT_PATH, meta_path=META_PATH))
-
-
-def sample(*args, **kwargs):
-    stream = io.StringIO()
-    sample_text(*args, num_samples=1, stream=stream, **kwargs)
-    return stream.getvalue().removesuffix("\n---------------\n")
 
 
 @pytest.mark.parametrize("settings", [{}, SETTINGS], ids=["sample.py's", "others"])
@@ -54,7 +43,7 @@ def test_streamed_text_of_bytes_is_that_of_sample_text(tmp_path):
 
 
 def compute_reference(reference, idx, temperature, top_k):
-    """Computes what nanoGPT draws from: the last block_size tokens, temperature, then top_k."""
+    """Computes the probabilities that nanoGPT samples from: the last block_size tokens, temperature, then top_k."""
     logits = reference(torch.tensor([idx[-128:]]))[0][0, -1] / temperature
     threshold = logits.topk(min(top_k, len(logits))).values[-1] if top_k else -torch.inf
     return logits.masked_fill(logits < threshold, -torch.inf).softmax(-1)
@@ -118,14 +107,14 @@ def test_error_of_the_model_is_raised_where_the_steps_are_read(sampler, monkeypa
 
 
 def make_step(sampler, probabilities, drawn):
-    """Makes a step of the demo's alphabet from the probabilities of some characters."""
+    """Makes a step with given probabilities of some of the demo's characters."""
     everything = torch.zeros(65)
     for character, probability in probabilities.items():
         everything[sampler.encode(character)[0, 0]] = probability
     return Step(sampler.encode(drawn)[0].tolist(), everything)
 
 
-def test_candidates_are_the_likeliest_and_the_one_drawn(sampler):
+def test_candidates_are_the_likeliest_and_the_one_sampled(sampler):
     step = make_step(sampler, {" ": 0.5, "\n": 0.25, "a": 0.15, "b": 0.1}, "b")
     found = [
         (each.token, round(each.probability, 6), each.is_drawn) for each in list_candidates(step, sampler.tokenizer)
@@ -135,7 +124,7 @@ def test_candidates_are_the_likeliest_and_the_one_drawn(sampler):
     assert [(each.token, each.is_drawn) for each in fewer] == [("\u2423", False), ("\\n", False), ("b", True)]
 
 
-def test_candidate_that_is_no_text_by_itself_is_shown_by_its_id():
+def test_candidate_that_is_not_a_text_on_its_own_is_shown_by_its_id():
     tokenizer = build_tiktoken_tokenizer(make_encoding())
     byte = tokenizer("\xd6").input_ids[0]  # the first of two
     rows = len(tokenizer) + 3

@@ -1,4 +1,4 @@
-"""The text of a served answer as it grows: whole characters, nothing lost at its end, stops cut exactly."""
+"""The growing text of a served answer: complete characters, nothing lost at its end, stops cut exactly."""
 
 import random
 
@@ -8,8 +8,8 @@ import torch
 from hugging_nano_gpt import build_tiktoken_tokenizer
 from hugging_nano_gpt.serve.draft import Draft
 
+from ..helpers.encodings import make_encoding
 from ..helpers.tiny import make_tokenizer
-from ..tokenization.test_bpe import make_encoding
 
 N_DRAFTS = 300
 
@@ -31,7 +31,7 @@ def write(tokenizer, ids, stops=(), ends=(), n_top=None):
 
 
 def make_ids(rng, tokenizer):
-    """Makes ids of characters of one to four bytes, some of them broken, and of any tokens."""
+    """Makes ids of characters of one to four bytes, some of them cut, and of random tokens."""
     letters = "aa \u00e9\u20ac\U0001f600\ufffd"
     ids = tokenizer("".join(rng.choices(letters, k=rng.randrange(1, 12)))).input_ids
     for _ in range(rng.randrange(4)):
@@ -52,7 +52,7 @@ def test_pieces_are_the_whole_text_of_any_tokens(tokenizer):
 
 
 def cut(text, stops):
-    """Cuts a text before the stop that is complete first."""
+    """Cuts a text before the first stop to be complete."""
     for end in range(len(text) + 1):
         for stop in sorted(stops, key=len, reverse=True):
             if text[:end].endswith(stop):
@@ -86,11 +86,11 @@ def test_tokens_with_log_probabilities_are_those_that_begin_in_the_text(tokenize
         assert all(text[token.offset :].startswith(token.text) for token in tokens if "token_id:" not in token.text)
 
 
-def test_prompt_is_no_place_for_stops_and_ends():
+def test_stops_and_ends_in_the_prompt_are_ignored():
     tokenizer = make_tokenizer()
     ids = tokenizer("to be").input_ids
     draft = Draft(tokenizer, 0, stops=["to", "ee"], ends=[ids[0]], n_top=None)
     draft.add_prompt(ids, None)
-    assert not draft.add(ids[-1], None)  # "ee" begins in the prompt
+    assert not draft.add(ids[-1], None)  # "ee" starts in the prompt
     assert draft.add(ids[0], None)
     assert draft.take(is_last=True).text == "to bee"

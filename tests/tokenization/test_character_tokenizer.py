@@ -25,9 +25,9 @@ from hugging_nano_gpt import (
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 from hugging_nano_gpt.tokenization import characters, find
 
-from ..conftest import limit_file_size
+from ..helpers.encodings import make_encoding
+from ..helpers.limits import limit_file_size
 from ..helpers.programs import run_program
-from .test_bpe import make_encoding
 
 # Loads folders where this package cannot be imported, and encodes and decodes texts.
 CLIENT = """
@@ -67,11 +67,6 @@ ALPHABETS = {
     "odd": tuple("\x00 \t\r\n.,!?'a\xa0\u2028\ufeff\u0301e\U0001f642\u2581\u0120#"),
     "one": ("\n",),
 }
-
-
-@pytest.fixture(scope="module")
-def table():
-    return read_meta(META_PATH)
 
 
 @pytest.fixture(scope="module")

@@ -8,16 +8,12 @@ import pytest
 
 from hugging_nano_gpt import TokenizerError
 from hugging_nano_gpt.demo import META_PATH
-from hugging_nano_gpt.tokenization.characters import CharacterTable, read_meta
+from hugging_nano_gpt.tokenization.characters import read_meta
 
-from ..conftest import limit_time
+from ..helpers.contents import Malicious
+from ..helpers.limits import limit_time
 
 TEXT = "ROMEO:\nWhat light through yonder window breaks?\n"
-
-
-@pytest.fixture(scope="module")
-def table() -> CharacterTable:
-    return read_meta(META_PATH)
 
 
 def make_meta(characters):
@@ -78,16 +74,6 @@ def test_encode_many_unknown_characters_stays_short(table):
 def test_decode_id_outside_the_alphabet_is_refused(table, index):
     with pytest.raises(TokenizerError, match=rf"expected .* got .*{index}"):
         table.decode([1, index])
-
-
-class Malicious:
-    """Creates a folder when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))

@@ -1,4 +1,4 @@
-"""AdamW with settings that nanoGPT leaves alone is kept as by train.py's resume; other optimizers are refused."""
+"""AdamW's settings that nanoGPT does not set are kept, as when train.py resumes; other optimizers are refused."""
 
 import copy
 
@@ -8,7 +8,8 @@ import torch
 from hugging_nano_gpt import ConversionError, NanoGPTLMHeadModel, read_checkpoint
 from hugging_nano_gpt.training import make_optimizer, read_optimizer
 
-from ..conftest import assert_same, save
+from ..helpers.comparison import assert_same
+from ..helpers.contents import save
 from ..helpers.tiny import make_batch, make_model
 
 
@@ -22,7 +23,7 @@ def update(model, optimizer, n_updates):
 
 
 def make_plain_adamw(model, first=None, second=None):
-    """Makes AdamW over nanoGPT's two groups, each with settings of its own."""
+    """Makes AdamW over nanoGPT's two groups, each with its own settings."""
     groups = [[p for p in model.parameters() if (p.ndim >= 2) is is_decayed] for is_decayed in (True, False)]
     settings = ({"weight_decay": 0.1, **(first or {})}, {"weight_decay": 0.0, **(second or first or {})})
     return torch.optim.AdamW(
@@ -49,7 +50,7 @@ def test_settings_of_a_checkpoints_adamw_are_kept_to_the_bit_of_train_pys_resume
     contents["optimizer"] = copy.deepcopy(optimizer.state_dict())
     path = save(contents, tmp_path)
 
-    resumed = make_plain_adamw(model)  # as train.py makes it, before it loads the state
+    resumed = make_plain_adamw(model)  # as train.py creates it, before it loads the state
     resumed.load_state_dict(contents["optimizer"])
     expected = update(model, resumed, 6)
 
@@ -73,7 +74,7 @@ def test_settings_of_a_checkpoints_adamw_that_are_dropped_end_elsewhere(name):
 
 
 class Subclass(torch.optim.AdamW):
-    """May compute anything."""
+    """An optimizer that could compute anything."""
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ def test_optimizer_of_another_kind_is_refused_by_name(optimizer_class, settings,
 
 
 @pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.1, "decoupled_weight_decay": True}], ids=str)
-def test_adam_that_computes_what_adamw_does_is_taken_for_it(settings):
+def test_adam_that_computes_what_adamw_does_is_accepted(settings):
     if settings and "decoupled_weight_decay" not in torch.optim.Adam([torch.ones(1)]).param_groups[0]:
         pytest.skip("Adam of torch 2.6 has no decoupled_weight_decay")
     ends = []

@@ -1,4 +1,4 @@
-"""Settings that a config lacks are train.py's defaults, in every way of making a trainer."""
+"""Settings that are missing from a config get train.py's defaults, in every way to make a trainer."""
 
 import math
 
@@ -113,7 +113,7 @@ def test_arguments_of_trainers_own_get_the_configs_settings_or_train_pys(tmp_pat
     assert (args.weight_decay, args.adam_beta2) == (0.0, 0.999)  # the user's object is not changed
 
 
-def test_arguments_that_are_given_count(tmp_path, caplog):
+def test_arguments_that_are_given_are_used(tmp_path, caplog):
     given = {"learning_rate": 1e-4, "weight_decay": 0.3, "adam_beta1": 0.7, "adam_beta2": 0.98, "max_grad_norm": 2.0}
     trainer = make_trainer(make_model(vocab_size=31), make_arguments(tmp_path, **given))
     assert get_settings(trainer) == given
@@ -123,7 +123,7 @@ def test_arguments_that_are_given_count(tmp_path, caplog):
 @pytest.mark.parametrize(
     "changes", [{}, {"weight_decay": 0.0}, {"learning_rate": 5e-5}, {"adam_beta2": 0.999}], ids=str
 )
-def test_mapped_arguments_count_at_transformers_defaults_too(tmp_path, caplog, changes):
+def test_mapped_arguments_at_transformers_defaults_are_used_too(tmp_path, caplog, changes):
     config = {**OTHERS, "device": "cpu", "compile": False, "out_dir": str(tmp_path)}
     args, _ = training_arguments_from_nanogpt(config, eval_strategy="no", **changes)
     names = dict(zip(OTHERS, DEFAULTS, strict=True))
@@ -166,7 +166,7 @@ def test_config_of_a_given_state_is_used(tmp_path):
 
 @pytest.mark.parametrize("epochs", [1, 0.25, 3])
 @pytest.mark.parametrize("sizes", [(4, 1), (2, 3)])
-def test_epochs_are_as_many_tokens_as_the_file_has(tmp_path, epochs, sizes):
+def test_epoch_has_as_many_tokens_as_the_file(tmp_path, epochs, sizes):
     batch_size, micro_steps = sizes
     path = tmp_path / "train.bin"
     path.write_bytes((TRACE_DIR / "train.bin").read_bytes()[: 2 * 1000])

@@ -26,7 +26,7 @@ def test_without_arguments_the_settings_are_train_pys_defaults():
     assert settings["dtype"] in ("float16", "bfloat16")
 
 
-def test_file_goes_over_defaults_and_flags_over_the_file(tmp_path):
+def test_file_overrides_defaults_and_flags_override_the_file(tmp_path):
     text = '"""A docstring."""\nbatch_size = 12 # windows\ngradient_accumulation_steps = 5 * 8\nmin_lr = 6e-4/10\n'
     text += "out_dir: str = 'out-' + \"x\"\nbias = True\ndropout = 0\nmax_iters = 6e5\nlr_decay_iters = max_iters\n"
     settings = read_settings([write(tmp_path, text), "--batch_size=4", "--eval_only=True", "--dataset=1"])
@@ -44,7 +44,7 @@ def test_file_goes_over_defaults_and_flags_over_the_file(tmp_path):
     assert settings["max_iters"] == 6e5
 
 
-def test_flags_and_files_go_over_each_other_in_their_order(tmp_path):
+def test_later_flags_and_files_override_earlier_ones(tmp_path):
     path = write(tmp_path, "batch_size = 3")
     assert read_settings(["--batch_size=4", path])["batch_size"] == 3
     assert read_settings([path, "--batch_size=4"])["batch_size"] == 4
@@ -65,7 +65,7 @@ def test_flag_is_read_as_a_literal_or_as_text(flag, name, value):
     assert read_settings([flag])[name] == value
 
 
-def test_name_of_the_file_s_own_may_serve_a_later_line(tmp_path):
+def test_name_of_the_file_s_own_can_be_used_in_a_later_line(tmp_path):
     path = write(tmp_path, "tokens = 2**15\nbatch_size = tokens // block_size\n")
     assert read_settings([path])["batch_size"] == 32
 
@@ -132,7 +132,7 @@ def test_unknown_name_in_a_file_is_refused(tmp_path):
         read_settings([write(tmp_path, "batchsize = 3")])
 
 
-def test_names_of_the_file_s_own_are_taken_as_train_py_takes_them(tmp_path):
+def test_names_of_the_file_s_own_are_accepted_as_by_train_py(tmp_path):
     own = "_comment = 3\n_batchsize = 4\nnotes = {'lr': [1e-3, None]}\nbetas_tried = (0.9, 0.95)\nbatch_size = 2\n"
     assert read_settings([write(tmp_path, own)]) == {**read_settings([]), "batch_size": 2}
 
@@ -153,13 +153,13 @@ def test_names_of_the_file_s_own_are_taken_as_train_py_takes_them(tmp_path):
     ],
     ids=["signs", "parentheses", "terms", "fewer terms", "bytes", "digits", "text"],
 )
-def test_file_that_is_too_much_to_read_is_refused_in_few_words(tmp_path, text, message):
+def test_file_that_is_too_large_to_read_is_refused_in_a_short_message(tmp_path, text, message):
     with pytest.raises(ConversionError, match=rf"config\.py.*{message}") as caught:
         read_settings([write(tmp_path, text)])
     assert len(str(caught.value)) < 500
 
 
-def test_flag_that_is_too_much_to_read_is_refused_in_few_words():
+def test_flag_that_is_too_large_to_read_is_refused_in_a_short_message():
     for text in ("-" * 100_000 + "1", "0x" + "f" * 9000):
         with pytest.raises(ConversionError, match=r"--batch_size: batch_size: (wrong type|too large)") as caught:
             read_settings([f"--batch_size={text}"])

@@ -1,8 +1,7 @@
 """Training in two processes on the CPU, compared with one process: DDP and FSDP2, 20 updates each.
 
-Once the updates of the recorded run from nanoGPT's checkpoint with its moments: DDP with NanoGPTTrainer, FSDP2 in a
-plain loop. And once those of a toy run of train.py's settings from scratch, as the command makes it, stopped and
-resumed.
+First the updates of the recorded run, from nanoGPT's checkpoint with its moments: DDP with NanoGPTTrainer, FSDP2 in a
+plain loop. Then a toy run of the command from scratch, with train.py's settings, stopped and resumed.
 """
 
 import shutil
@@ -13,7 +12,7 @@ import torch
 from hugging_nano_gpt import NanoGPTLMHeadModel, read_checkpoint
 from hugging_nano_gpt.training import make_optimizer, read_optimizer
 
-from ..conftest import assert_same
+from ..helpers.comparison import assert_same
 from ..helpers.distributed_worker import CHANGES, LONGER, SHORT
 from ..helpers.processes import needs_gloo, run_two_processes
 from ..helpers.reference_run import ReferenceRun, flatten_saved
@@ -44,7 +43,7 @@ STRATEGIES = ["ddp", "train", *(["fsdp2", "train-fsdp2"] if TORCH_VERSION >= (2,
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """The folder in which two processes left, for each strategy, a checkpoint and their own state, state.pt."""
+    """The folder in which two processes wrote, for each strategy, a checkpoint and their own state, state.pt."""
     folder = tmp_path_factory.mktemp("distributed")
     for name in STRATEGIES:
         (folder / name).mkdir()
@@ -115,7 +114,7 @@ def test_of_two_processes_only_the_first_writes(folder):
 
 @pytest.mark.nanogpt
 @skip_without_nanogpt
-def test_train_py_goes_on_from_two_processes_as_from_one(folder, tmp_path):
+def test_train_py_continues_from_two_processes_as_from_one(folder, tmp_path):
     link_scripts(tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "ckpt.pt").write_bytes((folder / CKPT).read_bytes())
@@ -139,7 +138,7 @@ def test_toy_run_of_two_processes_stopped_and_resumed_ends_where_one_does(toy_fo
         assert find_largest_difference(run_toy_alone(**wrong), expected) > 100 * TOLERANCE
 
 
-def test_toy_run_leaves_a_whole_ckpt_pt_and_one_checkpoint_of_trainers(toy_folder):
+def test_toy_run_leaves_a_complete_ckpt_pt_and_one_checkpoint_of_trainer(toy_folder):
     assert {path.name for path in (toy_folder / "out").iterdir()} == {
         ".train.lock",
         "ckpt.pt",
@@ -172,7 +171,7 @@ def test_sharded_and_compiled_toy_run_stopped_and_resumed_ends_where_one_does(tm
 @pytest.mark.nanogpt
 @skip_without_nanogpt
 def test_train_py_resumes_the_toy_run_of_two_processes(toy_folder, tmp_path):
-    """With the result of the command in one process, from the same ckpt.pt."""
+    """Compared with the command in one process, from the same ckpt.pt."""
     changes = {**CHANGES, "init_from": "resume", "max_iters": 24, "eval_interval": 4}
     theirs = tmp_path / "theirs"
     theirs.mkdir()

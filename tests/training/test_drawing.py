@@ -1,4 +1,4 @@
-"""NanoGPTTrainer draws as train.py does: its run from scratch ends at the bits of an independent run in that order."""
+"""NanoGPTTrainer draws batches in train.py's order: its run from scratch has the bits of an independent run."""
 
 import shutil
 from dataclasses import replace
@@ -25,7 +25,7 @@ SETTINGS = {**TOY_SETTINGS, "max_iters": 10, "lr_decay_iters": 8}
 
 
 def make_trainer(folder, trainer_class=NanoGPTTrainer, n_updates=11, **arguments):
-    """Makes a trainer that is about to begin: its first evaluation comes before its first update."""
+    """Makes a trainer whose first evaluation comes before its first update."""
     model = make_fresh_model()
     config = {**SETTINGS, "out_dir": str(folder)}
     quiet = {"disable_tqdm": True, "eval_on_start": True, "max_steps": n_updates, "save_strategy": "no"}
@@ -61,7 +61,7 @@ def reference():
 
 
 def test_run_from_scratch_ends_at_the_bits_of_train_pys_order(tmp_path, reference):
-    torch.manual_seed(5)  # numbers drawn before do not matter
+    torch.manual_seed(5)  # random numbers drawn before do not matter
     trainer = make_trainer(tmp_path)
     losses = []
     trainer.model.register_forward_hook(
@@ -114,7 +114,7 @@ def test_reference_drawn_in_another_order_ends_elsewhere(reference):
 
 
 def test_run_resumed_from_trainers_checkpoint_ends_at_the_same_bits(tmp_path, reference):
-    """With dropout, and saved after an evaluation; the next batch had been drawn before both."""
+    """With dropout, and saved after an evaluation; the next batch was drawn before both."""
     make_trainer(tmp_path, save_strategy="steps", save_steps=4, save_total_limit=None, n_updates=11).train()
     shutil.rmtree(tmp_path / "checkpoint-8")
     torch.manual_seed(5)

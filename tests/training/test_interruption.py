@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the update is finished, both checkpoints are written, and --resume ends at the same bits."""
+"""Ctrl-C and SIGTERM: the update is finished, both checkpoints are written, and --resume gives the same bits."""
 
 import signal
 
@@ -13,7 +13,7 @@ from ..helpers.toy_run import SETTINGS, flatten_checkpoint, list_differences, ma
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """What the ckpt.pt of the run that nobody stopped holds."""
+    """The contents of the ckpt.pt of a run that was not stopped."""
     folder = tmp_path_factory.mktemp("whole")
     train(folder)
     return flatten_checkpoint(folder / "out" / "ckpt.pt")
@@ -25,7 +25,7 @@ def list_folders(out_dir):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("iter_num", [2, 7, 8])
-def test_stopped_run_writes_both_checkpoints_and_resumes_to_the_bits_of_one_that_was_not(
+def test_stopped_run_writes_both_checkpoints_and_resumes_to_the_bits_of_one_that_was_not_stopped(
     tmp_path, whole, capfd, number, code, iter_num
 ):
     with signalled(number, iter_num), pytest.raises(SystemExit) as stopped:
@@ -59,7 +59,7 @@ def test_second_signal_stops_at_once(tmp_path, monkeypatch):
 
 
 def test_signal_that_comes_twice_at_the_same_time_is_one(tmp_path):
-    """torchrun passes on what the terminal has sent to its processes already."""
+    """torchrun forwards a signal that the terminal has already sent to its processes."""
     with signalled(signal.SIGINT, 2, again=True), pytest.raises(SystemExit):
         train(tmp_path)
     assert list_folders(tmp_path / "out") == {"checkpoint-2"}
@@ -74,7 +74,7 @@ def test_best_weights_in_ckpt_pt_stay_when_a_run_is_stopped(tmp_path, capsys):
 
 
 def test_run_stopped_after_its_last_evaluation_keeps_the_checkpoint_of_that(tmp_path, capsys):
-    """A run that nobody stopped would save nothing more."""
+    """A run that was not stopped would not save again."""
     with signalled(signal.SIGINT, 6), pytest.raises(SystemExit):
         train(tmp_path, max_iters=7)
     assert "stopped after iteration 6: the run's last checkpoint was written before it" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What a Mac's GPU is asked for, seen without one: float32 and no pinned memory, as in train.py, and its generator."""
+"""How a Mac's GPU is used, tested without one: float32 and no pinned memory, as in train.py, and its generator."""
 
 import re
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from hugging_nano_gpt.convert.source import choose_device
 from hugging_nano_gpt.evaluate import estimate
 from hugging_nano_gpt.training import TokenDataset, arguments, drawing, training_arguments_from_nanogpt
 
-from ..clients.test_examples import ROOT
+from ..helpers.folders import ROOT
 from ..helpers.programs import run_command
 from ..helpers.tiny import make_batch, make_model
 from ..helpers.toy_run import make_workplace
@@ -20,7 +20,7 @@ from ..helpers.trace import TRACE_DIR
 
 @pytest.fixture
 def mps(monkeypatch):
-    """A Mac's torch, as far as it is asked; returns the states that its generator was set to."""
+    """Simulates torch on a Mac; returns the states that its generator was set to."""
     states = []
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
@@ -48,7 +48,7 @@ def test_train_refuses_mps_where_torch_has_none(tmp_path):
     assert re.search(r"device: expected .*'mps'", result.stderr.splitlines()[-1])
 
 
-def test_mps_is_computed_on_only_by_name(mps):
+def test_mps_is_used_only_if_it_is_named(mps):
     assert choose_device(None) == torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -66,14 +66,14 @@ def test_checkpoint_keeps_the_generator_of_mps(mps, tmp_path):
     assert [state.tolist() for state in mps] == [[3, 200]]
 
 
-def test_checkpoint_of_a_mac_goes_on_where_no_mps_is(mps, tmp_path, monkeypatch):
+def test_checkpoint_of_a_mac_is_resumed_without_mps(mps, tmp_path, monkeypatch):
     drawing.write_next_batch(tmp_path, [4, 2], rank=0, world_size=1)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert drawing.read_next_batch(tmp_path, rank=0, world_size=1) == [4, 2]
     assert mps == []
 
 
-def test_losses_are_taken_to_the_cpu_before_they_become_float64(monkeypatch):
+def test_losses_are_moved_to_the_cpu_before_they_become_float64(monkeypatch):
     """MPS has no float64."""
     double, to_cpu, moved = torch.Tensor.double, torch.Tensor.cpu, []
 

@@ -22,13 +22,13 @@ SHORT = {"max_iters": 4}
 
 @pytest.fixture
 def out_dir(tmp_path):
-    """The out_dir of a run that has ended after checkpoint-4."""
+    """The out_dir of a run that ended after checkpoint-4."""
     train(tmp_path, **SHORT)
     return tmp_path / "out"
 
 
 def go_on_elsewhere(out_dir, iter_num):
-    """Leaves the ckpt.pt of a train.py that has gone on from it."""
+    """Writes the ckpt.pt of a train.py that continued from it."""
     checkpoint = read_checkpoint(out_dir / "ckpt.pt")
     state = replace(checkpoint.training_state, iter_num=iter_num)
     write_checkpoint(replace(checkpoint, training_state=state), out_dir / "ckpt.pt")
@@ -43,7 +43,7 @@ def read_iter_nums(out_dir):
 # Which of two checkpoints is the newer
 
 
-def test_resume_with_a_newer_ckpt_pt_is_refused_and_both_ways_go_on(tmp_path, out_dir, capsys):
+def test_resume_with_a_newer_ckpt_pt_is_refused_and_both_ways_out_work(tmp_path, out_dir, capsys):
     before = go_on_elsewhere(out_dir, 8)
     message = (
         r"ckpt\.pt: is newer than out/checkpoint-4: expected at most iteration 4, got 8, which would be "
@@ -53,7 +53,9 @@ def test_resume_with_a_newer_ckpt_pt_is_refused_and_both_ways_go_on(tmp_path, ou
         train(tmp_path, resume=True)
     assert (out_dir / "ckpt.pt").read_bytes() == before
 
-    train(tmp_path, init_from="resume")  # one way: its count goes on from ckpt.pt's, and the older checkpoint goes
+    train(
+        tmp_path, init_from="resume"
+    )  # one way: iter_num continues from ckpt.pt's, and the older checkpoint is removed
     assert read_iter_nums(out_dir) == ({"checkpoint-4"}, 12)
     assert read_checkpoint(out_dir / "ckpt.pt").training_state.optimizer.moments["transformer.wte.weight"]["step"] == 8
 
@@ -85,10 +87,10 @@ def test_resume_with_a_ckpt_pt_that_cannot_be_compared_is_refused(tmp_path, out_
         train(tmp_path, resume=True)
 
 
-# ckpt.pt alone
+# only ckpt.pt
 
 
-def test_resume_with_only_a_ckpt_pt_goes_on_from_it_and_says_so(tmp_path, out_dir, capsys):
+def test_resume_with_only_a_ckpt_pt_continues_from_it_and_says_so(tmp_path, out_dir, capsys):
     (out_dir / "checkpoint-4").rename(tmp_path / "earlier")
     saved = ReferenceRun({**SETTINGS, **SHORT}, TRACE_DIR, VOCAB_SIZE).run().saved
     capsys.readouterr()
@@ -165,7 +167,7 @@ def test_ckpt_pt_of_the_best_weights_is_not_replaced_on_resume(tmp_path):
     assert (tmp_path / "out" / "ckpt.pt").read_bytes() == before
 
 
-# Settings of a run that goes on
+# Settings of a resumed run
 
 
 @pytest.mark.parametrize("way", [{"resume": True}, {"init_from": "resume"}])
@@ -188,7 +190,7 @@ def test_what_the_checkpoint_decides_cannot_be_changed_on_resume(tmp_path, out_d
     assert read_iter_nums(out_dir) == ({"checkpoint-4"}, 4)
 
 
-def test_defaults_that_the_checkpoint_overrides_are_told_and_the_config_is_what_was_used(tmp_path, out_dir, capsys):
+def test_defaults_that_the_checkpoint_overrides_are_logged_and_the_config_is_what_was_used(tmp_path, out_dir, capsys):
     changes = {"bias": False, "n_layer": 12, "weight_decay": 0.2, "beta2": 0.95, "learning_rate": 1e-3}
     for way, path in (({"resume": True}, "out/checkpoint-4"), ({"init_from": "resume"}, "out/ckpt.pt")):
         capsys.readouterr()
@@ -221,7 +223,7 @@ def test_another_batch_size_on_resume_is_used_from_the_first_batch_on(tmp_path, 
     assert len(sizes) == 5 * (1 + 2 * 2 + 2 * SETTINGS["eval_iters"])
 
 
-def test_smaller_data_set_on_resume_is_drawn_from(tmp_path, out_dir):
+def test_smaller_data_set_on_resume_is_used(tmp_path, out_dir):
     data_dir = tmp_path / "data" / "smaller"
     data_dir.mkdir()
     for name in ("train.bin", "val.bin"):
@@ -230,7 +232,7 @@ def test_smaller_data_set_on_resume_is_drawn_from(tmp_path, out_dir):
     assert trainer.iter_num == 9
 
 
-# What is told
+# Messages
 
 
 def test_resume_says_from_which_checkpoint_and_that_the_run_was_complete(tmp_path, out_dir, capsys):
@@ -265,7 +267,7 @@ time.sleep(600)
 """
 
 
-def test_second_run_in_an_out_dir_is_refused_while_the_first_lives(tmp_path):
+def test_second_run_in_an_out_dir_is_refused_while_the_first_is_running(tmp_path):
     with (
         lock_out_dir(tmp_path / "out"),
         pytest.raises(ConversionError, match="out: another run trains here: expected"),
@@ -288,7 +290,7 @@ def test_lock_of_a_killed_run_is_gone(tmp_path):
     train(tmp_path, **SHORT)
 
 
-def test_file_system_without_locks_is_told_and_does_not_stop_the_run(tmp_path, monkeypatch, caplog):
+def test_file_system_without_locks_is_logged_and_does_not_stop_the_run(tmp_path, monkeypatch, caplog):
     def refuse(*_args, **_kwargs):
         raise NotImplementedError("FileSystem does not appear to support flock")
 

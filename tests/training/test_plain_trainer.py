@@ -1,4 +1,4 @@
-"""Transformers' own Trainer on our models: nanoGPT's loss and groups, and its usual switches change what they say."""
+"""Transformers' own Trainer with our models: nanoGPT's loss and groups, and each usual option has only its effect."""
 
 import math
 
@@ -20,7 +20,7 @@ CHECKPOINTING = (
     "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
 )
 when_it_compiles = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's own
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # warnings of torch
     pytest.mark.skipif(TORCH_VERSION < (2, 7), reason="the compiler of torch 2.6 fails on Transformers' code"),
 ]
 
@@ -35,7 +35,7 @@ class Windows(torch.utils.data.Dataset):
         return self.count
 
     def __getitem__(self, index):
-        ids = self.dataset[32 * range(self.count)[index]]["input_ids"]  # one sampler asks until an IndexError
+        ids = self.dataset[32 * range(self.count)[index]]["input_ids"]  # one sampler reads until an IndexError
         return {"input_ids": ids, "labels": ids}
 
 
@@ -82,9 +82,9 @@ def test_plain_trainer_shifts_labels_when_it_smooths_them(tmp_path):
 
 
 def measure_switches(folder, settings, twin):
-    """Makes 6 updates with each of two settings; returns how far apart they end, as a share of the way from the start.
+    """Makes 6 updates with each of two settings; returns their distance, relative to the distance from the start.
 
-    0 is the same bits, and 1 as far as not to have trained at all.
+    0 means the same bits, and 1 is the distance of an untrained model.
     """
     ends = []
     for changes in (settings, twin):
@@ -105,21 +105,21 @@ OTHER_SUMS = (0.0, 1e-4)
     ("settings", "twin", "limits"),
     [
         ({CHECKPOINTING: True}, {}, (0.0, 0.0)),
-        ({"bf16": True}, {}, (1e-3, 0.15)),  # 8 bits, where they are used at all; measured 0.05
+        ({"bf16": True}, {}, (1e-3, 0.15)),  # 8 bits, if bfloat16 is used at all; measured 0.05
         ({"gradient_accumulation_steps": 3}, {"per_device_train_batch_size": 12}, OTHER_SUMS),
         ({"optim": "adamw_torch"}, {"optim": "adamw_torch_fused"}, OTHER_SUMS),
-        # Of a batch with every window the order does not matter.
+        # In a batch with every window the order does not matter.
         (
             {"per_device_train_batch_size": 24, "train_sampling_strategy": "group_by_length"},
             {"per_device_train_batch_size": 24},
             OTHER_SUMS,
         ),
-        # The graphs without the code of the default back end, which takes half a minute to make.
+        # Graphs without the default back end, which takes half a minute to compile.
         pytest.param({"torch_compile_backend": "aot_eager"}, {}, OTHER_SUMS, marks=when_it_compiles),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_plain_trainer_with_its_usual_switches_ends_where_it_does_without(tmp_path, settings, twin, limits):
+def test_plain_trainer_with_usual_options_ends_where_it_does_without(tmp_path, settings, twin, limits):
     least, most = limits
     assert least <= measure_switches(tmp_path, settings, twin) <= most
 
@@ -139,7 +139,7 @@ def test_plain_trainer_with_another_setting_ends_elsewhere(tmp_path, wrong):
     assert measure_switches(tmp_path, wrong, {}) > 100 * OTHER_SUMS[1]
 
 
-def test_neftune_adds_noise_in_training_alone(tmp_path):
+def test_neftune_adds_noise_only_in_training(tmp_path):
     model = load_start()
     trainer = make_plain_trainer(tmp_path, model, neftune_noise_alpha=5.0, logging_steps=1, max_grad_norm=0.0)
     ids = next(iter(trainer.get_train_dataloader()))["input_ids"]
@@ -165,7 +165,7 @@ def test_plain_trainer_resumed_in_the_middle_of_an_epoch_ends_at_the_same_bits(t
 
 
 def test_flattened_documents_have_the_loss_of_separate_ones():
-    """DataCollatorWithFlattening packs documents into one row, and marks them by positions that begin again."""
+    """DataCollatorWithFlattening packs documents into one row, and marks them by positions that restart at 0."""
     model = load_start()
     documents = [Windows(3)[index]["input_ids"][:length].tolist() for index, length in enumerate((32, 7, 20))]
     batch = DataCollatorWithFlattening()([{"input_ids": document} for document in documents])
@@ -176,7 +176,7 @@ def test_flattened_documents_have_the_loss_of_separate_ones():
     torch.testing.assert_close(packed, sum(separate) / (59 - 3), rtol=0, atol=1e-6)
 
 
-# What Trainer takes for the labels of a batch
+# What Trainer uses as the labels of a batch
 
 
 def adapt_toy():
@@ -220,14 +220,14 @@ def test_plain_trainer_evaluates_measures_and_loads_the_best(tmp_path, load, lab
 
 
 def make_windows_trainer(folder, collator=None, **settings):
-    """Makes a plain Trainer over windows with nanoGPT's targets, of which there is one for every token."""
+    """Makes a plain Trainer over windows with nanoGPT's targets, one for every token."""
     windows = torch.utils.data.Subset(TokenDataset(TRACE_DIR / "train.bin", 32), range(0, 8 * 32, 32))
     args = make_arguments(folder, **settings)
     return Trainer(load_start(), args, data_collator=collator, train_dataset=windows, eval_dataset=windows)
 
 
 @pytest.mark.parametrize("collator", [None, collate_windows])
-def test_plain_trainer_trains_on_nanogpts_targets_and_evaluates_them_where_label_names_says_so(tmp_path, collator):
+def test_plain_trainer_trains_on_nanogpts_targets_and_evaluates_them_if_label_names_names_them(tmp_path, collator):
     settings = {"label_names": ["shift_labels"], "per_device_eval_batch_size": 8, "max_grad_norm": 0.0}
     trainer = make_windows_trainer(tmp_path, collator, **settings)
     with torch.no_grad():

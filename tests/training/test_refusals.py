@@ -1,4 +1,4 @@
-"""What Trainer takes and NanoGPTTrainer would ignore is refused by name; what it obeys or needs not is taken."""
+"""What Trainer uses and NanoGPTTrainer would ignore is refused by name; what it uses or does not need is accepted."""
 
 import pytest
 from transformers import TrainingArguments
@@ -12,10 +12,10 @@ from ..helpers.trace import TRACE_DIR
 
 
 def compute(*args, **kwargs):
-    """Stands in for what users write."""
+    """A function like those that users write."""
 
 
-# Each with a value that is not Trainer's default, and what the error says of it.
+# Each with a value that is not Trainer's default, and the error's text about it.
 ASKED = {
     "data_collator": (compute, "give train_batch_sampler"),
     "compute_loss_func": (compute, "use plain Trainer"),
@@ -38,7 +38,7 @@ ASKED = {
     "warmup_steps": (10, "set decay_lr, warmup_iters"),
     "seed": (0, "give random_state"),
     "data_seed": (0, "give random_state"),
-    # Not in every release, or not to be made in one process: set once the arguments are made.
+    # Not in every release, or impossible in one process: set after the arguments are made.
     "group_by_length": (True, "give train_batch_sampler"),
     "warmup_ratio": (0.1, "set decay_lr, warmup_iters"),
     "parallelism_config": (object(), "use DDP, or fsdp=True"),
@@ -71,12 +71,12 @@ def test_what_would_be_ignored_is_refused_by_name(tmp_path, name):
         make_trainer(tmp_path, **{name: value})
 
 
-def test_all_that_would_be_ignored_is_named_at_once(tmp_path):
+def test_everything_that_would_be_ignored_is_named_at_once(tmp_path):
     with pytest.raises(ConversionError, match=r"got compute_metrics=.*, label_smoothing_factor=0\.1 .*, seed=7 "):
         make_trainer(tmp_path, seed=7, label_smoothing_factor=0.1, compute_metrics=compute)
 
 
-def test_what_changes_nothing_is_taken(tmp_path):
+def test_what_changes_nothing_is_accepted(tmp_path):
     same = {"data_collator": collate_windows, "compute_metrics": None, "seed": 1337, "optim": "adamw_torch"}
     sampler = [[0]]
     trainer = make_trainer(tmp_path, per_device_eval_batch_size=4, train_batch_sampler=sampler, **same)

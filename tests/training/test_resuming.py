@@ -1,4 +1,4 @@
-"""Going on in NanoGPTTrainer: what is written together has seen the same updates; what the run asks for now goes."""
+"""Resuming in NanoGPTTrainer: all parts of a checkpoint have the same updates; the new run's settings are used."""
 
 import functools
 import shutil
@@ -11,16 +11,10 @@ import torch
 from transformers import TrainerCallback
 
 from hugging_nano_gpt import CheckpointError, NanoGPTLMHeadModel, read_checkpoint
-from hugging_nano_gpt.training import (
-    NanoGPTSchedule,
-    compute_lr,
-    drawing,
-    make_optimizer,
-    read_optimizer,
-)
+from hugging_nano_gpt.training import NanoGPTSchedule, compute_lr, drawing, make_optimizer, read_optimizer
 from hugging_nano_gpt.training import trainer as trainer_module
 
-from ..conftest import assert_same
+from ..helpers.comparison import assert_same
 from ..helpers.trace import CONFIG, START, STEPS, list_offsets, load_start, make_trainer, train_by_hand
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": None, "logging_steps": 1}
@@ -35,7 +29,7 @@ def saved(tmp_path_factory):
 
 
 def change_settings(trainer, **changes):
-    """Lets a trainer ask for other settings than the recorded run."""
+    """Makes a trainer with other settings than the recorded run."""
     trainer.training_state = replace(trainer.training_state, config={**trainer.config, **changes})
     trainer.args.learning_rate = changes.get("learning_rate", trainer.args.learning_rate)
     return trainer
@@ -51,7 +45,7 @@ def list_steps(trainer):
 
 
 def assert_written_together(trainer, folder, iter_num):
-    """Asserts that a checkpoint holds weights and moments of one moment, the trainer's."""
+    """Asserts that the weights and moments of a checkpoint are both the trainer's current ones."""
     trainer.save_nanogpt_ckpt(folder / "ckpt.pt")
     written = read_checkpoint(folder / "ckpt.pt")
     state = written.training_state
@@ -74,7 +68,7 @@ def assert_ends_as_whole(trainer, n_updates):
     assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), train_whole(n_updates), strict=True))
 
 
-# What the run asks for now
+# Settings of the new run
 
 
 @pytest.mark.parametrize(
@@ -90,7 +84,7 @@ def assert_ends_as_whole(trainer, n_updates):
     ],
     ids=str,
 )
-def test_resume_takes_the_schedule_asked_for_now(saved, tmp_path, changes):
+def test_resume_uses_the_schedule_of_the_new_run(saved, tmp_path, changes):
     config = {**CONFIG, **changes}
     trainer = change_settings(make_trainer(tmp_path, load_start(), STEPS[:4], logging_steps=1), **changes)
     trainer.train(resume_from_checkpoint=str(saved / "checkpoint-2"))
@@ -99,7 +93,7 @@ def test_resume_takes_the_schedule_asked_for_now(saved, tmp_path, changes):
     assert rates != [compute_lr(iter_num, CONFIG) for iter_num in (102, 103)]
 
     ends = []
-    for settings in (config, CONFIG):  # by hand: train.py reads weights and moments, and sets its own rate
+    for settings in (config, CONFIG):  # in a plain loop: train.py reads weights and moments, and sets its own rate
         model = load_start().train()
         optimizer = make_optimizer(model, state=START.training_state.optimizer)
         train_by_hand(model, optimizer, STEPS[:2])
@@ -123,7 +117,7 @@ def test_schedule_loads_the_number_of_updates_and_keeps_its_settings():
     assert schedule.get_last_lr() == [compute_lr(151, config)]
 
 
-def test_settings_that_the_moments_bring_are_told(tmp_path, caplog):
+def test_settings_that_come_with_the_moments_are_logged(tmp_path, caplog):
     trainer = make_trainer(tmp_path, load_start(), STEPS[:1], weight_decay=0.3, adam_beta2=0.999)
     trainer.train()
     assert {(group["weight_decay"], group["betas"]) for group in trainer.optimizer.param_groups} == {
@@ -135,13 +129,13 @@ def test_settings_that_the_moments_bring_are_told(tmp_path, caplog):
     assert "betas: the arguments ask for (0.9, 0.999), the moments come with (0.9, 0.95)" in text
 
 
-def test_settings_that_are_those_of_the_moments_are_not_told(tmp_path, caplog):
+def test_settings_equal_to_those_of_the_moments_are_not_logged(tmp_path, caplog):
     make_trainer(tmp_path, load_start(), STEPS[:1]).train()
     assert "the arguments ask" not in caplog.text
 
 
-def test_update_that_fp16_skips_counts_in_the_schedule(tmp_path):
-    """train.py counts it, Trainer steps its scheduler only after an update that was made."""
+def test_update_that_fp16_skips_is_counted_in_the_schedule(tmp_path):
+    """train.py counts such an update; Trainer steps its scheduler only after updates that were made."""
     trainer = make_trainer(tmp_path, load_start(), STEPS[:4], logging_steps=1)
 
     class SkipSecond(TrainerCallback):
@@ -154,11 +148,11 @@ def test_update_that_fp16_skips_counts_in_the_schedule(tmp_path):
     assert trainer.optimizer.param_groups[0]["lr"] == compute_lr(104, CONFIG)
 
 
-# What weights and moments have seen
+# The updates in weights and moments
 
 
 @pytest.mark.parametrize("n_updates", [(2, 2), (1, 3), (2, 1, 1)])
-def test_train_called_again_goes_on_where_it_ended(tmp_path, n_updates):
+def test_train_called_again_continues_where_it_ended(tmp_path, n_updates):
     trainer = make_trainer(tmp_path, load_start(), STEPS[: n_updates[0]], logging_steps=1)
     rates, done = [], 0
     for number in n_updates:
@@ -186,7 +180,7 @@ def test_checkpoint_saved_before_training_has_the_moments_of_the_training_state(
         trainer.optimizer = make_optimizer(trainer.model)  # made, and without moments yet
 
 
-def test_train_called_again_after_an_interruption_counts_what_was_done(tmp_path):
+def test_train_called_again_after_an_interruption_counts_the_updates_made(tmp_path):
     trainer = make_trainer(tmp_path, load_start(), STEPS[:4])
     trainer._train_batch_sampler = [*list_offsets(STEPS[:3]), [10**9], [0]]
     with pytest.raises(IndexError):
@@ -199,8 +193,8 @@ def test_train_called_again_after_an_interruption_counts_what_was_done(tmp_path)
 
 
 @pytest.mark.parametrize("given", [100, 102, 104])
-def test_resume_counts_from_the_checkpoint_whatever_state_is_given(saved, tmp_path, given):
-    """The ckpt.pt that a script loads is replaced while it trains: its iter_num is then a later one."""
+def test_resume_counts_from_the_checkpoint_with_any_state_given(saved, tmp_path, given):
+    """The ckpt.pt that a script loads is replaced while it trains, so its iter_num is a later one."""
     trainer = make_trainer(tmp_path, load_start(), STEPS[:6])
     trainer.training_state = replace(START.training_state, iter_num=given)
     trainer.args.max_steps = 106 - given
@@ -218,7 +212,7 @@ def test_resume_in_a_trainer_that_has_trained_goes_back_to_the_checkpoint(saved,
     assert all(torch.equal(expected[name], tensor) for name, tensor in trainer.model.state_dict().items())
 
 
-def test_folder_of_a_checkpoint_says_what_its_weights_have_seen(saved):
+def test_folder_of_a_checkpoint_records_the_updates_of_its_weights(saved):
     for number in (2, 4):
         model = NanoGPTLMHeadModel.from_pretrained(saved / f"checkpoint-{number}")
         assert model.nanogpt_training_state.iter_num == 100 + number
@@ -261,7 +255,7 @@ def test_best_model_comes_with_its_moments_and_its_count(tmp_path, best_at_two, 
     assert list_rates(trainer) == [compute_lr(iter_num, CONFIG) for iter_num in (102, 103)]
 
 
-def test_best_model_saved_without_moments_begins_afresh_and_says_so(tmp_path, caplog, best_at_two):
+def test_best_model_saved_without_moments_starts_anew_and_says_so(tmp_path, caplog, best_at_two):
     trainer = make_best(tmp_path, save_only_model=True)
     trainer.train()
     assert "checkpoint-2: the best weights were saved without their moments" in caplog.text
@@ -300,14 +294,14 @@ FAULTS = {
 
 @pytest.fixture
 def broken(saved, tmp_path):
-    """A copy of the two checkpoints, of which the last is there to be damaged."""
+    """A copy of the two checkpoints, whose last one the tests damage."""
     shutil.copytree(saved, tmp_path / "out")
     return tmp_path / "out"
 
 
 @pytest.mark.parametrize("is_cut", [False, True], ids=["missing", "cut off"])
 @pytest.mark.parametrize("name", FAULTS)
-def test_checkpoint_that_is_not_whole_is_refused_and_the_last_whole_one_is_found(broken, caplog, name, is_cut):
+def test_incomplete_checkpoint_is_refused_and_the_last_complete_one_is_found(broken, caplog, name, is_cut):
     file_name, message = FAULTS[name]
     path = broken / "checkpoint-4" / file_name
     cut(path) if is_cut else path.unlink()
@@ -325,7 +319,7 @@ def test_checkpoint_that_is_not_whole_is_refused_and_the_last_whole_one_is_found
     assert_ends_as_whole(trainer, 6)
 
 
-def test_last_whole_checkpoint_is_that_of_the_highest_number(saved, broken, caplog):
+def test_last_complete_checkpoint_is_that_of_the_highest_number(saved, broken, caplog):
     shutil.copytree(broken / "checkpoint-2", broken / "checkpoint-notes")
     shutil.move(broken / "checkpoint-4", broken / "checkpoint-10")
     (broken / "checkpoint-11").write_text("a file")
@@ -349,7 +343,7 @@ def test_shards_of_the_weights_all_have_to_be_there(broken):
         trainer.train(resume_from_checkpoint=str(folder))
 
 
-def test_checkpoint_that_one_process_did_not_finish_is_not_whole(broken, caplog):
+def test_checkpoint_that_one_process_did_not_finish_is_incomplete(broken, caplog):
     path = broken / "checkpoint-4" / "nanogpt_next_batch_0.json"
     path.write_text(path.read_text().replace('"world_size": 1', '"world_size": 2'))
     trainer = make_trainer(broken, load_start(), STEPS[:5])
@@ -359,8 +353,8 @@ def test_checkpoint_that_one_process_did_not_finish_is_not_whole(broken, caplog)
     assert "not whole are 'checkpoint-4'" in caplog.text
 
 
-def test_kept_checkpoint_goes_only_when_the_next_one_is_whole(tmp_path, monkeypatch):
-    """A kill while the second one is saved, at the last file that Trainer does not write."""
+def test_kept_checkpoint_is_removed_only_when_the_next_one_is_complete(tmp_path, monkeypatch):
+    """The process is killed while the second one is saved, before the last file, which is not Trainer's."""
     model, write = load_start(), drawing.write_next_batch
 
     def write_and_be_killed(folder, *args):
@@ -379,7 +373,7 @@ def test_kept_checkpoint_goes_only_when_the_next_one_is_whole(tmp_path, monkeypa
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-6"]
 
 
-def test_without_a_whole_checkpoint_there_is_nothing_to_resume_from(broken):
+def test_without_a_complete_checkpoint_resume_is_refused(broken):
     trainer = make_trainer(broken, load_start(), STEPS[:6])
     with pytest.raises(CheckpointError, match=r"no-such: not a whole checkpoint of Trainer's: .*got no such folder"):
         trainer.train(resume_from_checkpoint=str(broken / "no-such"))

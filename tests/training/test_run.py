@@ -1,4 +1,4 @@
-"""run_training, and the command over it: what ckpt.pt holds is what an independent run in train.py's order holds."""
+"""run_training and its command: ckpt.pt has the same contents as that of an independent run in train.py's order."""
 
 import json
 import re
@@ -40,14 +40,14 @@ def test_run_from_scratch_writes_the_bits_of_train_pys_order(tmp_path, changes):
     )
 
 
-def test_only_the_best_is_saved_where_always_save_checkpoint_is_off(tmp_path):
-    """The losses of this run go up at its end, or the case above would say nothing."""
+def test_only_the_best_is_saved_if_always_save_checkpoint_is_off(tmp_path):
+    """The losses of this run rise at its end; otherwise the test above would show nothing."""
     train(tmp_path, **CHANGES["only the best"])
     assert read_checkpoint(tmp_path / "out" / "ckpt.pt").training_state.iter_num < SETTINGS["max_iters"]
 
 
 def test_run_resumed_from_ckpt_pt_writes_the_bits_of_train_pys_order(tmp_path):
-    """Its first evaluation, before any update, saves; its own count of updates is not nanoGPT's."""
+    """The first evaluation saves before any update; Trainer's count of updates is not nanoGPT's."""
     changes = {"max_iters": 9, "eval_interval": 3}
     saved = run_reference({"max_iters": 5, "eval_interval": 5}).run().saved
     train(tmp_path, max_iters=5, eval_interval=5)
@@ -57,9 +57,9 @@ def test_run_resumed_from_ckpt_pt_writes_the_bits_of_train_pys_order(tmp_path):
     assert list_differences(flatten_checkpoint(tmp_path / "out" / "ckpt.pt"), expected) == []
 
 
-def test_run_that_stopped_goes_on_to_the_bits_of_one_that_did_not(tmp_path):
+def test_run_that_stopped_and_resumed_has_the_bits_of_one_that_did_not(tmp_path):
     train(tmp_path, out_dir="whole")
-    train(tmp_path, max_iters=4)  # makes a fifth update, as train.py does, after its last checkpoint
+    train(tmp_path, max_iters=4)  # like train.py, makes a fifth update after its last checkpoint
     trainer = train(tmp_path, resume=True)
     assert trainer.state.global_step == trainer.iter_num == 13
     found, expected = (flatten_checkpoint(tmp_path / name / "ckpt.pt") for name in ("out", "whole"))

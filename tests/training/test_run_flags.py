@@ -1,4 +1,4 @@
-"""What `hugging-nano-gpt train` has beside train.py: loggers and savings of memory; and GPT-2 as a start."""
+"""Options of `hugging-nano-gpt train` that train.py lacks: loggers and savings of memory; and starting from GPT-2."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ SHORT = {"max_iters": 4, "eval_interval": 2}
 
 
 def run_train(folder, *flags, **changes):
-    """Runs the command in a folder, and returns what its ckpt.pt holds."""
+    """Runs the command in a folder and returns the contents of its ckpt.pt."""
     settings = {**SETTINGS, **SHORT, "out_dir": "out-flags", **changes}
     result = run_command("train", *(f"--{name}={value}" for name, value in settings.items()), *flags, cwd=folder)
     assert (result.returncode, result.stderr) == (0, "")
@@ -33,14 +33,14 @@ def run_train(folder, *flags, **changes):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """What the ckpt.pt of the run without flags holds."""
+    """The contents of the ckpt.pt of the run without flags."""
     folder = tmp_path_factory.mktemp("plain")
     train(folder, **SHORT)
     return flatten_checkpoint(folder / "out" / "ckpt.pt")
 
 
 def test_gradient_checkpointing_computes_twice_and_changes_no_bit(tmp_path, plain, monkeypatch):
-    """Dropout masks are drawn again in the backward pass, with the next batch drawn in between."""
+    """Dropout masks are drawn again in the backward pass, although the next batch is drawn in between."""
     passes = []
     forward = NanoGPTMLP.forward
     monkeypatch.setattr(NanoGPTMLP, "forward", lambda *args, **kwargs: passes.append(1) or forward(*args, **kwargs))
@@ -54,16 +54,16 @@ def test_gradient_checkpointing_computes_twice_and_changes_no_bit(tmp_path, plai
     assert counts[1] - counts[0] == n_updates * SETTINGS["gradient_accumulation_steps"] * SETTINGS["n_layer"]
 
 
-# Each chunk's sum is rounded by itself; a few updates of AdamW make 1e-7 of the gradients more.
+# Each chunk's sum is rounded separately; a few updates of AdamW amplify 1e-7 of the gradients.
 @pytest.mark.parametrize(("flags", "tolerance"), [(["--loss-chunk-size=7"], 1e-4), (["--bf16"], 0.05)])
 def test_flags_that_change_the_arithmetic_change_the_numbers_a_little(tmp_path, plain, flags, tolerance):
     found = run_train(make_workplace(tmp_path), *flags)
     assert 0 < find_largest_difference(found, plain) < tolerance
 
 
-def test_bf16_goes_before_the_dtype_asked_for(monkeypatch):
+def test_bf16_overrides_the_dtype(monkeypatch):
     """train.py's default dtype may be float16, and Trainer refuses both."""
-    monkeypatch.setattr(arguments, "NanoGPTArguments", dict)  # the true ones ask for a GPU
+    monkeypatch.setattr(arguments, "NanoGPTArguments", dict)  # the real ones need a GPU
     settings = {**SETTINGS, "device": "cuda", "dtype": "float16"}
     for bf16 in (False, True):
         args = run._make_arguments(settings, 0, False, [], bf16=bf16, fsdp=False)
@@ -71,7 +71,7 @@ def test_bf16_goes_before_the_dtype_asked_for(monkeypatch):
 
 
 class NoteLogs(TrainerCallback):
-    """Stands in for a logger that is not installed here."""
+    """Replaces a logger that is not installed here."""
 
     logs: list = []
 
@@ -101,7 +101,7 @@ def test_report_to_logs_updates_and_evaluations_and_changes_no_bit(tmp_path, pla
 
 
 class NoteScalars(integration_utils.TensorBoardCallback):
-    """Trainer's logger without TensorBoard, of whose writer it takes the place."""
+    """Trainer's logger with this class instead of TensorBoard's writer."""
 
     def __init__(self):
         self.tb_writer, self.logging_dir, self.scalars = self, "", []
@@ -116,7 +116,7 @@ class NoteScalars(integration_utils.TensorBoardCallback):
 
 
 def test_tensorboard_shows_train_pys_names_and_the_history_keeps_trainers(tmp_path, monkeypatch):
-    """Through Trainer's own callback, whose names are wandb's, trackio's and others' too."""
+    """With Trainer's own callback, whose names wandb, trackio and others use too."""
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", NoteScalars)
     monkeypatch.setattr(loggers, "get_available_reporting_integrations", lambda: ["tensorboard"])
     trainer = train(tmp_path, **SHORT, report_to="tensorboard")
@@ -131,7 +131,7 @@ def test_tensorboard_shows_train_pys_names_and_the_history_keeps_trainers(tmp_pa
     assert names <= {name for entry in trainer.state.log_history for name in entry}
 
 
-def test_wandb_is_one_logger_with_train_pys_project_however_it_is_asked_for(monkeypatch):
+def test_wandb_is_one_logger_with_train_pys_project_with_either_setting(monkeypatch):
     monkeypatch.setattr(loggers, "get_available_reporting_integrations", lambda: ["wandb"])
     monkeypatch.setattr(arguments, "NanoGPTArguments", dict)
     for wandb_log, report_to in ((True, "none"), (False, ["wandb"]), (True, "wandb")):
@@ -158,7 +158,7 @@ def test_trackio_has_train_pys_project(monkeypatch):
         ("trackio", MissingDependencyError, r"report_to: trackio is not installed; pip install trackio"),
     ],
 )
-def test_logger_that_is_not_there_is_refused_before_the_run(tmp_path, monkeypatch, report_to, error, message):
+def test_logger_that_is_not_installed_is_refused_before_the_run(tmp_path, monkeypatch, report_to, error, message):
     monkeypatch.setattr(loggers, "get_available_reporting_integrations", list)
     with pytest.raises(error, match=message), contextlib.chdir(make_workplace(tmp_path)):
         run_training(SETTINGS, report_to=report_to)
@@ -172,7 +172,7 @@ def test_fsdp_without_torchrun_is_refused(tmp_path):
 
 
 def save_gpt2(folder, n_positions):
-    """Saves a stock GPT-2 with random weights; returns them as nanoGPT has them."""
+    """Saves a stock GPT-2 with random weights; returns them under nanoGPT's names."""
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": VOCAB_SIZE}
     gpt2 = make_gpt2(**shape, n_positions=n_positions, bos_token_id=0, eos_token_id=0)
     gpt2.save_pretrained(folder)
@@ -181,7 +181,7 @@ def save_gpt2(folder, n_positions):
 
 
 def test_run_from_gpt2_writes_the_bits_of_train_pys_order(tmp_path):
-    """A folder in the working directory goes before the Hub."""
+    """A folder in the working directory is used before the Hub."""
     weights = save_gpt2(make_workplace(tmp_path) / "gpt2-toy", SETTINGS["block_size"])
     found = run_train(tmp_path, init_from="gpt2-toy")
     reference = ReferenceRun({**SETTINGS, **SHORT}, TRACE_DIR, VOCAB_SIZE)
@@ -213,7 +213,7 @@ def test_run_from_gpt2_prints_train_pys_lines(tmp_path, capsys):
 @pytest.mark.nanogpt
 @skip_without_nanogpt
 def test_run_from_gpt2_writes_train_pys_own_bits(tmp_path):
-    """With model.py's table of GPT-2's sizes made small, and its crop to block_size."""
+    """Uses model.py's table of GPT-2's sizes, made small, and its crop to block_size."""
     save_gpt2(make_workplace(tmp_path) / "gpt2", 2 * SETTINGS["block_size"])
     link_scripts(tmp_path)
     source = (tmp_path / "model.py").read_text()

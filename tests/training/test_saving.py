@@ -1,4 +1,4 @@
-"""A full disk while Trainer saves ends in an error that says so, and what was saved before is still there."""
+"""A full disk while Trainer saves gives an error that says so, and what was saved before still exists."""
 
 import pytest
 from transformers import Trainer
@@ -6,7 +6,7 @@ from transformers import Trainer
 from hugging_nano_gpt import CheckpointError
 from hugging_nano_gpt.training.trainer_checkpoint import explain_full_disk
 
-from ..conftest import limit_file_size
+from ..helpers.limits import limit_file_size
 from ..helpers.programs import run_command
 from ..helpers.toy_run import SETTINGS, flatten_checkpoint, list_differences, make_workplace, train
 from ..helpers.trace import STEPS, load_start, make_trainer
@@ -16,7 +16,7 @@ FULL = r"checkpoint-2: cannot be written whole: the disk is full, or a quota .* 
 
 @pytest.fixture
 def saved(tmp_path):
-    """A trainer's folder with the checkpoint after its first update, and what one that went on from it has."""
+    """A trainer with the checkpoint of its first update in its folder, about to make the second."""
     settings = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
     make_trainer(tmp_path, load_start(), STEPS[:1], **settings).train()
     return make_trainer(tmp_path, load_start(), STEPS[:2], **settings)
@@ -32,18 +32,18 @@ def test_full_disk_while_trainer_saves_is_named_and_the_checkpoint_before_stays(
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
-def test_full_disk_while_the_model_alone_is_saved_is_named(saved, tmp_path):
+def test_full_disk_while_only_the_model_is_saved_is_named(saved, tmp_path):
     with limit_file_size(30_000), pytest.raises(CheckpointError, match="alone: cannot be written whole: the disk is"):
         saved.save_model(str(tmp_path / "alone"))
 
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error"), PermissionError(13, "Permission denied")], ids=str)
-def test_other_errors_while_saving_stay_what_they_are(error):
+def test_other_errors_while_saving_are_not_changed(error):
     with pytest.raises(type(error), match=r"CUDA error|Permission denied"), explain_full_disk("out"):
         raise error
 
 
-def test_full_disk_in_the_command_is_named_and_the_run_goes_on_from_the_checkpoint_before(tmp_path, monkeypatch):
+def test_full_disk_in_the_command_is_named_and_the_run_resumes_from_the_checkpoint_before(tmp_path, monkeypatch):
     changes = {"max_iters": 8, "eval_interval": 4}
     settings = [f"--{name}={value}" for name, value in {**SETTINGS, **changes}.items()]
     save = Trainer._save_optimizer_and_scheduler

@@ -1,4 +1,4 @@
-"""Values of settings that train.py cannot run with are refused by name, and those that it can run with are taken."""
+"""Values of settings that train.py cannot run with are refused by name; all others are accepted."""
 
 import math
 
@@ -26,7 +26,7 @@ WRONG = [
     ("out_dir", ""),
 ]
 
-# Of each, train.py makes the run that the test below makes with some of them.
+# train.py runs with each of these; a test below makes the run with some of them.
 RIGHT = [
     *(("max_iters", value) for value in (0, -1, 6e5)),
     *(("warmup_iters", value) for value in (0, -3, 20)),
@@ -50,7 +50,7 @@ def test_value_that_train_py_cannot_run_with_is_refused_by_name(name, value):
 
 
 @pytest.mark.parametrize(("name", "value"), RIGHT, ids=str)
-def test_value_that_train_py_takes_is_taken(name, value):
+def test_value_that_train_py_accepts_is_accepted(name, value):
     check_settings({**SETTINGS, name: value})
 
 
@@ -61,7 +61,7 @@ def test_every_bad_setting_is_named_at_once():
     assert all(f"{name}: expected" in str(caught.value) for name in bad)
 
 
-def test_defaults_of_train_py_are_taken():
+def test_defaults_of_train_py_are_accepted():
     check_settings(TRAIN_DEFAULTS)
 
 
@@ -92,7 +92,7 @@ def test_learning_rate_where_train_py_divides_by_zero_is_refused_by_name():
 
 
 @pytest.mark.parametrize("changes", [{"batch_size": 0}, {"dtype": "bf16"}, {"device": "cud"}, {"log_interval": 0}])
-def test_run_with_a_value_that_train_py_cannot_run_with_does_not_begin(tmp_path, capsys, changes):
+def test_run_with_a_value_that_train_py_cannot_run_with_does_not_start(tmp_path, capsys, changes):
     with pytest.raises(ConversionError, match=f"settings: {next(iter(changes))}: expected"):
         train(tmp_path, **changes)
     assert capsys.readouterr().out == ""
@@ -100,7 +100,7 @@ def test_run_with_a_value_that_train_py_cannot_run_with_does_not_begin(tmp_path,
 
 
 @pytest.mark.parametrize("device", ["meta", "xpu"])
-def test_run_on_a_device_that_is_not_here_does_not_begin(tmp_path, capsys, device):
+def test_run_on_a_missing_device_does_not_start(tmp_path, capsys, device):
     with pytest.raises(DeviceError, match=rf"device: expected .*cpu.* got '{device}'"):
         train(tmp_path, device=device)
     assert capsys.readouterr().out == ""
@@ -124,7 +124,7 @@ def test_arguments_of_a_config_that_train_py_cannot_run_with_are_refused(name):
         training_arguments_from_nanogpt({**SETTINGS, name: value})
 
 
-def test_arguments_ask_nothing_of_settings_that_they_do_not_use():
+def test_arguments_do_not_check_settings_that_they_do_not_use():
     training_arguments_from_nanogpt(
         {**SETTINGS, "n_head": 3, "dataset": None, "wandb_run_name": None, "block_size": 0}
     )

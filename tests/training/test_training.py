@@ -46,14 +46,14 @@ pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 def measure_distance(model, optimizer, expected=None):
-    """Returns how far parameters and moments are from expected ones; without any, from those that nanoGPT reached."""
+    """Returns the largest difference of parameters and moments from expected ones, by default nanoGPT's."""
     parameters, moments = expected or (END.state_dict, flatten_moments(END.training_state.optimizer.moments))
     found = flatten_moments(read_optimizer(optimizer, model).moments)
     return max(find_largest_difference(model.state_dict(), parameters), find_largest_difference(found, moments))
 
 
 def assert_same_settings(left, right):
-    """Compares what both have: each torch knows settings that older ones do not."""
+    """Compares what both have, because each torch has settings that older ones lack."""
     for ours, theirs in zip(left.settings, right.settings, strict=True):
         assert len(ours.keys() & theirs.keys()) >= 10
         assert all(ours[key] == theirs[key] for key in ours.keys() & theirs.keys())
@@ -110,7 +110,7 @@ class SummedMicroSteps(NanoGPTTrainer):
 
 
 def add_labels(trainer_class, make_labels):
-    """Makes a trainer whose batches have labels, from which Trainer counts the tokens that it divides the loss by."""
+    """Makes a trainer whose batches have labels; Trainer divides the loss by their number."""
 
     class WithLabels(trainer_class):
         def get_train_dataloader(self):
@@ -139,7 +139,7 @@ class DecayedNorms(NanoGPTTrainer):
 
 
 class LateSchedule(NanoGPTTrainer):
-    """Begins the schedule one update late."""
+    """Starts the schedule one update late."""
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         self.lr_scheduler = NanoGPTSchedule(self.optimizer, CONFIG, iter_num=99)
@@ -147,7 +147,7 @@ class LateSchedule(NanoGPTTrainer):
 
 
 class ForgottenMoments(NanoGPTTrainer):
-    """Starts AdamW afresh, as every converter script does."""
+    """Starts AdamW without moments, as every converter script does."""
 
     def create_optimizer(self, model=None):
         self.optimizer = make_optimizer(self.model, self._settings())
@@ -156,7 +156,7 @@ class ForgottenMoments(NanoGPTTrainer):
 
 @pytest.fixture(scope="module")
 def after_20(two_threads):
-    """Parameters and moments after the first 20 recorded updates: what is wrong shows in them already."""
+    """Parameters and moments after the first 20 recorded updates, which is enough to detect an error."""
     model, optimizer, _ = replay_by_hand(STEPS[:20])
     return model.state_dict(), flatten_moments(read_optimizer(optimizer, model).moments)
 
@@ -265,7 +265,7 @@ def test_evaluate_logs_both_losses_under_nanogpts_names(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["<u2", "<i4"])
-def test_ids_that_the_model_does_not_have_are_refused_before_they_train(tmp_path, dtype):
+def test_ids_that_the_model_does_not_have_are_refused_before_training(tmp_path, dtype):
     tokens = np.zeros(100, dtype=dtype)
     tokens[50] = 31
     np.save(tmp_path / "tokens.npy", tokens)
@@ -288,7 +288,7 @@ def test_schedule_equals_the_recorded_one_exactly():
     ("iter_num", "expected"),
     [(0, 3e-3 * 1 / 11), (9, 3e-3 * 10 / 11), (10, 3e-3), (200, 3e-4), (201, 3e-4), (10**6, 3e-4)],
 )
-def test_schedule_at_its_corners_is_nanogpts(iter_num, expected):
+def test_schedule_at_its_edge_cases_is_nanogpts(iter_num, expected):
     assert compute_lr(iter_num, CONFIG) == pytest.approx(expected, rel=1e-15)
 
 

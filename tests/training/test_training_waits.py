@@ -1,4 +1,4 @@
-"""What a GPU needs of training, seen without one: nothing that waits for it, TF32, one GPU a process."""
+"""Training on a GPU, tested without one: nothing waits for the GPU, TF32 is on, each process uses one GPU."""
 
 import math
 
@@ -39,7 +39,7 @@ def test_batches_go_to_a_gpu_from_pinned_memory_without_waiting(trainer, monkeyp
 
 
 def test_loss_that_is_no_number_is_logged_as_such(tmp_path):
-    """Trainer's filter, which waits for the loss of each micro-step, would log another number."""
+    """Trainer's filter waits for the loss of each micro-step, and would log another number."""
     model = load_start()
     model.transformer.ln_f.weight.data.fill_(math.nan)
     trainer = make_trainer(tmp_path, model, STEPS[:2], logging_steps=1)
@@ -62,7 +62,7 @@ def test_parameters_are_counted_once(trainer, monkeypatch):
 @pytest.mark.parametrize(
     ("device", "is_there", "expected"), [("cuda", True, True), ("cuda", False, None), ("cpu", True, None)]
 )
-def test_tf32_is_on_where_a_gpu_has_it_as_in_train_py(monkeypatch, device, is_there, expected):
+def test_tf32_is_on_if_a_gpu_has_it_as_in_train_py(monkeypatch, device, is_there, expected):
     monkeypatch.setattr(arguments, "is_torch_tf32_available", lambda: is_there)
     monkeypatch.setattr(arguments, "NanoGPTArguments", dict)
     args, _ = training_arguments_from_nanogpt({**CONFIG, "device": device})
@@ -70,7 +70,7 @@ def test_tf32_is_on_where_a_gpu_has_it_as_in_train_py(monkeypatch, device, is_th
 
 
 @pytest.mark.parametrize(("device", "is_said"), [("cuda:1", True), ("cuda:0", False), ("cuda", False), ("cpu", False)])
-def test_another_gpu_than_the_first_is_said_to_be_left_out(monkeypatch, device, is_said):
+def test_another_gpu_than_the_first_is_reported_as_unused(monkeypatch, device, is_said):
     monkeypatch.setattr(arguments, "NanoGPTArguments", dict)
     _, left = training_arguments_from_nanogpt({**CONFIG, "device": device})
     assert left.get("device") == (

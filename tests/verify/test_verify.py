@@ -10,31 +10,20 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from hugging_nano_gpt import (
-    CheckpointError,
-    NanoGPTLMHeadModel,
-    VerifyReport,
-    export_gpt2,
-    verify_against_nanogpt,
-    verify_models,
-)
+from hugging_nano_gpt import CheckpointError, NanoGPTLMHeadModel, export_gpt2, verify_against_nanogpt, verify_models
 from hugging_nano_gpt.convert import pretrained
 from hugging_nano_gpt.demo import CKPT_PATH
 from hugging_nano_gpt.model.fast_nano_gpt import PreallocatedLayer
 from hugging_nano_gpt.verify.compare import describe_difference, measure_difference
 from hugging_nano_gpt.verify.computing import have_same_bits
 
-from ..conftest import save
+from ..helpers.contents import HEAD, WTE, save, swap
+from ..helpers.folders import DOCS_DIR
+from ..helpers.reports import find_wrong
 from ..helpers.tiny import FIXTURES_DIR, MODEL_ARGS, make_model
 
-DOCS = (Path(__file__).parents[2] / "docs" / "verify.md").read_text()
-WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
+DOCS = (DOCS_DIR / "verify.md").read_text()
 C_FC = "transformer.h.1.mlp.c_fc.weight"
-
-
-@pytest.fixture
-def ckpt_path(contents, tmp_path) -> Path:
-    return save(contents, tmp_path)
 
 
 @pytest.fixture
@@ -52,16 +41,6 @@ def save_changed(contents, tmp_path: Path) -> Path:
     folder = tmp_path / "changed"
     folder.mkdir()
     return save(contents, folder)
-
-
-def find_wrong(report: VerifyReport) -> dict[str, str]:
-    """Returns the detail of every check that failed, by its name."""
-    assert report.is_equal == all(check.is_equal for check in report.checks)
-    return {check.name: check.detail for check in report.checks if not check.is_equal}
-
-
-def swap(tensors, one: str, other: str) -> None:
-    tensors[one], tensors[other] = tensors[other], tensors[one]
 
 
 def flip_bit(tensor: torch.Tensor, index: tuple[int, ...], bit: int = 0) -> None:

@@ -10,11 +10,10 @@ from hugging_nano_gpt import NanoGPTLMHeadModel, verify_models
 from hugging_nano_gpt.demo import CKPT_PATH as DEMO_CKPT_PATH
 from hugging_nano_gpt.model.configuration_nano_gpt import ACTIVATION_FUNCTIONS
 
-from ..conftest import save
+from ..helpers.contents import HEAD, save, swap
 from ..helpers.programs import run_command
 from ..helpers.scripts import NANOGPT_DIR, skip_without_nanogpt
 from ..helpers.trace import TRACE_DIR
-from .test_verify import HEAD, swap
 
 CKPT_PATH = TRACE_DIR / "ckpt_200.pt"
 

@@ -16,12 +16,11 @@ from hugging_nano_gpt import NanoGPTLMHeadModel, VerifyError, verify_against_nan
 from hugging_nano_gpt.demo import CKPT_PATH
 from hugging_nano_gpt.verify import nanogpt
 
-from ..conftest import save
+from ..helpers.contents import save
+from ..helpers.folders import ROOT
 from ..helpers.processes import run_script_forked
+from ..helpers.reports import find_wrong
 from ..helpers.scripts import NANOGPT_DIR, skip_without_nanogpt
-from .test_verify import find_wrong
-
-ROOT = Path(__file__).parents[2]
 
 # The parts of nanoGPT's model.py that the comparison uses, around the independent reference.
 MODEL_PY = """
@@ -116,11 +115,6 @@ def make_checkout(tmp_path, monkeypatch):
     yield make
     assert [path.name for path in checkout.iterdir()] in ([], ["model.py"])
     assert not list(temporary.iterdir())
-
-
-@pytest.fixture
-def ckpt_path(contents, tmp_path) -> Path:
-    return save(contents, tmp_path)
 
 
 def test_equal_model_is_bitwise_equal_from_any_folder(not_forked, ckpt_path, make_checkout, monkeypatch, capfd):
