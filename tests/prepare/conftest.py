@@ -10,7 +10,7 @@ import hugging_nano_gpt.prepare.sources as sources
 import hugging_nano_gpt.prepare.tokens as tokens
 import hugging_nano_gpt.tokenization.bpe as bpe
 
-from ..tokenization.test_bpe import make_encoding
+from ..helpers.encodings import make_encoding
 
 WORDS = (
     "the king hath spoken to his daughter; and she wept. It's caf\xe9 \u4e2d\u6587\u3002 1234567 \U0001f642 O!".split()

@@ -10,9 +10,9 @@ import hugging_nano_gpt.tokenization.bpe as bpe
 from hugging_nano_gpt import NanoGPTLMHeadModel, TokenizerError, find_tokenizer, prepare_data
 from hugging_nano_gpt.tokenization.find import load_named, read_data_vocab_size
 
+from ..helpers.encodings import make_gpt2_encoding
 from ..helpers.programs import run_command
 from ..helpers.scripts import link_scripts, run_script, skip_without_nanogpt
-from ..tokenization.test_bpe import make_gpt2_encoding
 from .conftest import make_text
 
 TRAIN = (

@@ -12,7 +12,7 @@ from hugging_nano_gpt import TokenizerError, build_character_tokenizer, build_ti
 from hugging_nano_gpt.demo import META_PATH
 from hugging_nano_gpt.prepare.tokens import TokenizerTokens, cut_text
 
-from ..tokenization.test_bpe import PATTERNS, make_encoding, make_texts
+from ..helpers.encodings import PATTERNS, make_encoding, make_texts
 
 BEHIND_SPACE = re.compile(r"\s(?=\S)")
 
