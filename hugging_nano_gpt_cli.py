@@ -109,7 +109,7 @@ _COMPUTING = (
 )
 _SAMPLING = (
     _option("num_samples", int, min=1, default=10, help="Number of samples."),
-    _option("max_new_tokens", int, min=1, default=500, help="Tokens of each sample, past block_size too."),
+    _option("max_new_tokens", int, min=1, default=500, help="Most tokens of each sample, past block_size too."),
     _option("temperature", float, min=0, default=0.8, help="Divides the logits; 0 is greedy."),
     _option("top_k", int, min=0, default=200, help="Number of likeliest tokens to sample from; 0 for all."),
     _option("seed", int, default=1337, help="Seed of the random numbers."),

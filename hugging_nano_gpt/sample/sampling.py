@@ -60,7 +60,7 @@ def sample_text(
         source: What load_source takes: a checkpoint file, a saved folder or a Hub id.
         prompt: Text to continue, or FILE:name for the text of a file, as in sample.py.
         num_samples: Number of samples.
-        max_new_tokens: Length of each in tokens, past block_size too.
+        max_new_tokens: Most tokens of each, past block_size too.
         temperature: Divides the logits; 0 always takes the likeliest token.
         top_k: Number of likeliest tokens to choose among, 0 for all.
         seed: Seed of the random numbers; as in sample.py, random weights are drawn before the first sample.
@@ -137,7 +137,7 @@ class Sampler:
 
         Args:
             idx: (1, T) int64, the prompt.
-            max_new_tokens: Number of tokens to generate, past block_size too.
+            max_new_tokens: Most tokens to generate, past block_size too.
             temperature: Divides the logits; 0 always takes the likeliest token.
             top_k: Number of likeliest tokens to choose among, 0 for all.
             stride: Tokens dropped at once past block_size.

@@ -62,7 +62,7 @@ def stream_steps(
     Args:
         sampler: Model and tokenizer.
         prompt: Text to continue.
-        max_new_tokens: Length in tokens, past block_size too.
+        max_new_tokens: Most tokens, past block_size too.
         temperature: Divides the logits; more than 0.
         top_k: Number of likeliest tokens to choose among, 0 for all.
         seed: Of the random numbers.

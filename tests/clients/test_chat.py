@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shlex
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from hugging_nano_gpt import (
 )
 
 from ..helpers.folders import ROOT
+from ..helpers.programs import run_command
 from ..helpers.scripts import link_scripts, run_script, skip_without_nanogpt
 from ..helpers.serving import find_port, run_serve
 
@@ -148,11 +150,40 @@ def test_sample_py_reads_it(out_dir, tmp_path):
     assert f"<Who art thou?|>{ANSWER}|" in output
 
 
-def test_chat_md_shows_the_code_of_the_example(out_dir):
+def test_chat_md_python_runs_as_written_and_is_the_examples(example, out_dir, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out-chat").symlink_to(out_dir)
+    monkeypatch.chdir(tmp_path)
+    tokens, folder = re.findall(r"```python\n(.*?)```", DOC, flags=re.DOTALL)
+    exec(tokens, names := {})
     source = (ROOT / "examples" / "chat.py").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", DOC, flags=re.DOTALL)
-    assert len(blocks) == 2
-    assert not [block for block in blocks if block not in source]
-    assert ANSWER in DOC
+    constants, function = tokens[tokens.index("USER, ") :].split("\n\n\n")
+    assert constants in source
+    assert function in source
+    assert names["TEMPLATE"] == example.TEMPLATE
+    exec(folder, {})
+    assert capsys.readouterr().out == f"{ANSWER}<|end|>\n"
     (line,) = re.findall(r"```\n(\{.*)\n```", DOC)
     assert json.loads(line)["messages"][0] == QUESTION[0]
+
+
+def test_chat_md_commands_run_as_written(out_dir, tmp_path):
+    """What is not here is run elsewhere: the example and the server in this file, sample.py where there is nanoGPT."""
+    (tmp_path / "out-chat").symlink_to(out_dir)
+    lines = [shlex.split(line) for line in re.findall(r"^hugging-nano-gpt .*", DOC, flags=re.MULTILINE)]
+    assert [line[1] for line in lines] == ["generate", "serve", "convert"]
+    generate, _, convert = (run_command(*line[1:], cwd=tmp_path) if line[1] != "serve" else None for line in lines)
+    prompt = "<|user|>Who art thou?<|end|><|assistant|>"
+    assert (generate.stdout, generate.stderr) == (f"{prompt}{ANSWER}<|end|>\n---------------\n", "")
+    assert convert.stdout.startswith("Wrote chat-2: ")
+
+
+def test_chat_md_asks_the_server_as_written(out_dir, monkeypatch):
+    pytest.importorskip("fastapi")
+    from ..docs.test_readme import ask, find_port, serving
+
+    (curl,) = re.findall(r"^curl .*?'$", DOC, flags=re.MULTILINE | re.DOTALL)
+    port = find_port()
+    with serving(["hugging-nano-gpt", "serve", str(out_dir / "chat"), "--port", str(port)], monkeypatch):
+        words = shlex.split(curl.replace("\\\n", "").replace("8000", str(port)))
+        (choice,) = json.loads(ask(words))["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (ANSWER, "stop")

@@ -132,6 +132,7 @@ def test_readme_serves_and_asks_as_written(workplace, monkeypatch):
     with serving([*serve, "--port", str(port)], monkeypatch):
         answer = json.loads(ask([word.replace("8000", str(port)) for word in curl]))
     assert (answer["model"], answer["usage"]["completion_tokens"]) == ("shakespeare", 200)
+    assert len(answer["choices"][0]["text"].split()) > 20  # words, and not the spaces of a greedy small model
 
 
 def ask(curl):

@@ -230,4 +230,8 @@ def test_onnx_md_decodes_as_written(demo, demo_folder, tmp_path, monkeypatch, ca
     exec(block, {})
     table = read_meta(META_PATH)
     tokens = demo.generate(torch.tensor([table.encode("ROMEO:")]), max_new_tokens=100, do_sample=False)
-    assert capsys.readouterr().out == table.decode(tokens[0].tolist()) + "\n"
+    text = table.decode(tokens[0].tolist())
+    assert capsys.readouterr().out == text + "\n"
+    exec(block.replace("min(100,", "min(1000,"), {})
+    longest = capsys.readouterr().out.removesuffix("\n")
+    assert (longest[:106], len(longest)) == (text, 128)  # block_size
