@@ -125,7 +125,7 @@ _PREPARING = (
         help="char; a tiktoken encoding; bpe:N, which trains one of N tokens; or a tokenizer's folder or hub id.",
     ),
     _option("column", str | None, metavar="NAME", help="Column with the texts of documents; by default text."),
-    _option("num_proc", int, min=1, default=8, help="Threads that encode; the bytes are the same for any number."),
+    _option("num_proc", int | None, min=1, help="Threads that encode; the bytes are the same for any number."),
     _option("shard_size", int | None, min=1, help="Tokens of a shard, to write train_000000.bin and so on."),
     _FORCE,
 )

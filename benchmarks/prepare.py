@@ -87,12 +87,16 @@ def compare(folder: Path, tokenizer: str, rounds: int) -> dict[str, float]:
     if (folder / "nanoGPT" / "train.bin").read_bytes() != (folder / "ours" / "train.bin").read_bytes():
         raise SystemExit(f"{tokenizer}: expected nanoGPT's bytes, got others")
     times_s = {way: statistics.median(each["time_s"] for each in found) for way, found in samples.items()}
+    cpu_s = {way: statistics.median(each["cpu_s"] for each in found) for way, found in samples.items()}
     peaks_mb = {way: max(each["peak_bytes"] for each in found) / 1e6 for way, found in samples.items()}
-    print_table((tokenizer, "median s", "peak MB"), [(way, times_s[way], peaks_mb[way]) for way in ways])
+    rows = [(way, times_s[way], cpu_s[way], peaks_mb[way]) for way in ways]
+    print_table((tokenizer, "median s", "processor s", "peak MB"), rows)
     return {
         **{f"{way}_s": round(time_s, 3) for way, time_s in times_s.items()},
+        **{f"{way}_cpu_s": round(time_s, 3) for way, time_s in cpu_s.items()},
         **{f"{way}_peak_mb": round(peak_mb) for way, peak_mb in peaks_mb.items()},
         "time_ratio": round(times_s["ours"] / times_s["nanoGPT"], 3),
+        "one_thread_cpu_ratio": round(cpu_s["one_thread"] / cpu_s["nanoGPT"], 3),
         "one_thread_time_ratio": round(times_s["one_thread"] / times_s["nanoGPT"], 3),
     }
 
@@ -103,14 +107,15 @@ def measure(run: partial) -> dict[str, float]:
     encoding = tiktoken.Encoding(**pickle.loads((folder / "encoding.pkl").read_bytes()))
     reset_peak_bytes()
     before = read_resident_bytes("VmRSS")
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     with (
         mock.patch.object(tiktoken, "get_encoding", return_value=encoding),
         mock.patch.object(bpe, "try_to_load_from_cache", return_value=None),
         contextlib.redirect_stdout(io.StringIO()),
     ):
         run()
-    return {"time_s": time.perf_counter() - start, "peak_bytes": read_resident_bytes("VmHWM") - before}
+    times_s = {"time_s": time.perf_counter() - start, "cpu_s": time.process_time() - cpu_start}
+    return {**times_s, "peak_bytes": read_resident_bytes("VmHWM") - before}
 
 
 def run_theirs(folder: Path, tokenizer: str) -> None:

@@ -14,6 +14,8 @@ from .sources import SPLITS, Documents, Texts, open_source
 from .tokens import CharacterTokens, Tokens, cut_text, load_tokens
 from .writing import map_in_order, write_tokens
 
+_MOST_THREADS = 8  # as many as data/openwebtext/prepare.py has processes
+
 # What an earlier call may have written, and a later one replaces.
 _WRITTEN = (
     *(f"{split}{end}" for split in SPLITS for end in (".bin", "_??????.bin")),
@@ -27,7 +29,7 @@ def prepare_data(
     *,
     tokenizer: str = "gpt2",
     column: str | None = None,
-    num_proc: int = 8,
+    num_proc: int | None = None,
     shard_size: int | None = None,
     overwrite: bool = False,
     has_bar: bool = False,
@@ -47,8 +49,8 @@ def prepare_data(
         tokenizer: "char"; "gpt2" or another tiktoken encoding; a folder or Hub id of a Transformers tokenizer; or
             "bpe:N", which trains a byte-level BPE of N tokens on the train split.
         column: The column with the texts of documents; by default "text".
-        num_proc: Number of threads that encode; by default as many as data/openwebtext has processes. The bytes are
-            the same for any number.
+        num_proc: Number of threads that encode; by default one for each core, at most 8. The bytes are the same for
+            any number.
         shard_size: Tokens of a shard: train_000000.bin and so on are written, in nanoGPT's layout; None for one file.
         overwrite: Whether to replace the token files and the tokenizer of an earlier call.
         has_bar: Show progress bars on standard error.
@@ -63,6 +65,7 @@ def prepare_data(
         MissingDependencyError: If `datasets` or tiktoken is needed and not installed.
     """
     folder = Path(out_dir)
+    num_proc = num_proc or min(os.cpu_count() or 1, _MOST_THREADS)
     sources = [os.fspath(each) for each in ([source] if isinstance(source, str | os.PathLike) else source)]
     _check_out_dir(folder, overwrite)
     opened = open_source(sources, column, has_bar)

@@ -39,13 +39,12 @@ def to_code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
 
 
-def count_characters(texts: Iterable[str]) -> tuple[int, tuple[str, ...]]:
-    """Returns the number of characters in some texts, and the different ones, sorted."""
-    n_characters, occurs = 0, np.zeros(_CODE_POINTS, dtype=bool)
+def find_characters(texts: Iterable[str]) -> tuple[str, ...]:
+    """Returns the different characters of some texts, sorted."""
+    occurs = np.zeros(_CODE_POINTS, dtype=bool)
     for text in texts:
-        n_characters += len(text)
         occurs[to_code_points(text)] = True
-    return n_characters, tuple(map(chr, np.flatnonzero(occurs)))
+    return tuple(map(chr, np.flatnonzero(occurs)))
 
 
 class Texts:
@@ -55,19 +54,26 @@ class Texts:
 
     def __init__(self, paths: Sequence[Path]):
         self._paths = paths
-        n, self.characters = count_characters(self._read_all())
+        n = sum(map(len, self._read_all()))
         if n < 2:
             raise DataError(f"{paths[0]}: expected a text of at least 2 characters, got {n}; give a longer text")
         self._bounds = {"train": (0, int(n * 0.9)), "val": (int(n * 0.9), n)}
         self.counts = {split: end - first for split, (first, end) in self._bounds.items()}
 
+    @property
+    def characters(self) -> tuple[str, ...]:
+        """The characters of the text, of both splits."""
+        return find_characters(self._read_all())
+
     def read(self, split: str) -> Iterator[list[str]]:
         """Yields the text of a split, a block each time."""
         (first, end), position = self._bounds[split], 0
         for block in self._read_all():
-            if part := block[max(first - position, 0) : max(end - position, 0)]:
+            if part := block[max(first - position, 0) : end - position]:
                 yield [part]
             position += len(block)
+            if position >= end:
+                return
 
     def _read_all(self) -> Iterator[str]:
         for path in self._paths:
@@ -122,7 +128,7 @@ class Documents:
     def characters(self) -> tuple[str, ...]:
         """The characters of all documents, and the newline that follows each document of a character model."""
         batches = (texts for split in SPLITS for texts in self.read(split))
-        return count_characters("\n".join([*texts, ""]) for texts in batches)[1]
+        return find_characters("\n".join([*texts, ""]) for texts in batches)
 
     def read(self, split: str) -> Iterator[list[str]]:
         """Yields the documents of a split, some of them each time."""
