@@ -282,7 +282,9 @@ def evaluate(
     source: _Source,
     data: Annotated[
         Path,
-        typer.Argument(metavar="DATA", help="Token file (.bin, .npy), folder with val.bin, or any other file: text."),
+        typer.Argument(
+            metavar="DATA", help="Token file (.bin, .npy), folder with val.bin or val_*.bin, or any other file: text."
+        ),
     ],
     expect_recorded: Annotated[
         bool, typer.Option("--expect-recorded", help="Exit with 1 unless the estimate agrees with the best_val_loss.")

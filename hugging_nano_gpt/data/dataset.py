@@ -1,22 +1,29 @@
-"""Every window of a token file as a data set, and windows stacked into batches.
+"""Every window of a token file, or of shards, as a data set, and windows stacked into batches.
 
-The file is opened once in each process and read window by window. It is not memory-mapped: the pages of a map count as
+A file is opened once in each process and read window by window. It is not memory-mapped: the pages of a map count as
 the process's memory while the map is open, which is why nanoGPT makes a new one for every batch.
 """
 
 import os
-import weakref
+from bisect import bisect_right
 from collections import UserDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..errors import DataError
-from .token_file import measure_token_file
+from ..errors import DataError, require
+from .shards import TokenFile, list_shards
+
+if TYPE_CHECKING:
+    import datasets
+
+# More files than this are opened for each read: an operating system may allow a process no more than 256.
+_MOST_OPEN = 128
 
 
 class Window(UserDict[str, torch.Tensor]):
@@ -27,28 +34,34 @@ class TokenDataset(Dataset):
     """Every window of a token file: item i is tokens i to i + block_size, and their targets one token further.
 
     Reads nanoGPT's train.bin and val.bin (uint16, no header), llm.c's .bin shards, of Llama 3's tokens too, and .npy
-    files of one row of integers; the first bytes say which.
+    files of one row of integers; the first bytes say which. Several files are read as one file of all their tokens, in
+    the order of their names: the windows, and the offsets that are drawn, are the same however the tokens are cut.
 
     Args:
-        path: The file.
+        path: The file, or a folder of shards of one split, or a pattern such as "fineweb10B/*train*.bin".
         block_size: Tokens in a window.
 
     Raises:
-        DataError: If the file is missing, is not whole, does not look like a token file, or is too short for a window
-            and its last target; when a window is read, if the file has been removed or cut off since.
+        DataError: If a file is missing, is not whole, does not look like a token file, or is empty while others are
+            not; if all tokens are too few for a window and its last target; if a folder has files of several splits;
+            when a window is read, if a file has been removed or cut off since.
     """
 
     def __init__(self, path: str | os.PathLike[str], block_size: int):
         self.path = Path(path)
         self.block_size = block_size
-        self._layout = measure_token_file(self.path)
-        self.n_tokens = self._layout.n_tokens
+        paths = list_shards(self.path)
+        self._files = [TokenFile(each, stays_open=len(paths) <= _MOST_OPEN) for each in paths]
+        self._ends = list(accumulate(file.n_tokens for file in self._files))
+        self.n_tokens = self._ends[-1]
+        empty = [file.path for file in self._files if not file.n_tokens]
+        if empty and self.n_tokens:
+            raise DataError(f"{empty[0]}: expected tokens, got an empty file; write it again, or remove it")
         if self.n_tokens <= block_size:
             raise DataError(
                 f"{self.path}: too short: expected more than block_size={block_size} tokens, got {self.n_tokens}; "
                 f"give a longer file or a smaller block_size"
             )
-        self._descriptor: int | None = None
 
     def __len__(self) -> int:
         """Returns the number of windows: nanoGPT samples its offsets below it."""
@@ -58,33 +71,50 @@ class TokenDataset(Dataset):
         """Returns input_ids and shift_labels, (block_size,) int64 each, of the window that begins at an offset."""
         if not 0 <= offset < len(self):
             raise IndexError(f"{self.path}: expected an offset from 0 to {len(self) - 1}, got {offset}")
-        window = torch.from_numpy(self._read(offset, self.block_size + 1).astype(np.int64))
+        window = torch.from_numpy(self._read(offset, self.block_size + 1))
         return Window(input_ids=window[:-1], shift_labels=window[1:])
 
-    def __getstate__(self) -> dict[str, Any]:  # another process opens the file itself
-        return {**self.__dict__, "_descriptor": None}
+    def to_datasets(self) -> "datasets.Dataset":
+        """Returns all tokens as a data set of the `datasets` library, for plain Trainer and TRL's SFTTrainer.
+
+        The model shifts labels itself, so a row of block_size tokens has one target fewer. Each row therefore begins
+        with the last token of the row before: every token but the first is a target once. Tokens at the end that fill
+        no row are left out. The rows are written to the cache of `datasets`, 8 bytes for each token, and read from
+        there; a file that has changed is read again.
+
+        Returns:
+            Rows of input_ids and labels, block_size int32 each, which are equal.
+
+        Raises:
+            MissingDependencyError: If `datasets` is not installed.
+        """
+        require("to_datasets", "datasets")
+        import datasets
+
+        row = datasets.List(datasets.Value("int32"), length=self.block_size)
+        versions = tuple((os.path.realpath(file.path), file.path.stat().st_mtime_ns) for file in self._files)
+        return datasets.Dataset.from_generator(
+            _iterate_rows,
+            features=datasets.Features({"input_ids": row, "labels": row}),
+            gen_kwargs={"dataset": self, "versions": versions},
+        )
 
     def _read(self, first: int, count: int) -> np.ndarray:
-        start, dtype, _ = self._layout
-        try:
-            data = self._read_at(start + first * dtype.itemsize, count * dtype.itemsize)
-        except OSError as error:
-            raise DataError(
-                f"{self.path}: cannot be read any more: {error.strerror}; see what became of it"
-            ) from error
-        if len(data) != count * dtype.itemsize:
-            raise DataError(f"{self.path}: expected {self.n_tokens} tokens, as it had, got fewer; write it again")
-        return np.frombuffer(data, dtype=dtype)
+        """Returns some tokens from one on, (count,) int64, from as many files as they are in."""
+        number, parts = bisect_right(self._ends, first), []
+        while count:
+            file, end = self._files[number], self._ends[number]
+            n_read = min(count, end - first)
+            parts.append(file.read(first - (end - file.n_tokens), n_read).astype(np.int64))
+            number, first, count = number + 1, first + n_read, count - n_read
+        return np.concatenate(parts)
 
-    def _read_at(self, offset: int, n_bytes: int) -> bytes:
-        if not hasattr(os, "pread"):  # Windows
-            with self.path.open("rb") as file:
-                file.seek(offset)
-                return file.read(n_bytes)
-        if self._descriptor is None:
-            self._descriptor = os.open(self.path, os.O_RDONLY)
-            weakref.finalize(self, os.close, self._descriptor)
-        return os.pread(self._descriptor, n_bytes, offset)  # does not move the position, which forked processes share
+
+def _iterate_rows(dataset: TokenDataset, versions: object) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the rows of to_datasets, which knows by versions whether it has written them before."""
+    for first in range(0, dataset.n_tokens - dataset.block_size + 1, dataset.block_size - 1):
+        ids = dataset._read(first, dataset.block_size)
+        yield {"input_ids": ids, "labels": ids}
 
 
 def collate_windows(windows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

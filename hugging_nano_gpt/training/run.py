@@ -17,6 +17,7 @@ from transformers import PrinterCallback, TrainingArguments
 from ..convert.nanogpt import remember_training_state
 from ..convert.source import choose_device
 from ..data.dataset import TokenDataset
+from ..data.shards import find_split
 from ..errors import ConversionError
 from ..files import check_folder
 from .arguments import training_arguments_from_nanogpt
@@ -85,7 +86,7 @@ def run_training(
         if folder is not None and not is_evaluation:
             check_folder(Path(folder), overwrite=force or is_continued)
         data_dir = Path("data") / settings["dataset"]
-        train, val = (TokenDataset(data_dir / f"{split}.bin", settings["block_size"]) for split in ("train", "val"))
+        train, val = (TokenDataset(find_split(data_dir, split), settings["block_size"]) for split in ("train", "val"))
         model, state, random_state = start_run(settings, beginning, data_dir, rank, say)
         remember_training_state(model, state)
         model.config.loss_chunk_size = loss_chunk_size

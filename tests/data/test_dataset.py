@@ -231,7 +231,10 @@ def test_file_that_is_gone_before_it_is_read_is_refused(dataset):
     ("write", "message"),
     [
         (lambda path: path, r"cannot be opened: No such file or directory; check the path, or run .*prepare\.py$"),
-        (lambda path: path.mkdir(), "cannot be opened: Is a directory; check the path, or run the data set's prepare"),
+        (
+            lambda path: path.mkdir(),
+            r"no token files: expected \.bin or \.npy, got none; check the path, or run the data set's prepare",
+        ),
         (lambda path: path.write_bytes(b"\0" * 999), "expected uint16 tokens, got an odd number of bytes, 999; write"),
         (
             lambda path: path.write_bytes(b""),

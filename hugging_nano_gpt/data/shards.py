@@ -1,0 +1,109 @@
+"""The files of a data set: one file, or several shards in the order of their names, and reading tokens from each.
+
+llm.c, build-nanogpt and `prepare --shard-size` write many files of one stream of tokens, and cut it anywhere.
+"""
+
+import os
+import re
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import DataError
+from .token_file import measure_token_file
+
+TOKEN_SUFFIXES = (".bin", ".npy")
+
+# Parts of a data set that are never read as one.
+_SPLITS = ("train", "val", "test")
+
+
+def find_split(folder: Path, split: str) -> Path:
+    """Returns a folder's train.bin or val.bin; if it is missing, the pattern of its shards, as train_*.bin."""
+    whole, shards = folder / f"{split}.bin", folder / f"{split}_*.bin"
+    return shards if not whole.exists() and any(folder.glob(shards.name)) else whole
+
+
+def list_shards(path: Path) -> list[Path]:
+    """Lists the files that a path names: itself; those in it if it is a folder; those that match its last part.
+
+    They are in the order of their names, where 10 comes after 9.
+
+    Raises:
+        DataError: If a folder or a pattern has no files, or a folder has those of several splits.
+    """
+    if path.is_dir():
+        found = [each for each in path.iterdir() if each.suffix in TOKEN_SUFFIXES]
+    elif path.exists() or not set(path.name) & set("*?["):
+        return [path]
+    else:
+        found = list(path.parent.glob(path.name))
+    found = [each for each in found if not each.name.startswith(".")]
+    splits = [split for split in _SPLITS if any(split in each.name for each in found)]
+    if len(splits) > 1:
+        raise DataError(
+            f"{path}: expected shards of one split, got files of {' and '.join(splits)}; give a pattern, as "
+            f"'{(path if path.is_dir() else path.parent) / f'*{splits[0]}*'}'"
+        )
+    if not found:
+        raise DataError(
+            f"{path}: no token files: expected {' or '.join(TOKEN_SUFFIXES)}, got none; check the path, or run the "
+            f"data set's prepare.py"
+        )
+    return sorted(found, key=lambda each: _split_digits(each.name))
+
+
+def _split_digits(name: str) -> list[str | int]:
+    """Splits a name into text and numbers, which alternate, so that names compare part by part."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+class TokenFile:
+    """One file of tokens.
+
+    Args:
+        path: The file.
+        stays_open: Whether it stays open between reads.
+
+    Raises:
+        DataError: If it is missing or not whole, or does not look like a token file.
+    """
+
+    def __init__(self, path: Path, stays_open: bool):
+        self.path = path
+        self._layout = measure_token_file(path)
+        self.n_tokens = self._layout.n_tokens
+        self._stays_open = stays_open
+        self._descriptor: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:  # another process opens the file itself
+        return {**self.__dict__, "_descriptor": None}
+
+    def read(self, first: int, count: int) -> np.ndarray:
+        """Returns some tokens from one on, (count,) in the file's dtype.
+
+        Raises:
+            DataError: If the file has been removed or cut off since it was opened.
+        """
+        start, dtype, _ = self._layout
+        try:
+            data = self._read_at(start + first * dtype.itemsize, count * dtype.itemsize)
+        except OSError as error:
+            raise DataError(
+                f"{self.path}: cannot be read any more: {error.strerror}; see what became of it"
+            ) from error
+        if len(data) != count * dtype.itemsize:
+            raise DataError(f"{self.path}: expected {self.n_tokens} tokens, as it had, got fewer; write it again")
+        return np.frombuffer(data, dtype=dtype)
+
+    def _read_at(self, offset: int, n_bytes: int) -> bytes:
+        if not self._stays_open or not hasattr(os, "pread"):  # Windows has none
+            with self.path.open("rb") as file:
+                file.seek(offset)
+                return file.read(n_bytes)
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._descriptor)
+        return os.pread(self._descriptor, n_bytes, offset)  # does not move the position, which forked processes share
