@@ -282,7 +282,9 @@ def evaluate(
     source: _Source,
     data: Annotated[
         Path,
-        typer.Argument(metavar="DATA", help="Token file (.bin, .npy), glob of them, folder with val.bin, or a text."),
+        typer.Argument(
+            metavar="DATA", help="Token file (.bin, .npy), folder with val.bin or val_*.bin, or any other file: text."
+        ),
     ],
     expect_recorded: Annotated[
         bool, typer.Option("--expect-recorded", help="Exit with 1 unless the estimate agrees with the best_val_loss.")
@@ -331,6 +333,26 @@ def train(
 
     with leave_processes():
         run_training(read_settings(settings or []), **options, has_bar=sys.stderr.isatty())
+
+
+@_command(_FORCE, has_progress=False)
+def plot(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="OUT_DIR...", help="For each run its out_dir, saved lines of train.py, or a trainer_state.json."
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", metavar="FILE", help="Picture to write: .png, .svg or .pdf.")
+    ] = Path("loss.png"),
+    **options: Any,
+) -> None:
+    """Plot the train and val loss of one run or several, also while they train."""
+    from hugging_nano_gpt.training import plot_losses
+
+    plot_losses(sources, output, **options)
+    print(f"Wrote {output}")
 
 
 @_command(

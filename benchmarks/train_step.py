@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from common import Target, import_reference, print_result, print_table, synchronize
-from loss_memory import MOST_OF_DEFAULT, measure_loss_memory
+from loss_memory import LOSS_LIMITS, measure_loss_memory
 from torch import nn
 from trainer import MOST_OVERHEAD, measure_trainer
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -190,7 +190,7 @@ def report(contenders: dict[str, Contender], args: argparse.Namespace, further: 
     targets = [] if is_tiny else [Target(name, ratio, MOST_TIMES_SLOWER) for name, ratio in ratios.items()]
     if further and not is_tiny:
         targets.append(Target("trainer_overhead", further["trainer_overhead"], MOST_OVERHEAD))
-        targets.append(Target("loss_memory_ratio", further["loss_memory_ratio"], MOST_OF_DEFAULT))
+        targets += [Target(name, further[name], limit) for name, limit in LOSS_LIMITS.items()]
     print_result(figures, targets, args.device)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from ..checkpoint.contents import TrainingState
 from ..data.dataset import TokenDataset, check_ids, collate_windows
@@ -85,7 +86,8 @@ def estimate_loss(model: NanoGPTLMHeadModel, path: Path, *, n_batches: int, batc
         DataError: If the file cannot be read, is shorter than a window, or has tokens that the model does not have.
     """
     batches = _iterate_batches(path, model.config.block_size, batch_size, n_batches)
-    windows = torch.cat([compute_losses(model, batch, path).mean(dim=1) for batch in batches])
+    bar = logging.tqdm(batches, total=n_batches, unit="batch")
+    windows = torch.cat([compute_losses(model, batch, path).mean(dim=1) for batch in bar])
     return Estimate(windows.mean().item(), windows.std(correction=0).item(), len(windows))
 
 

@@ -272,9 +272,8 @@ def _apply_onednn(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
 
 
 def _apply_in_float32(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    rows = (
-        inputs.float()
-    )  # the weight in pieces, because a float32 copy of lm_head (154 MB) costs more than the product
+    rows = inputs.float()
     linear = _apply_shared if _is_blas_shared() else _apply_onednn
+    # the weight in pieces, because a float32 copy of lm_head (154 MB) costs more than the product
     outputs = torch.cat([linear(rows, piece.float(), None) for piece in weight.split(2048)], dim=-1)
     return (outputs if bias is None else outputs + bias).to(inputs.dtype)

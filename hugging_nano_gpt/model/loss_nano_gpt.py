@@ -5,7 +5,6 @@ numbers: under autocast on CUDA, nanoGPT's log-probabilities are rounded to the 
 with saved models as remote code.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ def compute_loss(
 
 
 def compute_chunked_loss(
-    head: Callable[[torch.Tensor], torch.Tensor],
+    head: Any,
     hidden_states: torch.Tensor,
     targets: torch.Tensor,
     chunk_size: int,
@@ -45,8 +44,7 @@ def compute_chunked_loss(
     """Computes the same loss in chunks, so that only the logits of one chunk are in memory.
 
     Args:
-        head: Computes logits (N, V) of hidden states (N, C). It is called as a module, with adapters, hooks and
-            sharding.
+        head: The module that computes logits (N, V) of hidden states (N, C), with its adapters, hooks and sharding.
         hidden_states: (B, T, C).
         targets: (B * T) int64.
         chunk_size: The number of tokens in a chunk.
@@ -57,9 +55,16 @@ def compute_chunked_loss(
         return compute_loss(head(rows), targets, num_items_in_batch=1)
 
     rows, targets = hidden_states.flatten(0, 1), targets.to(hidden_states.device)
-    # checkpoint frees the logits of a chunk, and computes them again in the backward pass
-    pieces = zip(rows.split(chunk_size), targets.split(chunk_size), strict=True)
-    loss = torch.stack([checkpoint(sum_losses, *piece, use_reentrant=False) for piece in pieces]).sum()
+    if _is_plain(head) and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
+        # torch computes the gradients of a chunk in the forward pass, so its logits are computed once
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_size, acc_policy="compact")
+        loss = nn.functional.linear_cross_entropy(rows, head.weight, targets, reduction="sum", options=options)
+        if loss.requires_grad:
+            loss.register_hook(_refuse_second_derivatives)
+    else:
+        # checkpoint frees the logits of a chunk, and computes them again in the backward pass
+        pieces = zip(rows.split(chunk_size), targets.split(chunk_size), strict=True)
+        loss = torch.stack([checkpoint(sum_losses, *piece, use_reentrant=False) for piece in pieces]).sum()
     return _divide(loss, (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
@@ -75,9 +80,8 @@ def find_targets(
     """
     if shift_labels is None:
         assert labels is not None  # forward calls this with one of the two
-        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[
-            ..., 1:
-        ]  # position t predicts token t + 1
+        # position t predicts token t + 1
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     targets = ignore_minus_one(shift_labels).reshape(-1)
     return targets if ignore_index == -100 else targets.masked_fill(targets == ignore_index, -100)
 
@@ -85,6 +89,25 @@ def find_targets(
 def ignore_minus_one(labels: Any) -> Any:
     """Replaces nanoGPT's ignore index, -1, by Transformers', -100; None stays None."""
     return None if labels is None else labels.masked_fill(labels == -1, -100)
+
+
+def _is_plain(head: Any) -> bool:
+    """Returns whether torch's linear_cross_entropy computes what the head does; it is faster on a CPU (measured)."""
+    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
+    return (
+        hasattr(nn, "LinearCrossEntropyOptions")  # since torch 2.13
+        and not torch.compiler.is_compiling()  # which it would interrupt
+        and type(head) is nn.Linear
+        and not (any(hooks) or "forward" in vars(head))
+        and type(head.weight) is nn.Parameter
+        and (head.weight.device.type, head.weight.dtype) == ("cpu", torch.float32)
+    )
+
+
+def _refuse_second_derivatives(gradient: torch.Tensor) -> None:
+    """Raises NotImplementedError in a backward pass that builds a graph, from which the chunks would be missing."""
+    if torch.is_grad_enabled():
+        raise NotImplementedError("loss_chunk_size on a CPU: expected no create_graph=True; set it to None")
 
 
 def _divide(loss: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:

@@ -11,6 +11,7 @@ from .arguments import training_arguments_from_nanogpt
 from .configurator import read_settings
 from .drawing import make_random_state
 from .interruption import leave_processes
+from .plot import plot_losses
 from .schedule import NanoGPTSchedule, compute_lr
 from .train_settings import TRAIN_DEFAULTS
 
@@ -32,6 +33,7 @@ __all__ = [
     "load_moments",
     "make_optimizer",
     "make_random_state",
+    "plot_losses",
     "read_optimizer",
     "read_settings",
     "run_training",

@@ -13,8 +13,9 @@ from transformers.utils import logging
 
 from ..convert.folder import convert_to_folder
 from .interruption import Interruption
+from .log import LOG_NAME, RunLog
 from .out_dir import Beginning, remove_superseded
-from .schedule import NanoGPTSchedule
+from .schedule import NanoGPTSchedule, compute_lr
 
 logger = logging.get_logger(__name__)
 
@@ -78,7 +79,13 @@ class NanoGPTCheckpointCallback(TrainerCallback):
 
 
 class BarCallback(ProgressCallback):
-    """A progress bar alone: Trainer's own prints the logs too."""
+    """A progress bar alone, which begins where the run does: Trainer's own prints the logs too, and begins at 0."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.current_step = self.training_bar.initial = self.training_bar.n = state.global_step
+            self.training_bar.refresh()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         pass
@@ -91,7 +98,7 @@ def is_complete(settings: Mapping[str, Any], iter_num: int) -> bool:
 
 
 class TrainPyCallback(TrainerCallback):
-    """Evaluates, saves and prints when train.py does, and stops when a signal asks for it.
+    """Evaluates, saves, prints and logs when train.py does, and stops when a signal asks for it.
 
     ckpt.pt is written after Trainer's own checkpoint is whole, so a kill never leaves it as the newer one: a ckpt.pt
     that is newer was written by train.py.
@@ -126,6 +133,7 @@ class TrainPyCallback(TrainerCallback):
         args, config = trainer.args, trainer.model.config
         n_parameters = trainer.model.num_parameters() - config.block_size * config.n_embd
         n_tokens = config.block_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
+        self.log = RunLog(self.out_dir / LOG_NAME, n_tokens * args.world_size, is_writing=args.process_index == 0)
         self._n_flops = (6 * n_parameters + 12 * config.n_layer * config.n_embd * config.block_size) * n_tokens
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -135,6 +143,7 @@ class TrainPyCallback(TrainerCallback):
             self.say(f"{', '.join(other)}, as the checkpoint's moments have it")
         if self._is_ckpt_due:
             self._write_ckpt(state)
+        self.log.cut(self.trainer.iter_num, is_evaluated_again=args.eval_on_start)
         self._best_val_loss = self.trainer.best_val_loss
         self._update_began = time.perf_counter()
 
@@ -160,6 +169,8 @@ class TrainPyCallback(TrainerCallback):
         self.say(f"step {iter_num}: train loss {metrics['train/loss']:.4f}, val loss {val_loss:.4f}")
         if not self.trainer.is_in_train:  # eval_only
             return
+        lr = compute_lr(iter_num, self.trainer.config)
+        self.log.add_evaluation(iter_num, train_loss=metrics["train/loss"], val_loss=val_loss, lr=lr)
         is_kept = self.trainer.config["always_save_checkpoint"] or val_loss < self._best_val_loss
         self._best_val_loss = self.trainer.best_val_loss
         self._is_ckpt_due = is_kept and iter_num > 0
@@ -200,3 +211,4 @@ class TrainPyCallback(TrainerCallback):
             self.mfu = mfu if math.isnan(self.mfu) else 0.9 * self.mfu + 0.1 * mfu
         percent = -100.0 if math.isnan(self.mfu) else 100 * self.mfu  # -100 before the first estimate, as in train.py
         self.say(f"iter {iter_num}: loss {loss:.4f}, time {1000 * seconds:.2f}ms, mfu {percent:.2f}%")
+        self.log.add_update(iter_num, loss=loss, lr=compute_lr(iter_num, self.trainer.config), seconds=seconds)

@@ -13,6 +13,7 @@ import torch
 
 from ..checkpoint.contents import TrainingState
 from ..checkpoint.formats import read_checkpoint
+from ..checkpoint.moments import group_by_dimension
 from ..convert.gpt2 import import_gpt2
 from ..convert.nanogpt import make_model
 from ..data.offsets import NANOGPT_SEED
@@ -56,21 +57,27 @@ def start_run(
     """
     init_from, block_size = beginning.init_from, settings["block_size"]
     state = TrainingState(config=dict(settings))
+    meta_path = data_dir / "meta.pkl"
+    vocab_size = read_vocab_size(meta_path) if meta_path.exists() else None
+    if vocab_size is not None:
+        say(f"found vocab_size = {vocab_size} (inside {meta_path})")
     if beginning.folder is not None:
-        model, state = _load_folder(settings, beginning.folder, data_dir, say)
+        model, state = _load_folder(settings, beginning.folder, vocab_size, say)
     elif init_from == "scratch":
         say("Initializing a new model from scratch")
-        model = _make_new_model(settings, data_dir, say)
+        model = _make_new_model(settings, vocab_size, say)
     elif init_from == "resume":
         say(f"Resuming training from {settings['out_dir']}")
-        model, state = _load_ckpt(settings, data_dir, say)
+        model, state = _load_ckpt(settings, vocab_size, say)
     elif init_from.startswith("gpt2"):
         say(f"Initializing from OpenAI GPT-2 weights: {init_from}")
-        model = _load_gpt2(settings, init_from)
+        model = _load_gpt2(settings, init_from, say)
     else:
         raise ConversionError(
             f"init_from: expected 'scratch', 'resume' or a name that begins with 'gpt2', got {init_from!r}; change it"
         )
+    n_parameters = model.num_parameters() - model.transformer.wpe.weight.numel()  # as model.py's get_num_params
+    say(f"number of parameters: {n_parameters / 1e6:.2f}M")
     longest = model.config.block_size
     if block_size > longest:
         raise ConversionError(
@@ -81,23 +88,37 @@ def start_run(
     random_state = torch.get_rng_state() if is_new and rank == 0 else make_random_state(model.config, rank)
     if block_size < longest:
         model.crop_block_size(block_size)
+    _say_optimizer(model, settings, say)
+    if settings["compile"]:
+        say("compiling the model... (takes a ~minute)")
     return model.train(), state, random_state
 
 
-def _make_new_model(settings: Mapping[str, Any], data_dir: Path, say: Callable[[str], None]) -> NanoGPTLMHeadModel:
-    meta_path = data_dir / "meta.pkl"
-    if meta_path.exists():
-        vocab_size = read_vocab_size(meta_path)
-        say(f"found vocab_size = {vocab_size} (inside {meta_path})")
-    else:
+def _say_optimizer(model: NanoGPTLMHeadModel, settings: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """Prints what model.py's configure_optimizers prints."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    groups = group_by_dimension(list(sizes), {name: parameter.shape for name, parameter in model.named_parameters()})
+    for kind, names in zip(("decayed", "non-decayed"), groups, strict=True):
+        count = sum(sizes[name] for name in names)
+        say(f"num {kind} parameter tensors: {len(names)}, with {count:,} parameters")
+    say(f"using fused AdamW: {'cuda' in str(settings['device'])}")
+
+
+def _make_new_model(
+    settings: Mapping[str, Any], vocab_size: int | None, say: Callable[[str], None]
+) -> NanoGPTLMHeadModel:
+    if vocab_size is None:
         vocab_size = _PADDED_GPT2_VOCAB_SIZE
         say("defaulting to vocab_size of GPT-2 to 50304 (50257 rounded up for efficiency)")
     torch.manual_seed(NANOGPT_SEED)
     return NanoGPTLMHeadModel(NanoGPTConfig(vocab_size=vocab_size, **{name: settings[name] for name in _SHAPE}))
 
 
-def _load_gpt2(settings: Mapping[str, Any], name: str) -> NanoGPTLMHeadModel:
+def _load_gpt2(settings: Mapping[str, Any], name: str, say: Callable[[str], None]) -> NanoGPTLMHeadModel:
+    say(f"loading weights from pretrained gpt: {name}")
     gpt2 = import_gpt2(name, dropout=settings["dropout"])
+    say(f"forcing vocab_size={gpt2.config.vocab_size}, block_size={gpt2.config.block_size}, bias=True")
+    say(f"overriding dropout rate to {settings['dropout']}")
     shape = {name: getattr(gpt2.config, name) for name in (*_SHAPE, "vocab_size")}
     model = NanoGPTLMHeadModel(NanoGPTConfig(**shape))  # with the exact GELU, which train.py computes here too
     model.load_state_dict(gpt2.state_dict())
@@ -105,17 +126,17 @@ def _load_gpt2(settings: Mapping[str, Any], name: str) -> NanoGPTLMHeadModel:
 
 
 def _load_ckpt(
-    settings: Mapping[str, Any], data_dir: Path, say: Callable[[str], None]
+    settings: Mapping[str, Any], vocab_size: int | None, say: Callable[[str], None]
 ) -> tuple[NanoGPTLMHeadModel, TrainingState]:
     path = Path(settings["out_dir"]) / "ckpt.pt"
     checkpoint = read_checkpoint(path)
     model = make_model(NanoGPTLMHeadModel, path, checkpoint, dropout=settings["dropout"])
-    config = _keep_shape(settings, model.config, path, data_dir, say)
+    config = _keep_shape(settings, model.config, path, vocab_size, say)
     return model, replace(checkpoint.training_state, config=config)
 
 
 def _load_folder(
-    settings: Mapping[str, Any], folder: Path, data_dir: Path, say: Callable[[str], None]
+    settings: Mapping[str, Any], folder: Path, vocab_size: int | None, say: Callable[[str], None]
 ) -> tuple[NanoGPTLMHeadModel, TrainingState]:
     model = NanoGPTLMHeadModel.from_pretrained(folder, dropout=settings["dropout"])
     state, block_size = model.nanogpt_training_state, model.config.block_size
@@ -125,11 +146,15 @@ def _load_folder(
             f"{folder}: block_size cannot change: expected {block_size}, got {settings['block_size']}; give "
             f"--block_size={block_size}"
         )
-    return model, replace(state, config=_keep_shape(settings, model.config, folder, data_dir, say))
+    return model, replace(state, config=_keep_shape(settings, model.config, folder, vocab_size, say))
 
 
 def _keep_shape(
-    settings: Mapping[str, Any], config: NanoGPTConfig, path: Path, data_dir: Path, say: Callable[[str], None]
+    settings: Mapping[str, Any],
+    config: NanoGPTConfig,
+    path: Path,
+    vocab_size: int | None,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Returns the settings with the checkpoint's shape, which train.py uses too, regardless of its flags.
 
@@ -141,9 +166,8 @@ def _keep_shape(
     faults = [
         f"{name}: expected {kept[name]}, got {value}" for name, value in other.items() if value != TRAIN_DEFAULTS[name]
     ]
-    meta_path = data_dir / "meta.pkl"
-    if meta_path.exists() and (n_tokens := read_vocab_size(meta_path)) > config.vocab_size:
-        faults.append(f"vocab_size: expected at most {config.vocab_size}, got {n_tokens} in {meta_path}")
+    if vocab_size is not None and vocab_size > config.vocab_size:
+        faults.append(f"vocab_size: expected at most {config.vocab_size}, got {vocab_size} in the data set's meta.pkl")
     if faults:
         raise ConversionError(
             f"{path}: a checkpoint's model cannot change: {'; '.join(faults)}; leave them out and give the run's own "

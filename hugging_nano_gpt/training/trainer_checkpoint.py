@@ -22,7 +22,7 @@ from ..errors import CheckpointError, list_some
 
 logger = logging.get_logger(__name__)
 
-_STATE = "trainer_state.json"
+STATE_NAME = "trainer_state.json"
 
 # The parts of a checkpoint, and their files, of which one is enough; the folders are FSDP's and DeepSpeed's.
 _PARTS = {
@@ -33,7 +33,7 @@ _PARTS = {
     "optimizer": ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*"),
     "schedule": ("scheduler.pt",),
     "random state": ("rng_state*.pth",),
-    "state": (_STATE,),
+    "state": (STATE_NAME,),
     "next batch": ("nanogpt_next_batch_*.json",),  # one of each process
 }
 
@@ -96,7 +96,7 @@ def find_faults(folder: Path) -> list[str]:
 
 def read_counts(folder: Path) -> TrainerCounts:
     """Reads how many updates the weights of a whole checkpoint have seen."""
-    state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    state = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
     config_path = folder / "config.json"
     config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.exists() else {}
     kept = config.get("nanogpt_training_state") or {}

@@ -208,7 +208,9 @@ def test_from_pretrained_of_a_checkpoint_names_what_loads_it(contents, tmp_path,
 
 def test_back_of_a_checkpoint_names_what_loads_it(contents, tmp_path):
     path = save(contents, tmp_path)
-    with pytest.raises(CheckpointError, match=r"got a checkpoint; load it with NanoGPTLMHeadModel\.from_nanogpt_ckpt, or .*convert"):
+    with pytest.raises(
+        CheckpointError, match=r"got a checkpoint; load it with NanoGPTLMHeadModel\.from_nanogpt_ckpt, or .*convert"
+    ):
         convert_to_checkpoint(path, tmp_path / "back.pt")
 
 

@@ -1,5 +1,6 @@
 """evaluate: every token is scored once, as a plain loop over the reference does; nanoGPT's estimate; errors."""
 
+import io
 import json
 import math
 
@@ -156,3 +157,16 @@ def test_command_prints_for_people_and_as_json(tmp_path):
     result = run_command(*arguments, "--json")
     assert json.loads(result.stdout) == json.loads(json.dumps(expected.to_json()))
     assert {"loss", "perplexity", "bits_per_character", "n_tokens", "estimate"} < json.loads(result.stdout).keys()
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_command_shows_bars_on_a_terminal_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(io, "StringIO", Terminal)
+    shown = run_command("evaluate", RUN_PATH, TRACE_DIR, "--eval-iters", "2")
+    assert (shown.returncode, "window/s" in shown.stderr, "batch/s" in shown.stderr) == (0, True, True)
+    monkeypatch.undo()
+    assert run_command("evaluate", RUN_PATH, TRACE_DIR, "--eval-iters", "2") == (0, shown.stdout, "")

@@ -206,6 +206,18 @@ def test_chunked_loss_never_has_all_logits(is_training):
     assert sizes == [4 * 32 * 1000, max(16 * 1000, 1000 * 32)]  # the second is the weight of the head and its gradient
 
 
+@pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyOptions"), reason="torch before 2.13 uses checkpoint")
+def test_chunked_loss_refuses_second_derivatives():
+    """They would lack the loss's own part, without an error."""
+    model, _ = make_pair()
+    model.config.loss_chunk_size = 8
+    idx, targets = make_batch(2, 16)
+    loss = model(idx, shift_labels=targets).loss
+    with pytest.raises(NotImplementedError, match=r"loss_chunk_size .* expected no create_graph=True; set it to None"):
+        torch.autograd.grad(loss, model.lm_head.weight, create_graph=True)
+    model(idx, shift_labels=targets).loss.backward()
+
+
 class AddedToHead(nn.Module):
     """A head with an adapter, as PEFT makes it."""
 
@@ -221,13 +233,15 @@ class AddedToHead(nn.Module):
         return self.head(x) + self.added(x)
 
 
-@pytest.mark.parametrize("change", ["module", "hook"])
+@pytest.mark.parametrize("change", ["module", "hook", "function"])
 def test_chunked_loss_calls_the_head_as_a_module(change):
     model, _ = make_pair()
     if change == "module":
         model.lm_head = AddedToHead(model.lm_head)
-    else:
+    elif change == "hook":
         model.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
+    else:
+        model.lm_head.forward = lambda rows: 2 * nn.functional.linear(rows, model.lm_head.weight)
     idx, targets = make_batch(2, 16)
     losses = []
     for chunk_size in (None, 8):
@@ -235,7 +249,7 @@ def test_chunked_loss_calls_the_head_as_a_module(change):
         losses.append(model(idx, shift_labels=targets).loss)
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
     losses[1].backward()
-    assert change == "hook" or model.lm_head.added.weight.grad.abs().max() > 0
+    assert change != "module" or model.lm_head.added.weight.grad.abs().max() > 0
 
 
 @pytest.fixture

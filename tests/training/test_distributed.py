@@ -140,7 +140,12 @@ def test_toy_run_of_two_processes_stopped_and_resumed_ends_where_one_does(toy_fo
 
 
 def test_toy_run_leaves_a_whole_ckpt_pt_and_one_checkpoint_of_trainers(toy_folder):
-    assert {path.name for path in (toy_folder / "out").iterdir()} == {".train.lock", "ckpt.pt", "checkpoint-20"}
+    assert {path.name for path in (toy_folder / "out").iterdir()} == {
+        ".train.lock",
+        "ckpt.pt",
+        "checkpoint-20",
+        "log.jsonl",
+    }
     weights = read_checkpoint(toy_folder / "out" / "ckpt.pt").state_dict
     saved = NanoGPTLMHeadModel.from_pretrained(toy_folder / "out" / "checkpoint-20")
     assert_same(weights, dict(saved.state_dict()))

@@ -238,7 +238,12 @@ def test_resume_says_from_which_checkpoint_and_that_the_run_was_complete(tmp_pat
     before = (out_dir / "ckpt.pt").read_bytes()
     trainer = train(tmp_path, resume=True, **SHORT)
     assert capsys.readouterr().out.splitlines()[1:] == [
+        "found vocab_size = 31 (inside data/toy/meta.pkl)",
         "Resuming training from out/checkpoint-4 (iteration 4)",
+        "number of parameters: 0.01M",
+        "num decayed parameter tensors: 10, with 6,896 parameters",
+        "num non-decayed parameter tensors: 18, with 448 parameters",
+        "using fused AdamW: False",
         "the run is complete: after iteration 4 nothing is saved with max_iters=4 and eval_interval=4; give a larger "
         "--max_iters to go on",
     ]

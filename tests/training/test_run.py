@@ -68,7 +68,12 @@ def test_run_that_stopped_goes_on_to_the_bits_of_one_that_did_not(tmp_path):
 
 def test_one_checkpoint_of_trainers_is_kept(tmp_path):
     train(tmp_path)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {".train.lock", "ckpt.pt", "checkpoint-12"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        ".train.lock",
+        "ckpt.pt",
+        "checkpoint-12",
+        "log.jsonl",
+    }
 
 
 def test_checkpoint_holds_every_setting_in_train_pys_order(tmp_path):
@@ -85,8 +90,12 @@ def test_command_prints_train_pys_lines_and_writes_the_folder(tmp_path):
     evaluation = r"step {}: train loss \d\.\d{{4}}, val loss \d\.\d{{4}}"
     expected = [
         "tokens per iteration will be: 96",
-        "Initializing a new model from scratch",
         r"found vocab_size = 31 \(inside data/toy/meta\.pkl\)",
+        "Initializing a new model from scratch",
+        r"number of parameters: 0\.01M",
+        r"num decayed parameter tensors: 10, with 6,896 parameters",
+        r"num non-decayed parameter tensors: 18, with 448 parameters",
+        "using fused AdamW: False",
         evaluation.format(0),
         update.format(0),
         evaluation.format(4),
@@ -103,6 +112,42 @@ def test_command_prints_train_pys_lines_and_writes_the_folder(tmp_path):
     folder, written = NanoGPTLMHeadModel.from_pretrained(tmp_path / "out" / "folder"), tmp_path / "out" / "ckpt.pt"
     assert all(torch.equal(t, read_checkpoint(written).state_dict[name]) for name, t in folder.state_dict().items())
     assert folder.nanogpt_training_state.iter_num == 8
+
+
+def mask_times(text):
+    """Lists train.py's own lines, without configurator.py's and without what differs from run to run."""
+    return [line for line in re.sub(r"time .*", "", text).splitlines() if not line.startswith("Overriding: ")]
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """Lets compile=True cost nothing."""
+    monkeypatch.setattr(torch, "compile", lambda model, **kwargs: model)
+
+
+def test_compiling_is_announced_after_the_optimizer(tmp_path, capsys, no_compiler):
+    train(tmp_path, max_iters=0, compile=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[lines.index("using fused AdamW: False") + 1] == "compiling the model... (takes a ~minute)"
+    train(tmp_path, max_iters=0, force=True)
+    assert "compiling" not in capsys.readouterr().out
+
+
+def test_resumed_run_prints_what_train_py_prints_of_the_model(tmp_path, capsys):
+    """A smaller block_size crops the positions, which count as a decayed tensor and not as parameters of the model."""
+    train(tmp_path, max_iters=4)
+    (tmp_path / "out" / "checkpoint-4").rename(tmp_path / "earlier")
+    capsys.readouterr()
+    train(tmp_path, init_from="resume", block_size=8, eval_only=True)
+    assert capsys.readouterr().out.splitlines()[:7] == [
+        "tokens per iteration will be: 48",
+        "found vocab_size = 31 (inside data/toy/meta.pkl)",
+        "Resuming training from out",
+        "number of parameters: 0.01M",
+        "num decayed parameter tensors: 10, with 6,768 parameters",
+        "num non-decayed parameter tensors: 18, with 448 parameters",
+        "using fused AdamW: False",
+    ]
 
 
 def test_eval_only_evaluates_and_writes_nothing(tmp_path, capsys):
@@ -160,12 +205,14 @@ def test_recorded_run_of_train_py_ends_where_ours_does(tmp_path):
 @pytest.mark.nanogpt
 @skip_without_nanogpt
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
-def test_ckpt_pt_is_train_pys_own(tmp_path, changes):
+def test_ckpt_pt_and_lines_are_train_pys_own(tmp_path, capsys, no_compiler, changes):
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     link_scripts(make_workplace(theirs))
-    run_script(theirs, "train.py", *(f"--{name}={value}" for name, value in {**SETTINGS, **changes}.items()))
-    train(tmp_path, **changes)
+    settings = {**SETTINGS, **changes, "compile": True}
+    printed = run_script(theirs, "train.py", *(f"--{name}={value}" for name, value in settings.items()))
+    train(tmp_path, **changes, compile=True)
+    assert mask_times(capsys.readouterr().out) == mask_times(printed)
     found, expected = tmp_path / "out" / "ckpt.pt", theirs / "out" / "ckpt.pt"
     assert list_differences(flatten_checkpoint(found), flatten_checkpoint(expected)) == []
     assert read_checkpoint(found).training_state.config == read_checkpoint(expected).training_state.config
@@ -175,7 +222,7 @@ def test_ckpt_pt_is_train_pys_own(tmp_path, changes):
 
 @pytest.mark.nanogpt
 @skip_without_nanogpt
-def test_ckpt_pt_of_a_resumed_run_is_train_pys_own(tmp_path):
+def test_ckpt_pt_and_lines_of_a_resumed_run_are_train_pys_own(tmp_path, capsys):
     train(tmp_path, max_iters=5, eval_interval=5)
     (tmp_path / "out" / "checkpoint-5").rename(tmp_path / "earlier")
     theirs = tmp_path / "theirs"
@@ -183,7 +230,20 @@ def test_ckpt_pt_of_a_resumed_run_is_train_pys_own(tmp_path):
     (theirs / "out" / "ckpt.pt").write_bytes((tmp_path / "out" / "ckpt.pt").read_bytes())
     link_scripts(make_workplace(theirs))
     changes = {"init_from": "resume", "max_iters": 9, "eval_interval": 3}
-    run_script(theirs, "train.py", *(f"--{name}={value}" for name, value in {**SETTINGS, **changes}.items()))
+    capsys.readouterr()
+    settings = {**SETTINGS, **changes}
+    printed = run_script(theirs, "train.py", *(f"--{name}={value}" for name, value in settings.items()))
     train(tmp_path, **changes)
+    assert mask_times(capsys.readouterr().out) == mask_times(printed)
     found, expected = (flatten_checkpoint(folder / "out" / "ckpt.pt") for folder in (tmp_path, theirs))
     assert list_differences(found, expected) == []
+
+
+def test_progress_bar_of_a_resumed_run_begins_where_the_run_does(tmp_path, capsys):
+    """Otherwise the time left would count the updates of the earlier run as this one's."""
+    train(tmp_path, max_iters=4, has_bar=True)
+    bar = capsys.readouterr().err
+    assert re.search(r"\b5/5 \[", bar)
+    train(tmp_path, max_iters=8, resume=True, has_bar=True)
+    counts = re.findall(r"(\d+)/9 \[", capsys.readouterr().err)
+    assert (counts[0], counts[1], counts[-1]) == ("0", "4", "9")  # tqdm shows 0 when it is created

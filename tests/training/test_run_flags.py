@@ -198,6 +198,18 @@ def test_run_from_gpt2_is_cropped_to_block_size_as_train_py_does(tmp_path):
     assert torch.equal(found["transformer.wpe.weight"], weights["transformer.wpe.weight"][: SETTINGS["block_size"]])
 
 
+def test_run_from_gpt2_prints_train_pys_lines(tmp_path, capsys):
+    save_gpt2(make_workplace(tmp_path) / "gpt2-toy", 4 * SETTINGS["block_size"])
+    train(tmp_path, init_from="gpt2-toy", eval_only=True)
+    assert capsys.readouterr().out.splitlines()[2:7] == [
+        "Initializing from OpenAI GPT-2 weights: gpt2-toy",
+        "loading weights from pretrained gpt: gpt2-toy",
+        "forcing vocab_size=31, block_size=64, bias=True",
+        "overriding dropout rate to 0.2",
+        "number of parameters: 0.01M",
+    ]
+
+
 @pytest.mark.nanogpt
 @skip_without_nanogpt
 def test_run_from_gpt2_writes_train_pys_own_bits(tmp_path):
