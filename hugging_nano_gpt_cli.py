@@ -283,7 +283,7 @@ def evaluate(
     data: Annotated[
         Path,
         typer.Argument(
-            metavar="DATA", help="Token file (.bin, .npy), folder with val.bin or val_*.bin, or any other file: text."
+            metavar="DATA", help="Token file (.bin, .npy), folder with val.bin or its shards, or any other file: text."
         ),
     ],
     expect_recorded: Annotated[

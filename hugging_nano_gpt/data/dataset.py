@@ -43,8 +43,8 @@ class TokenDataset(Dataset):
 
     Raises:
         DataError: If a file is missing, is not whole, does not look like a token file, or is empty while others are
-            not; if all tokens are too few for a window and its last target; if a folder has files of several splits;
-            when a window is read, if a file has been removed or cut off since.
+            not; if files have tokens of different types; if all tokens are too few for a window and its last target;
+            if a folder has files of several splits; when a window is read, if a file has been removed or cut off since.
     """
 
     def __init__(self, path: str | os.PathLike[str], block_size: int):
@@ -54,6 +54,12 @@ class TokenDataset(Dataset):
         self._files = [TokenFile(each, stays_open=len(paths) <= _MOST_OPEN) for each in paths]
         self._ends = list(accumulate(file.n_tokens for file in self._files))
         self.n_tokens = self._ends[-1]
+        for file in self._files:
+            if file.dtype != self._files[0].dtype:
+                raise DataError(
+                    f"{file.path}: expected {self._files[0].dtype} tokens, as in {paths[0].name}, got {file.dtype}; "
+                    f"give shards of one type"
+                )
         empty = [file.path for file in self._files if not file.n_tokens]
         if empty and self.n_tokens:
             raise DataError(f"{empty[0]}: expected tokens, got an empty file; write it again, or remove it")
@@ -87,10 +93,15 @@ class TokenDataset(Dataset):
 
         Raises:
             MissingDependencyError: If `datasets` is not installed.
+            DataError: If block_size is 1, which leaves no target in a row.
         """
         require("to_datasets", "datasets")
         import datasets
 
+        if self.block_size < 2:
+            raise DataError(
+                f"{self.path}: expected a block_size of 2 or more, got {self.block_size}; give a larger one"
+            )
         row = datasets.List(datasets.Value("int32"), length=self.block_size)
         versions = tuple((os.path.realpath(file.path), file.path.stat().st_mtime_ns) for file in self._files)
         return datasets.Dataset.from_generator(

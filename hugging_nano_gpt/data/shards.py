@@ -16,14 +16,21 @@ from .token_file import measure_token_file
 
 TOKEN_SUFFIXES = (".bin", ".npy")
 
-# Parts of a data set that are never read as one.
-_SPLITS = ("train", "val", "test")
+# Parts of a data set that are never read as one, as words in the names of files.
+_SPLIT = re.compile("(?<![a-z])(train|val|test)(?![a-z])")
 
 
 def find_split(folder: Path, split: str) -> Path:
-    """Returns a folder's train.bin or val.bin; if it is missing, the pattern of its shards, as train_*.bin."""
-    whole, shards = folder / f"{split}.bin", folder / f"{split}_*.bin"
-    return shards if not whole.exists() and any(folder.glob(shards.name)) else whole
+    """Returns a folder's train.bin or val.bin; if it is missing, the pattern of its shards.
+
+    The shards are named as by `prepare --shard-size` (train_000000.bin), llm.c (fineweb_train_000001.bin) or
+    build-nanogpt (edufineweb_train_000001.npy).
+    """
+    whole = folder / f"{split}.bin"
+    if whole.exists():
+        return whole
+    patterns = [f"{split}_*.bin", f"*_{split}_*.bin", f"*_{split}_*.npy"]
+    return next((folder / pattern for pattern in patterns if any(folder.glob(pattern))), whole)
 
 
 def list_shards(path: Path) -> list[Path]:
@@ -41,11 +48,11 @@ def list_shards(path: Path) -> list[Path]:
     else:
         found = list(path.parent.glob(path.name))
     found = [each for each in found if not each.name.startswith(".")]
-    splits = [split for split in _SPLITS if any(split in each.name for each in found)]
+    splits = sorted({split for each in found for split in _SPLIT.findall(each.name)})
     if len(splits) > 1:
         raise DataError(
             f"{path}: expected shards of one split, got files of {' and '.join(splits)}; give a pattern, as "
-            f"'{(path if path.is_dir() else path.parent) / f'*{splits[0]}*'}'"
+            f"'{(path if path.is_dir() else path.parent) / '*train*'}'"
         )
     if not found:
         raise DataError(
@@ -73,8 +80,7 @@ class TokenFile:
 
     def __init__(self, path: Path, stays_open: bool):
         self.path = path
-        self._layout = measure_token_file(path)
-        self.n_tokens = self._layout.n_tokens
+        self._start, self.dtype, self.n_tokens = measure_token_file(path)
         self._stays_open = stays_open
         self._descriptor: int | None = None
 
@@ -87,16 +93,16 @@ class TokenFile:
         Raises:
             DataError: If the file has been removed or cut off since it was opened.
         """
-        start, dtype, _ = self._layout
+        itemsize = self.dtype.itemsize
         try:
-            data = self._read_at(start + first * dtype.itemsize, count * dtype.itemsize)
+            data = self._read_at(self._start + first * itemsize, count * itemsize)
         except OSError as error:
             raise DataError(
                 f"{self.path}: cannot be read any more: {error.strerror}; see what became of it"
             ) from error
-        if len(data) != count * dtype.itemsize:
+        if len(data) != count * itemsize:
             raise DataError(f"{self.path}: expected {self.n_tokens} tokens, as it had, got fewer; write it again")
-        return np.frombuffer(data, dtype=dtype)
+        return np.frombuffer(data, dtype=self.dtype)
 
     def _read_at(self, offset: int, n_bytes: int) -> bytes:
         if not self._stays_open or not hasattr(os, "pread"):  # Windows has none

@@ -139,7 +139,8 @@ def evaluate_loss(
             the stride is out of range, or eval_iters is given for a text.
         TokenizerError: If a text has no tokenizer, or characters that the tokenizer does not know.
     """
-    path = find_split(Path(data_path), "val") if Path(data_path).is_dir() else Path(data_path)
+    is_folder = Path(data_path).is_dir()
+    path = find_split(Path(data_path), "val") if is_folder else Path(data_path)
     if eval_iters is not None and path.suffix not in TOKEN_SUFFIXES:
         raise DataError(f"{path}: expected no eval_iters for a text, got {eval_iters}; leave out --eval-iters")
     loaded = load_source(source, device=choose_device(device), attn_implementation="sdpa", **kwargs)
@@ -155,7 +156,7 @@ def evaluate_loss(
         state = model.nanogpt_training_state
         recorded_iters, batch_size = get_estimate_settings(state)
         estimate = estimate_loss(model, path, n_batches=eval_iters or recorded_iters, batch_size=batch_size)
-        if path.name in ("val.bin", "val_*.bin"):
+        if is_folder or path.name in ("val.bin", "val_*.bin"):
             recorded = state if state.best_val_loss < NO_VAL_LOSS else None
             reasons += [] if recorded else ["the estimate is not compared, because no best_val_loss is recorded"]
     return Evaluation(

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from hugging_nano_gpt import DataError, MissingDependencyError, evaluate_loss
 from hugging_nano_gpt.data import dataset as dataset_module
-from hugging_nano_gpt.data.shards import list_shards
+from hugging_nano_gpt.data.shards import find_split, list_shards
 from hugging_nano_gpt.training import RandomOffsetSampler, TokenDataset, collate_windows
 
 from ..helpers.tiny import make_tokenizer
@@ -79,6 +79,37 @@ def test_folder_of_two_splits_is_refused(tmp_path):
         TokenDataset(folder, BLOCK_SIZE)
     with pytest.raises(DataError, match="expected shards of one split"):
         TokenDataset(folder / "*.bin", BLOCK_SIZE)
+
+
+def test_split_is_a_word_in_a_name(tmp_path):
+    folder = write_shards(tmp_path / "shards", prefix="latest_interval_trained_")
+    assert len(TokenDataset(folder, BLOCK_SIZE)) == len(TOKENS) - BLOCK_SIZE
+
+
+def test_tokens_of_two_types_are_refused(tmp_path):
+    folder = write_shards(tmp_path / "shards")
+    write_npy(folder / "train_000005", TOKENS.astype(np.uint32))
+    message = (
+        r"train_000005\.npy: expected uint16 tokens, as in train_000000\.bin, got uint32; give shards of one type"
+    )
+    with pytest.raises(DataError, match=message):
+        TokenDataset(folder, BLOCK_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("val.bin", "val.bin"),
+        ("val_000000.bin", "val_*.bin"),
+        ("fineweb_val_000000.bin", "*_val_*.bin"),
+        ("edufineweb_val_000000.npy", "*_val_*.npy"),
+        ("interval_0.bin", "val.bin"),
+    ],
+)
+def test_split_is_found_under_the_names_of_the_family(tmp_path, name, expected):
+    write_plain(tmp_path / name)
+    write_plain(tmp_path / "train_000000.bin")
+    assert find_split(tmp_path, "val") == tmp_path / expected
 
 
 @pytest.mark.parametrize("name", ["", "*.bin", "train_[0-9].bin"])
@@ -213,6 +244,11 @@ def test_sft_trainer_trains_with_the_loss_computed_by_hand(tmp_path, cache):
     expected = compute_by_hand(model, batch)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_rows_without_a_target_are_refused(tmp_path):
+    with pytest.raises(DataError, match="expected a block_size of 2 or more, got 1; give a larger one"):
+        TokenDataset(write_plain(tmp_path / "train.bin"), 1).to_datasets()
 
 
 def test_rows_without_datasets_are_refused(tmp_path, monkeypatch):
