@@ -325,7 +325,9 @@ def evaluate(
     source: _Source,
     data: Annotated[
         Path,
-        typer.Argument(metavar="DATA", help="Token file (.bin, .npy), glob of them, folder with val.bin, or a text."),
+        typer.Argument(
+            metavar="DATA", help="Token file (.bin, .npy), folder with val.bin or its shards, or any other file: text."
+        ),
     ],
     expect_recorded: Annotated[
         bool, typer.Option("--expect-recorded", help="Exit with 1 unless the estimate agrees with the best_val_loss.")

@@ -22,7 +22,7 @@ from ..checkpoint.contents import NO_VAL_LOSS, TrainingState
 from ..convert.inspect import to_json
 from ..convert.source import Source, choose_device, load_source
 from ..data.dataset import TokenDataset
-from ..data.shards import find_split
+from ..data.shards import TOKEN_SUFFIXES, find_split
 from ..errors import DataError
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from ..tokenization.text import count_units, encode_text, read_text
@@ -31,9 +31,6 @@ from .estimate import Estimate, compute_losses, estimate_loss, get_estimate_sett
 
 # Windows in one batch; compute_losses splits it where its logits are large.
 _N_ROWS = 16
-
-# A file with one of these suffixes holds tokens; any other file is a text.
-_TOKEN_SUFFIXES = (".bin", ".npy")
 
 
 @dataclass(frozen=True)
@@ -128,7 +125,7 @@ def evaluate_loss(
 
     Args:
         source: What load_source takes: a checkpoint file, a saved folder or a Hub id.
-        data_path: A .bin or .npy file of tokens, a glob of several, a folder with val.bin or its shards, or a UTF-8
+        data_path: A .bin or .npy file of tokens or a pattern of shards, a folder with val.bin or val_*.bin, or a UTF-8
             text under any other name.
         stride: Number of tokens from one window to the next, 1 to block_size; block_size by default.
         eval_iters: Number of batches for nanoGPT's estimate, instead of the checkpoint's.
@@ -144,7 +141,7 @@ def evaluate_loss(
     """
     is_folder = Path(data_path).is_dir()
     path = find_split(Path(data_path), "val") if is_folder else Path(data_path)
-    if eval_iters is not None and path.suffix not in _TOKEN_SUFFIXES:
+    if eval_iters is not None and path.suffix not in TOKEN_SUFFIXES:
         raise DataError(f"{path}: expected no eval_iters for a text, got {eval_iters}; leave out --eval-iters")
     loaded = load_source(source, device=choose_device(device), attn_implementation="sdpa", **kwargs)
     model = loaded.model
@@ -155,11 +152,11 @@ def evaluate_loss(
     loss, scored = _score(model, windows, stride, path)
     unit, n_units = (None, 0) if own_tokenizer is None else count_units(own_tokenizer, scored)
     estimate, recorded = None, None
-    if path.suffix in _TOKEN_SUFFIXES:
+    if path.suffix in TOKEN_SUFFIXES:
         state = model.nanogpt_training_state
         recorded_iters, batch_size = get_estimate_settings(state)
         estimate = estimate_loss(model, path, n_batches=eval_iters or recorded_iters, batch_size=batch_size)
-        if is_folder or path.name == "val.bin":
+        if is_folder or path.name in ("val.bin", "val_*.bin"):
             recorded = state if state.best_val_loss < NO_VAL_LOSS else None
             reasons += [] if recorded else ["the estimate is not compared, because no best_val_loss is recorded"]
     return Evaluation(
@@ -203,7 +200,7 @@ class _TextWindows:
 def _open_windows(loaded: Source, path: Path) -> tuple[_Windows, PreTrainedTokenizerBase | None, list[str]]:
     """Returns the windows of a file, the tokenizer of its tokens, and otherwise the reason for not having one."""
     block_size = loaded.model.config.block_size
-    if path.suffix in _TOKEN_SUFFIXES:
+    if path.suffix in TOKEN_SUFFIXES:
         windows = TokenDataset(path, block_size)
         tokenizer, reasons = loaded.find_tokenizer()
         return windows, tokenizer, [f"no bits per byte or character: {reason}" for reason in reasons]

@@ -52,7 +52,7 @@ def run_training(
 
     Args:
         settings: All of train.py's settings, as read_settings returns them. As in train.py, data/<dataset> is a folder
-            in the working directory; its train.bin and val.bin may be shards, as train_000000.bin.
+            in the working directory.
         resume: Resume from the last whole checkpoint of Trainer's in out_dir, as if the run had never stopped; if none
             exists, from out_dir/ckpt.pt as init_from="resume" does; without that either, begin as init_from says.
         force: Overwrite what an earlier run left in out_dir, or what is in folder.

@@ -233,7 +233,7 @@ def test_file_that_is_gone_before_it_is_read_is_refused(dataset):
         (lambda path: path, r"cannot be opened: No such file or directory; check the path, or run .*prepare\.py$"),
         (
             lambda path: path.mkdir(),
-            r"expected files of tokens \(\.bin, \.npy\), got none; check the path, or run the data",
+            r"no token files: expected \.bin or \.npy, got none; check the path, or run the data set's prepare",
         ),
         (lambda path: path.write_bytes(b"\0" * 999), "expected uint16 tokens, got an odd number of bytes, 999; write"),
         (
