@@ -112,7 +112,7 @@ def test_logits_of_uncached_generation_equal_nanogpts_bitwise(nanogpt):
 
 def test_our_checkpoint_loads_as_nanogpt_loads_its_own(nanogpt, tmp_path):
     model = NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH)
-    model.to_nanogpt_ckpt(tmp_path / "ckpt.pt")
+    model.to_nanogpt_ckpt(tmp_path / "ckpt.pt", overwrite=True)
     checkpoint = torch.load(tmp_path / "ckpt.pt", map_location="cpu")
     theirs = nanogpt.GPT(nanogpt.GPTConfig(**checkpoint["model_args"])).eval()
     theirs.load_state_dict(checkpoint["model"])
@@ -128,7 +128,7 @@ def test_nanogpt_computes_a_merged_adapter(nanogpt, tmp_path):
     model, _ = make_pair()
     lora = peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)  # random, not zero
     merged = peft.get_peft_model(model, lora).eval().merge_and_unload()
-    merged.to_nanogpt_ckpt(tmp_path / "ckpt.pt")
+    merged.to_nanogpt_ckpt(tmp_path / "ckpt.pt", overwrite=True)
     checkpoint = torch.load(tmp_path / "ckpt.pt", map_location="cpu")
     theirs = nanogpt.GPT(nanogpt.GPTConfig(**checkpoint["model_args"])).eval()
     theirs.load_state_dict(checkpoint["model"])
@@ -173,7 +173,7 @@ def test_train_py_goes_on_from_our_updates_as_from_its_own(workplace, two_thread
     path = workplace / "out" / "ckpt.pt"
     trainer = make_trainer(workplace / "trainer", load_start(), STEPS[:50])
     trainer.train()
-    trainer.save_nanogpt_ckpt(path)
+    trainer.save_nanogpt_ckpt(path, overwrite=True)
     assert not torch.equal(trainer.model.lm_head.weight, load_start().lm_head.weight)
     ours = resume_trace(workplace, STEPS[50:])
 
@@ -189,7 +189,7 @@ def test_train_py_goes_on_elsewhere_from_our_updates_without_moments(workplace, 
     """Shows that the test above can fail."""
     trainer = make_trainer(workplace / "trainer", load_start(), STEPS[:50])
     trainer.train()
-    trainer.model.to_nanogpt_ckpt(workplace / "out" / "ckpt.pt", iter_num=150)
+    trainer.model.to_nanogpt_ckpt(workplace / "out" / "ckpt.pt", iter_num=150, overwrite=True)
     ours = resume_trace(workplace, STEPS[50:])
     assert find_largest_difference(ours.state_dict, END.state_dict) > 100 * TOLERANCE
 
@@ -197,7 +197,7 @@ def test_train_py_goes_on_elsewhere_from_our_updates_without_moments(workplace, 
 def test_sample_py_samples_from_our_checkpoint(workplace):
     flags = "--out_dir=out --device=cpu --dtype=float32 --num_samples=1 --max_new_tokens=20".split()
     theirs = run_script(workplace, "sample.py", *flags)
-    NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH).to_nanogpt_ckpt(workplace / "out" / "ckpt.pt")
+    NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH).to_nanogpt_ckpt(workplace / "out" / "ckpt.pt", overwrite=True)
     assert run_script(workplace, "sample.py", *flags) == theirs
     assert "Loading meta from" in theirs
 

@@ -354,7 +354,7 @@ def test_training_state_survives_the_folder_bit_for_bit(checkpoint, tmp_path, lo
         "h": {"x": math.inf},
     }
     state = replace(checkpoint.training_state, iter_num=2**40, best_val_loss=loss, config=config)
-    write_checkpoint(replace(checkpoint, training_state=state), tmp_path / "ckpt.pt")
+    write_checkpoint(replace(checkpoint, training_state=state), tmp_path / "ckpt.pt", overwrite=True)
     NanoGPTLMHeadModel.from_nanogpt_ckpt(tmp_path / "ckpt.pt").save_pretrained(tmp_path / "first")
     NanoGPTLMHeadModel.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "second")
@@ -367,7 +367,7 @@ def test_state_that_json_would_change_is_left_out_with_a_warning(checkpoint, tmp
     monkeypatch.setattr(conversion.logger, "warning", warnings.append)
     config = {"kept": 1, "tuple": (1, 2), "tensor": torch.zeros(1), "keys": {1: 2}}
     state = replace(checkpoint.training_state, config=config)
-    write_checkpoint(replace(checkpoint, training_state=state), tmp_path / "ckpt.pt")
+    write_checkpoint(replace(checkpoint, training_state=state), tmp_path / "ckpt.pt", overwrite=True)
     model = NanoGPTLMHeadModel.from_nanogpt_ckpt(tmp_path / "ckpt.pt")
     assert re.search(
         r"ckpt.pt: config: save_pretrained will leave out 'tuple', 'tensor', 'keys': expected", warnings[0]

@@ -60,7 +60,7 @@ def sources(tmp_path_factory):
     paths = []
     for seed, n_head in ((OLD, 4), (NEW, 2)):
         folder = tmp_path_factory.mktemp("source")
-        make_model(seed, n_head=n_head).to_nanogpt_ckpt(folder / "ckpt.pt")
+        make_model(seed, n_head=n_head).to_nanogpt_ckpt(folder / "ckpt.pt", overwrite=True)
         write_meta(CharacterTable(tuple(map(chr, range(60 + seed, 125 + seed)))), folder / "meta.pkl")
         paths.append(folder / "ckpt.pt")
     return paths

@@ -41,7 +41,7 @@ def make(n_rows, **settings):
 
 
 def load(folder, n_rows):
-    make(n_rows).to_nanogpt_ckpt(folder / "ckpt.pt")
+    make(n_rows).to_nanogpt_ckpt(folder / "ckpt.pt", overwrite=True)
     return NanoGPTLMHeadModel.from_nanogpt_ckpt(folder / "ckpt.pt")
 
 
@@ -194,7 +194,7 @@ def test_fit_vocabulary_keeps_what_the_user_set():
 
 
 def test_convert_takes_ids_and_specials_of_the_tokenizer(tmp_path):
-    make(50304).to_nanogpt_ckpt(tmp_path / "ckpt.pt")
+    make(50304).to_nanogpt_ckpt(tmp_path / "ckpt.pt", overwrite=True)
     make_word_tokenizer(50277, eos_token="t0").save_pretrained(tmp_path / "tokenizer")
     convert_to_folder(tmp_path / "ckpt.pt", tmp_path / "out", tokenizer=str(tmp_path / "tokenizer"))
     settings = json.loads((tmp_path / "out" / "generation_config.json").read_text())
@@ -206,7 +206,7 @@ def test_convert_takes_ids_and_specials_of_the_tokenizer(tmp_path):
 
 
 def test_convert_without_specials_keeps_none_of_gpt2(tmp_path):
-    make(50304).to_nanogpt_ckpt(tmp_path / "ckpt.pt")
+    make(50304).to_nanogpt_ckpt(tmp_path / "ckpt.pt", overwrite=True)
     make_word_tokenizer(50300).save_pretrained(tmp_path / "tokenizer")
     written = convert_to_folder(tmp_path / "ckpt.pt", tmp_path / "out", tokenizer=str(tmp_path / "tokenizer"))
     settings = written.model.generation_config
@@ -216,7 +216,7 @@ def test_convert_without_specials_keeps_none_of_gpt2(tmp_path):
 @pytest.fixture
 def padded(tmp_path):
     """A checkpoint of 28 characters in 64 rows; the most likely row has no character."""
-    prefer(make(64), 40).to_nanogpt_ckpt(tmp_path / "ckpt.pt")
+    prefer(make(64), 40).to_nanogpt_ckpt(tmp_path / "ckpt.pt", overwrite=True)
     table = CharacterTable(tuple("\nabcdefghijklmnopqrstuvwxyz "))
     write_meta(table, tmp_path / "meta.pkl")
     return tmp_path
@@ -261,7 +261,7 @@ def test_exported_gguf_follows_the_tokenizer(padded, tmp_path):
 
 @pytest.mark.parametrize(("n_characters", "n_rows"), [(5, 96), (65, 50304), (1, 3), (30, 65)])
 def test_meta_of_far_too_few_characters_is_refused(tmp_path, n_characters, n_rows):
-    make(n_rows).to_nanogpt_ckpt(tmp_path / "ckpt.pt")
+    make(n_rows).to_nanogpt_ckpt(tmp_path / "ckpt.pt", overwrite=True)
     write_meta(CharacterTable(tuple(map(chr, range(97, 97 + n_characters)))), tmp_path / "meta.pkl")
     with pytest.raises(
         TokenizerError, match=f"meta.pkl: expected about {n_rows} tokens.* got {n_characters}; give the"
@@ -272,7 +272,7 @@ def test_meta_of_far_too_few_characters_is_refused(tmp_path, n_characters, n_row
 
 @pytest.mark.parametrize(("n_characters", "n_rows"), [(65, 66), (60, 65), (90, 100)])
 def test_meta_of_fewer_characters_warns(tmp_path, n_characters, n_rows):
-    make(n_rows).to_nanogpt_ckpt(tmp_path / "ckpt.pt")
+    make(n_rows).to_nanogpt_ckpt(tmp_path / "ckpt.pt", overwrite=True)
     write_meta(CharacterTable(tuple(map(chr, range(97, 97 + n_characters)))), tmp_path / "meta.pkl")
     written = convert_to_folder(tmp_path / "ckpt.pt", tmp_path / "out", meta_path=tmp_path / "meta.pkl")
     assert any(f"{n_characters} tokens for {n_rows} rows: the other" in note for note in written.notes)

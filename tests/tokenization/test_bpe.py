@@ -185,7 +185,7 @@ def test_gpt2_of_tiktoken_fits_the_padded_model(gpt2, without_cache, monkeypatch
 def test_gpt2_special_ids_are_those_of_the_model(gpt2, without_cache, monkeypatch, tmp_path):
     monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": gpt2}.__getitem__)
     config = NanoGPTConfig(block_size=8, vocab_size=50304, n_layer=1, n_head=1, n_embd=2)
-    NanoGPTLMHeadModel(config).to_nanogpt_ckpt(tmp_path / "ckpt.pt")
+    NanoGPTLMHeadModel(config).to_nanogpt_ckpt(tmp_path / "ckpt.pt", overwrite=True)
     settings = NanoGPTLMHeadModel.from_nanogpt_ckpt(tmp_path / "ckpt.pt").generation_config
     tokenizer = build_gpt2_tokenizer()
     assert (settings.bos_token_id, settings.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)

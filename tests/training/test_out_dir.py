@@ -31,7 +31,7 @@ def go_on_elsewhere(out_dir, iter_num):
     """Writes the ckpt.pt of a train.py that continued from it."""
     checkpoint = read_checkpoint(out_dir / "ckpt.pt")
     state = replace(checkpoint.training_state, iter_num=iter_num)
-    write_checkpoint(replace(checkpoint, training_state=state), out_dir / "ckpt.pt")
+    write_checkpoint(replace(checkpoint, training_state=state), out_dir / "ckpt.pt", overwrite=True)
     return (out_dir / "ckpt.pt").read_bytes()
 
 
