@@ -70,7 +70,7 @@ def plot_losses(
                 axes.plot(list(curve), list(curve.values()), color=f"C{number % 10}", label=name + label, **style)
     axes.set(xlabel="iteration", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize="small").set_in_layout(False)  # the legend of many runs is higher than the axes
     with open_atomically(path) as file:
         figure.savefig(file, format=path.suffix[1:].lower())
 
