@@ -5,6 +5,7 @@ plain loop. And once those of a toy run of train.py's settings from scratch, as 
 resumed.
 """
 
+import json
 import shutil
 
 import pytest
@@ -146,6 +147,8 @@ def test_toy_run_leaves_a_whole_ckpt_pt_and_one_checkpoint_of_trainers(toy_folde
         "checkpoint-20",
         "log.jsonl",
     }
+    last = json.loads((toy_folder / "out" / "log.jsonl").read_text().splitlines()[-1])
+    assert (last["iter"], last["tokens"]) == (20, 21 * 96)  # both processes' tokens, in a line of the first one
     weights = read_checkpoint(toy_folder / "out" / "ckpt.pt").state_dict
     saved = NanoGPTLMHeadModel.from_pretrained(toy_folder / "out" / "checkpoint-20")
     assert_same(weights, dict(saved.state_dict()))
