@@ -44,7 +44,7 @@ class TokenDataset(Dataset):
     Raises:
         DataError: If a file is missing, is not whole, does not look like a token file, or is empty while others are
             not; if files have tokens of different types; if all tokens are too few for a window and its last target;
-            if a folder has files of several splits; when a window is read, if a file has been removed or cut off since.
+            if a folder has files of several splits. When a window is read, if a file has been removed or cut off.
     """
 
     def __init__(self, path: str | os.PathLike[str], block_size: int):

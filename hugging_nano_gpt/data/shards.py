@@ -4,7 +4,6 @@ llm.c, build-nanogpt and `prepare --shard-size` write many files of one stream o
 """
 
 import os
-import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ def find_split(folder: Path, split: str) -> Path:
 def list_shards(path: Path) -> list[Path]:
     """Lists the files that a path names: itself; those in it if it is a folder; those that match its last part.
 
-    They are in the order of their names, where 10 comes after 9.
+    They are in the order of their names.
 
     Raises:
         DataError: If a folder or a pattern has no files, or a folder has those of several splits.
@@ -59,12 +58,7 @@ def list_shards(path: Path) -> list[Path]:
             f"{path}: no token files: expected {' or '.join(TOKEN_SUFFIXES)}, got none; check the path, or run the "
             f"data set's prepare.py"
         )
-    return sorted(found, key=lambda each: _split_digits(each.name))
-
-
-def _split_digits(name: str) -> list[str | int]:
-    """Splits a name into text and numbers, which alternate, so that names compare part by part."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+    return sorted(found)
 
 
 class TokenFile:

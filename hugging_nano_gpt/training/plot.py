@@ -5,7 +5,6 @@ update. It needs matplotlib, and no torch.
 """
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -17,7 +16,7 @@ from ..files import check_file, fail, open_atomically, open_source
 from .log import LOG_NAME, parse_line
 from .trainer_checkpoint import STATE_NAME, list_checkpoints
 
-_NUMBER = r"(-?[\d.]+|nan|inf)"
+_NUMBER = r"(\d+\.\d+|nan|inf)"
 _PRINTED_EVALUATION = re.compile(rf"step (\d+): train loss {_NUMBER}, val loss {_NUMBER}")
 _PRINTED_UPDATE = re.compile(rf"iter (\d+): loss {_NUMBER}, time")
 
@@ -68,10 +67,10 @@ def plot_losses(
         name = f"{os.fspath(source)}: " if len(sources) > 1 else ""
         for curve, (label, style) in zip(read_losses(source), _STYLES.items(), strict=True):
             if curve:
-                axes.plot(*_split(curve), color=f"C{number % 10}", label=name + label, **style)
+                axes.plot(list(curve), list(curve.values()), color=f"C{number % 10}", label=name + label, **style)
     axes.set(xlabel="iteration", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize="small").set_in_layout(False)  # the legend of many runs is higher than the axes
     with open_atomically(path) as file:
         figure.savefig(file, format=path.suffix[1:].lower())
 
@@ -140,8 +139,3 @@ def _collect(entries: Iterable[dict[str, Any]], name: str) -> dict[int, float]:
         if name in entry:
             found[entry["iter"]] = float(entry[name])
     return dict(sorted(found.items()))
-
-
-def _split(curve: dict[int, float]) -> tuple[list[int], list[float]]:
-    """Returns iterations and losses; matplotlib leaves a gap where a loss is not finite."""
-    return list(curve), [loss if math.isfinite(loss) else math.nan for loss in curve.values()]

@@ -6,6 +6,7 @@ stopped, loggers, and ways to save memory.
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def run_training(
     _check(settings, fsdp)
     loggers = list_loggers(settings, report_to)
     rank = int(os.environ.get("RANK", "0"))
-    say: Callable[[str], None] = tqdm.write if rank == 0 else lambda line: None  # above a progress bar
+    say: Callable[[str], None] = _print_line if rank == 0 else lambda line: None
     n_tokens = settings["gradient_accumulation_steps"] * settings["batch_size"] * settings["block_size"]
     say(f"tokens per iteration will be: {n_tokens:,}")
     is_evaluation = settings["eval_only"]
@@ -121,6 +122,12 @@ def _train(trainer: NanoGPTTrainer, callback: TrainPyCallback, beginning: Beginn
         trainer.train(resume_from_checkpoint=None if beginning.folder is None else str(beginning.folder))
     if callback.stop_signal is not None:
         raise SystemExit(128 + callback.stop_signal)
+
+
+def _print_line(line: str) -> None:
+    """Prints a line above a progress bar, and at once, also to a file or a pipe."""
+    tqdm.write(line)
+    sys.stdout.flush()
 
 
 def _check(settings: Mapping[str, Any], fsdp: bool) -> None:

@@ -4,6 +4,7 @@ First the updates of the recorded run, from nanoGPT's checkpoint with its moment
 plain loop. Then a toy run of the command from scratch, with train.py's settings, stopped and resumed.
 """
 
+import json
 import shutil
 
 import pytest
@@ -145,6 +146,8 @@ def test_toy_run_leaves_a_complete_ckpt_pt_and_one_checkpoint_of_trainer(toy_fol
         "checkpoint-20",
         "log.jsonl",
     }
+    last = json.loads((toy_folder / "out" / "log.jsonl").read_text().splitlines()[-1])
+    assert (last["iter"], last["tokens"]) == (20, 21 * 96)  # both processes' tokens, in a line of the first one
     weights = read_checkpoint(toy_folder / "out" / "ckpt.pt").state_dict
     saved = NanoGPTLMHeadModel.from_pretrained(toy_folder / "out" / "checkpoint-20")
     assert_same(weights, dict(saved.state_dict()))

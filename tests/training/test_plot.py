@@ -160,3 +160,10 @@ def test_picture_of_an_unknown_kind_is_refused(run, tmp_path):
     with pytest.raises(ConversionError, match="is there already"):
         plot_losses([run / "out"], tmp_path / "loss.png")
     assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
+
+
+def test_losses_of_many_runs_that_are_not_finite_make_a_picture_without_a_warning(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "log.txt").write_text("step 0: train loss nan, val loss inf\niter 0: loss 2.5000, time 3.00ms\n")
+    plot_losses([tmp_path / "log.txt"] * 12, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").stat().st_size > 1000

@@ -1,5 +1,6 @@
 """run_training and its command: ckpt.pt has the same contents as that of an independent run in train.py's order."""
 
+import contextlib
 import json
 import re
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from hugging_nano_gpt import ConversionError, NanoGPTLMHeadModel, TokenizerError, read_checkpoint
+from hugging_nano_gpt.training.callbacks import TrainPyCallback
 
 from ..helpers.programs import run_command
 from ..helpers.reference_run import ReferenceRun, flatten_saved
@@ -237,6 +239,15 @@ def test_ckpt_pt_and_lines_of_a_resumed_run_are_train_pys_own(tmp_path, capsys):
     assert mask_times(capsys.readouterr().out) == mask_times(printed)
     found, expected = (flatten_checkpoint(folder / "out" / "ckpt.pt") for folder in (tmp_path, theirs))
     assert list_differences(found, expected) == []
+
+
+def test_lines_reach_a_file_while_the_run_goes_on(tmp_path, monkeypatch):
+    path, seen = tmp_path / "lines.txt", []
+    monkeypatch.setattr(TrainPyCallback, "on_step_begin", lambda *args, **kwargs: seen.append(path.read_text()))
+    with path.open("w") as file, contextlib.redirect_stdout(file):
+        train(tmp_path, max_iters=1)
+    assert seen[0].splitlines()[-1].startswith("step 0: train loss ")
+    assert seen[1].splitlines()[-1].startswith("iter 0: loss ")
 
 
 def test_progress_bar_of_a_resumed_run_begins_where_the_run_does(tmp_path, capsys):
