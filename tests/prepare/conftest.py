@@ -1,7 +1,6 @@
 """What the tests of prepare share: a text, documents, and tiktoken's and the Hub's files replaced by small ones."""
 
 import json
-import random
 
 import pytest
 import tiktoken
@@ -11,17 +10,7 @@ import hugging_nano_gpt.prepare.tokens as tokens
 import hugging_nano_gpt.tokenization.bpe as bpe
 
 from ..helpers.encodings import make_encoding
-
-WORDS = (
-    "the king hath spoken to his daughter; and she wept. It's caf\xe9 \u4e2d\u6587\u3002 1234567 \U0001f642 O!".split()
-)
-ENDS = ("\n", "\r\n", "\n\n", " ", "  ", "\r", " \n  ")
-
-
-def make_text(n_words=6000, seed=0):
-    """Makes a text with all kinds of spaces and line ends."""
-    rng = random.Random(seed)
-    return "".join(rng.choice(WORDS) + rng.choices(ENDS, (2, 1, 1, 12, 1, 1, 1))[0] for _ in range(n_words))
+from ..helpers.texts import make_text
 
 
 @pytest.fixture

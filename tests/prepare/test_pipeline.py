@@ -11,20 +11,9 @@ from hugging_nano_gpt import NanoGPTLMHeadModel, TokenizerError, find_tokenizer,
 from hugging_nano_gpt.tokenization.find import load_named, read_data_vocab_size
 
 from ..helpers.encodings import make_gpt2_encoding
-from ..helpers.programs import run_command
+from ..helpers.pipeline import TRAIN, make_folder, run
 from ..helpers.scripts import link_scripts, run_script, skip_without_nanogpt
-from .conftest import make_text
-
-TRAIN = (
-    "--dataset=mine --device=cpu --dtype=float32 --compile=False --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 "
-    "--batch_size=2 --gradient_accumulation_steps=1 --max_iters=2 --eval_interval=2 --eval_iters=1 --dropout=0.0"
-).split()
-
-
-def run(*words):
-    result = run_command(*words)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+from ..helpers.texts import make_text
 
 
 @pytest.fixture
@@ -32,16 +21,6 @@ def workplace(tmp_path, monkeypatch):
     (tmp_path / "input.txt").write_text(make_text(2000), newline="")
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def make_folder(tokenizer):
-    """Runs four of the five commands; returns what each prints."""
-    return [
-        run("prepare", "input.txt", "data/mine", "--tokenizer", tokenizer),
-        run("train", *TRAIN),
-        run("evaluate", "out/ckpt.pt", "data/mine"),
-        run("convert", "out/ckpt.pt", "model"),
-    ]
 
 
 @pytest.mark.parametrize(("tokenizer", "n_tokens"), [("char", 37), ("bpe:300", 300)])

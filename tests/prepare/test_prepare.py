@@ -21,7 +21,7 @@ from hugging_nano_gpt.tokenization.find import load_named
 
 from ..helpers.folders import list_files, read_files
 from ..helpers.scripts import NANOGPT_DIR, skip_without_nanogpt
-from .conftest import make_text
+from ..helpers.texts import make_text
 
 # The data sets of nanoGPT's that have a prepare.py, and how to get the same from this package.
 CHAR, BPE, DOCUMENTS = "shakespeare_char", "shakespeare", "openwebtext"

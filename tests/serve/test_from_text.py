@@ -6,9 +6,9 @@ import urllib.request
 
 import pytest
 
+from ..helpers.pipeline import make_folder, run
 from ..helpers.serving import run_in_thread
-from ..prepare.conftest import make_text
-from ..prepare.test_pipeline import make_folder, run
+from ..helpers.texts import make_text
 
 pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
