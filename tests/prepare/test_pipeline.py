@@ -12,6 +12,7 @@ from hugging_nano_gpt.tokenization.find import load_named, read_data_vocab_size
 
 from ..helpers.encodings import make_gpt2_encoding
 from ..helpers.pipeline import TRAIN, make_folder, run
+from ..helpers.programs import run_command
 from ..helpers.scripts import link_scripts, run_script, skip_without_nanogpt
 from ..helpers.texts import make_text
 
