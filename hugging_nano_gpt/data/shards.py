@@ -4,6 +4,7 @@ llm.c, build-nanogpt and `prepare --shard-size` write many files of one stream o
 """
 
 import os
+import re
 import weakref
 from pathlib import Path
 from typing import Any
