@@ -18,6 +18,7 @@ from hugging_nano_gpt import (
     sample_text,
 )
 
+from ..helpers.curl import ask, serving
 from ..helpers.folders import ROOT
 from ..helpers.programs import run_command
 from ..helpers.scripts import link_scripts, run_script, skip_without_nanogpt
@@ -179,8 +180,6 @@ def test_chat_md_commands_run_as_written(out_dir, tmp_path):
 
 def test_chat_md_asks_the_server_as_written(out_dir, monkeypatch):
     pytest.importorskip("fastapi")
-    from ..docs.test_readme import ask, find_port, serving
-
     (curl,) = re.findall(r"^curl .*?'$", DOC, flags=re.MULTILINE | re.DOTALL)
     port = find_port()
     with serving(["hugging-nano-gpt", "serve", str(out_dir / "chat"), "--port", str(port)], monkeypatch):

@@ -4,7 +4,6 @@ import os
 import pickle
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
@@ -15,22 +14,7 @@ from hugging_nano_gpt.data.dataset import check_ids
 from hugging_nano_gpt.data.offsets import SharedBatches
 from hugging_nano_gpt.training import RandomOffsetSampler, TokenDataset, collate_windows
 
-MAGIC, VERSION = 20240520, 1
-BLOCK_SIZE = 8
-TOKENS = np.random.default_rng(0).integers(0, 2**16, 500).astype("<u2")  # also ids that do not fit in int16
-
-
-def write_plain(path, tokens=TOKENS):
-    path.write_bytes(tokens.tobytes())
-    return path
-
-
-def write_shard(path, tokens=TOKENS, magic=MAGIC, version=VERSION, count=None):
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = magic, version, len(tokens) if count is None else count
-    path.write_bytes(header.tobytes() + tokens.tobytes())
-    return path
-
+from ..helpers.token_files import BLOCK_SIZE, TOKENS, assert_is_batch, write_plain, write_shard
 
 WRITERS = pytest.mark.parametrize("write", [write_plain, write_shard], ids=["plain", "llm.c"])
 
@@ -44,20 +28,12 @@ def make_loader(dataset, sampler, n_workers=0):
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_windows, num_workers=n_workers)
 
 
-def assert_batch_holds(batch, offsets, tokens=TOKENS):
-    """Asserts that a batch is the one that get_batch makes of these offsets: x from i, y from i + 1."""
-    for name, shift in (("input_ids", 0), ("shift_labels", 1)):
-        expected = np.stack([tokens[i + shift : i + shift + BLOCK_SIZE].astype(np.int64) for i in offsets])
-        assert batch[name].dtype == torch.int64
-        assert torch.equal(batch[name], torch.from_numpy(expected))
-
-
 @WRITERS
 def test_windows_of_any_offset_are_get_batchs_pairs(tmp_path, write):
     dataset = TokenDataset(write(tmp_path / "train.bin"), BLOCK_SIZE)
     assert len(dataset) == len(TOKENS) - BLOCK_SIZE  # get_batch draws below it
     for offset in range(len(dataset)):
-        assert_batch_holds(collate_windows([dataset[offset]]), [offset])
+        assert_is_batch(collate_windows([dataset[offset]]), [offset])
 
 
 @pytest.mark.parametrize("name", ["input_ids", "shift_labels"])
@@ -65,7 +41,7 @@ def test_windows_moved_by_one_token_are_told_apart(dataset, name):
     """Shows that the test above can fail."""
     batch = {**collate_windows([dataset[7]]), name: collate_windows([dataset[8]])[name]}
     with pytest.raises(AssertionError):
-        assert_batch_holds(batch, [7])
+        assert_is_batch(batch, [7])
 
 
 @WRITERS
@@ -73,7 +49,7 @@ def test_file_of_one_window_and_its_last_target_is_long_enough(tmp_path, write):
     tokens = TOKENS[: BLOCK_SIZE + 1]
     dataset = TokenDataset(write(tmp_path / "train.bin", tokens), BLOCK_SIZE)
     assert len(dataset) == 1
-    assert_batch_holds(collate_windows([dataset[0]]), [0], tokens)
+    assert_is_batch(collate_windows([dataset[0]]), [0], tokens)
 
 
 @pytest.mark.parametrize("offset", [-1, 492, 10**9])
@@ -130,7 +106,7 @@ def test_batches_of_given_offsets_come_as_given_every_time(dataset):
     loader = make_loader(dataset, batches)
     for _ in range(2):
         for batch, offsets in zip(loader, batches, strict=True):
-            assert_batch_holds(batch, offsets)
+            assert_is_batch(batch, offsets)
 
 
 @WRITERS
@@ -145,7 +121,7 @@ def test_batches_with_or_without_workers_are_get_batchs(tmp_path, write, n_worke
     expected = [torch.randint(len(TOKENS) - BLOCK_SIZE, (4,)).tolist() for _ in range(9)]
     assert len(loader) == 9
     for batch, offsets in zip(loader, expected, strict=True):
-        assert_batch_holds(batch, offsets)
+        assert_is_batch(batch, offsets)
 
 
 @pytest.mark.parametrize(

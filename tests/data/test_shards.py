@@ -15,9 +15,9 @@ from hugging_nano_gpt.data.shards import find_split, list_shards
 from hugging_nano_gpt.training import RandomOffsetSampler, TokenDataset, collate_windows
 
 from ..helpers.tiny import make_tokenizer
+from ..helpers.token_files import BLOCK_SIZE, TOKENS, assert_is_batch, write_plain, write_shard
 from ..helpers.toy_run import SETTINGS, flatten_checkpoint, list_differences, train
 from ..helpers.trace import TRACE_DIR, load_start
-from .test_dataset import BLOCK_SIZE, TOKENS, assert_batch_holds, write_plain, write_shard
 
 
 def write_npy(path, tokens):
@@ -47,7 +47,7 @@ def test_windows_of_shards_are_those_of_one_file(tmp_path, monkeypatch, writers,
         dataset = TokenDataset(path, BLOCK_SIZE)
         assert (dataset.n_tokens, len(dataset)) == (len(TOKENS), len(TOKENS) - BLOCK_SIZE)
         offsets = list(range(len(dataset)))
-        assert_batch_holds(collate_windows([dataset[offset] for offset in offsets]), offsets)
+        assert_is_batch(collate_windows([dataset[offset] for offset in offsets]), offsets)
     with pytest.raises(IndexError, match="expected an offset from 0 to 491, got 492"):
         dataset[492]
 
@@ -55,7 +55,7 @@ def test_windows_of_shards_are_those_of_one_file(tmp_path, monkeypatch, writers,
 def test_pickled_shards_read_the_same(tmp_path):
     dataset = TokenDataset(write_shards(tmp_path / "shards"), BLOCK_SIZE)
     dataset[1]
-    assert_batch_holds(collate_windows([pickle.loads(pickle.dumps(dataset))[1]]), [1])
+    assert_is_batch(collate_windows([pickle.loads(pickle.dumps(dataset))[1]]), [1])
 
 
 def test_shards_are_in_the_order_of_their_names(tmp_path):

@@ -5,17 +5,12 @@ venv, and the pip lines run too. nanoGPT's part is the bundled checkpoint, or na
 checkout.
 """
 
-import contextlib
 import json
-import os
 import re
 import shlex
 import shutil
 import subprocess
-import time
 import tomllib
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -24,16 +19,16 @@ import pytest
 from hugging_nano_gpt import read_checkpoint, read_meta
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 
+from ..helpers.curl import PROGRAM, ask, serving
 from ..helpers.folders import ROOT
 from ..helpers.programs import run_command, run_program
 from ..helpers.scripts import NANOGPT_DIR, link_scripts, run_script
-from ..helpers.serving import find_port, run_serve
+from ..helpers.serving import find_port
 
 README = (ROOT / "README.md").read_text()
 (BLOCK,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 (SESSION,) = re.findall(r"```\n(hugging-nano-gpt prepare.*?)```", README, flags=re.DOTALL)
 (INSTALL,) = re.findall(r"```\n(pip install.*?)```", README, flags=re.DOTALL)
-PROGRAM = Path(name).absolute() if (name := os.environ.get("README_PROGRAM")) else None
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 # Options that make each command take seconds; the model has the size of the bundled one.
@@ -133,40 +128,6 @@ def test_readme_serves_and_asks_as_written(workplace, monkeypatch):
         answer = json.loads(ask([word.replace("8000", str(port)) for word in curl]))
     assert (answer["model"], answer["usage"]["completion_tokens"]) == ("shakespeare", 200)
     assert len(answer["choices"][0]["text"].split()) > 20  # words, and not the spaces of a greedy small model
-
-
-def ask(curl):
-    """Sends the request of a curl line, with curl if it is installed; waits for the server."""
-    if shutil.which("curl"):
-        retry = ["--silent", "--noproxy", "*", "--retry", "60", "--retry-delay", "1", "--retry-connrefused"]
-        return subprocess.run([*curl, *retry], capture_output=True, text=True, check=True, timeout=120).stdout
-    command, url, header_flag, header, data_flag, data = curl
-    assert (command, header_flag, data_flag) == ("curl", "-H", "-d")
-    request = urllib.request.Request(url, data.encode(), dict([header.split(": ")]))
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    for _ in range(60):
-        try:
-            return opener.open(request, timeout=60).read()
-        except urllib.error.HTTPError:
-            raise
-        except urllib.error.URLError:  # the server does not listen yet
-            time.sleep(1)
-    raise AssertionError("the server did not answer")
-
-
-@contextlib.contextmanager
-def serving(words, monkeypatch):
-    if PROGRAM:
-        with subprocess.Popen([PROGRAM, *words[1:]]) as process:
-            try:
-                yield
-            finally:
-                process.terminate()
-        return
-    pytest.importorskip("fastapi")
-    pytest.importorskip("uvicorn")
-    with run_serve(words, monkeypatch):
-        yield
 
 
 def test_readme_shows_both_commands():

@@ -409,7 +409,7 @@ SIBLINGS = {
     "generation": ["decoding", "fast", "inputs"],
     "inputs": [],
     "loss": [],
-    "modeling": ["configuration", "fast", "generation", "inputs", "loss", "persistence"],
+    "modeling": ["configuration", "decoding", "fast", "folder", "generation", "inputs", "loss", "persistence"],
     "persistence": ["configuration", "folder", "generation"],
 }
 

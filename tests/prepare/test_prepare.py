@@ -141,7 +141,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
     (tmp_path / "input.txt").write_text("So shaken as we are, so wan with care,\n" * 1_000_000)
     tracemalloc.start()
     try:
-        prepare_data(tmp_path / "input.txt", tmp_path / "out", tokenizer="char")
+        prepare_data(tmp_path / "input.txt", tmp_path / "out", tokenizer="char", num_proc=2)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -8,14 +8,13 @@ import pytest
 
 from ..helpers.folders import list_files
 from ..helpers.programs import run_command
-from ..prepare.conftest import documents_path, gpt2, text_path  # noqa: F401
 
 DATA_MD = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
 (BLOCK,) = re.findall(r"```\n(hugging-nano-gpt.*?)```", DATA_MD, re.DOTALL)
 
 
 @pytest.mark.usefixtures("text_path", "gpt2")
-def test_commands_run_as_written(documents_path, tmp_path, monkeypatch):  # noqa: F811
+def test_commands_run_as_written(documents_path, tmp_path, monkeypatch):
     import datasets
 
     loaded = datasets.load_dataset("json", data_files=str(documents_path))
