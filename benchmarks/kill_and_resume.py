@@ -83,7 +83,7 @@ def list_flags(out_dir: str, n_updates: int) -> list[str]:
 
 def start(folder: Path, out_dir: str, n_updates: int, *flags: str) -> subprocess.Popen[str]:
     """Starts the command."""
-    command = [sys.executable, "-m", "hugging_nano_gpt_cli", "train", *list_flags(out_dir, n_updates), *flags]
+    command = [sys.executable, "-m", "hugging_nano_gpt", "train", *list_flags(out_dir, n_updates), *flags]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=folder, **pipes)
 

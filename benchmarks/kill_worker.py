@@ -87,7 +87,7 @@ def start_agent(folder: Path, endpoint: str, log: Any, flags: list[str]) -> subp
         "PYTHONUNBUFFERED": "1",
     }
     environment = {**os.environ, **settings}
-    command = [*launch, "-m", "hugging_nano_gpt_cli", "train", *flags, "--resume"]
+    command = [*launch, "-m", "hugging_nano_gpt", "train", *flags, "--resume"]
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
 
 

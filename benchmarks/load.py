@@ -85,7 +85,7 @@ def main() -> None:
 
 def measure_commands(path: Path, folder: Path, repeats: int) -> dict[str, float]:
     """Returns the median seconds of a conversion by the command line, a copy of the weights, and a start of Python."""
-    program = [sys.executable, "-m", "hugging_nano_gpt_cli", "convert", str(path)]
+    program = [sys.executable, "-m", "hugging_nano_gpt", "convert", str(path)]
     times_s: dict[str, list[float]] = {"convert": [], "copy": [], "start": []}
     start = [sys.executable, "-c", "import hugging_nano_gpt"]
     for index in range(1 + repeats):  # the first round warms up

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import typer
 
-from hugging_nano_gpt_cli import app
+from hugging_nano_gpt_cli.program import app
 
 PATH = Path(__file__).with_name("cli.md")
 

@@ -16,7 +16,7 @@ export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$loopback}" OMP_NUM_THREADS=1
 
 "$PYTHON" "$here/shakespeare_sample.py" "$out/data"
 "$PYTHON" -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node 2 \
-    -m hugging_nano_gpt_cli train --dataset="$out/data" --out_dir="$out" --device=cpu --compile=False \
+    -m hugging_nano_gpt train --dataset="$out/data" --out_dir="$out" --device=cpu --compile=False \
     --n_layer=2 --n_head=2 --n_embd=64 --block_size=64 --batch_size=8 --gradient_accumulation_steps=2 \
     --learning_rate=1e-2 --max_iters=40 --lr_decay_iters=40 --warmup_iters=4 --eval_interval=20 --eval_iters=10 \
     --log_interval=10 "$@" | tee "$out/log"

@@ -68,7 +68,7 @@ class Terminal(io.StringIO):
 
 
 def test_every_command_has_quiet_and_it_silences_notes_warnings_and_progress(monkeypatch, tmp_path):
-    commands = [command.callback.__name__ for command in hugging_nano_gpt_cli.app.registered_commands]
+    commands = [command.callback.__name__ for command in hugging_nano_gpt_cli.program.app.registered_commands]
     assert all("--quiet" in run_command(command, "-h").stdout for command in commands)
 
     def convert(*_, **__):

@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers import GenerationConfig, GPT2LMHeadModel
 
-import hugging_nano_gpt_cli
 from hugging_nano_gpt import (
     CheckpointError,
     ConversionError,
@@ -31,6 +30,7 @@ from hugging_nano_gpt.convert.source import load_source
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 from hugging_nano_gpt.sample import page
 from hugging_nano_gpt.sample.sampling import make_sampler
+from hugging_nano_gpt_cli import program
 
 from .helpers.comparison import assert_same
 from .helpers.encodings import make_encoding
@@ -164,7 +164,7 @@ names, commands = map(json.loads, sys.argv[1:])
 sys.modules.update(dict.fromkeys(names))  # None: cannot be imported
 for sys.argv[1:] in commands:
     try:
-        runpy.run_module("hugging_nano_gpt_cli", run_name="__main__")
+        runpy.run_module("hugging_nano_gpt", run_name="__main__", alter_sys=True)
     except SystemExit as end:
         print("ended with", end.code)
 """
@@ -197,7 +197,7 @@ def test_debug_lets_the_error_through_for_its_traceback(tmp_path):
 
 
 def test_error_that_is_not_ours_takes_one_line_too(monkeypatch):
-    monkeypatch.setattr(hugging_nano_gpt_cli, "_set_up_transformers", lambda **_: 1 / 0)
+    monkeypatch.setattr(program, "set_up_transformers", lambda **_: 1 / 0)
     result = run_command("demo")
     assert result == (1, "", "error: ZeroDivisionError: division by zero; --debug shows where\n")
 

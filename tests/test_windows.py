@@ -30,7 +30,7 @@ from .helpers.folders import ROOT, list_files
 from .helpers.tiny import make_batch, make_model
 
 SOURCES = [
-    ROOT / "hugging_nano_gpt_cli.py",
+    *(ROOT / "hugging_nano_gpt_cli").glob("*.py"),
     *(ROOT / "hugging_nano_gpt").rglob("*.py"),
     *(ROOT / "examples").glob("*.py"),
 ]
@@ -195,7 +195,7 @@ def test_pipes_of_the_command_are_in_utf8(monkeypatch):
     for name, pipe in pipes.items():
         monkeypatch.setattr(sys, name, pipe)
     monkeypatch.setattr(sys, "platform", "win32")
-    monkeypatch.setattr(hugging_nano_gpt_cli, "app", lambda: print(sys.stdin.read() == "\u0416", "\u0416"))
+    monkeypatch.setattr(hugging_nano_gpt_cli.program, "app", lambda: print(sys.stdin.read() == "\u0416", "\u0416"))
     hugging_nano_gpt_cli.main()
     pipes["stdout"].flush()
     assert pipes["stdout"].buffer.getvalue() == b"True \xd0\x96\n"

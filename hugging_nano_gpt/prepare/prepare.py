@@ -33,6 +33,7 @@ def prepare_data(
     shard_size: int | None = None,
     overwrite: bool = False,
     has_bar: bool = False,
+    has_notes: bool = True,
 ) -> dict[str, int]:
     """Makes train.bin and val.bin of a text or of documents, as nanoGPT's prepare.py files do, and prints their lines.
 
@@ -54,6 +55,7 @@ def prepare_data(
         shard_size: Tokens of a shard: train_000000.bin and so on are written, in nanoGPT's layout; None for one file.
         overwrite: Whether to replace the token files and the tokenizer of an earlier call.
         has_bar: Show progress bars on standard error.
+        has_notes: Print there what a tokenizer loses of the text.
 
     Returns:
         The number of tokens in train and in val.
@@ -70,7 +72,7 @@ def prepare_data(
     _check_out_dir(folder, overwrite)
     opened = open_source(sources, column, has_bar)
     tokens = load_tokens(tokenizer, opened, has_bar)
-    _print_lines(opened, tokens)
+    _print_lines(opened, tokens, has_notes)
     n_tokens = {}
     with open_folder(folder, overwrite=True, stale=_WRITTEN) as temporary:
         tokens.save(temporary)
@@ -94,7 +96,7 @@ def _check_out_dir(folder: Path, overwrite: bool) -> None:
         )
 
 
-def _print_lines(source: Texts | Documents, tokens: Tokens) -> None:
+def _print_lines(source: Texts | Documents, tokens: Tokens, has_notes: bool) -> None:
     """Prints what nanoGPT's prepare.py prints before it encodes, and what is to be noted."""
     if source.are_documents:
         tqdm.write(f"number of documents: {source.counts['train']:,} in train, {source.counts['val']:,} in val")
@@ -103,7 +105,7 @@ def _print_lines(source: Texts | Documents, tokens: Tokens) -> None:
     if isinstance(tokens, CharacterTokens):
         tqdm.write(f"all the unique characters: {''.join(tokens.table.characters)}")
     tqdm.write(f"vocab size: {tokens.n_ids:,}")
-    for note in tokens.describe(next(source.read("train")), source.are_documents):
+    for note in tokens.describe(next(source.read("train")), source.are_documents) if has_notes else ():
         tqdm.write(f"note: {note}", file=sys.stderr)
 
 

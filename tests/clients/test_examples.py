@@ -101,7 +101,7 @@ def test_sample_in_train_writes_samples_and_changes_no_bit(load_example, tmp_pat
 
 def test_pretrain_sh_gives_flags_that_train_knows():
     script = (EXAMPLES_DIR / "pretrain.sh").read_text()
-    flags = re.search(r"hugging_nano_gpt_cli train (.*?)\"\$@", script, flags=re.DOTALL).group(1)
+    flags = re.search(r"hugging_nano_gpt train (.*?)\"\$@", script, flags=re.DOTALL).group(1)
     settings = read_settings(shlex.split(flags.replace("\\\n", "")))
     assert (settings["device"], settings["max_iters"]) == ("cpu", 40)
 

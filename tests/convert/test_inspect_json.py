@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-import hugging_nano_gpt_cli
 from hugging_nano_gpt import convert_to_folder, inspect_path
+from hugging_nano_gpt_cli import commands
 
 from ..helpers.contents import save
 
@@ -34,7 +34,7 @@ def test_every_loss_is_told_and_is_json(contents, tmp_path, capsys, loss, as_fol
         convert_to_folder(path, tmp_path / "out")
         path = tmp_path / "out"
     assert "validation loss" in str(inspect_path(path))
-    hugging_nano_gpt_cli.inspect(path, as_json=True)
+    commands.inspect(path, as_json=True)
     found = json.loads(capsys.readouterr().out, parse_constant=refuse_constant)
     expected = None if loss == 1e9 else loss if math.isfinite(loss) else repr(loss)
     if not (as_folder and loss == math.inf):  # above nanoGPT's 1e9, as before the first evaluation

@@ -5,7 +5,6 @@ from typing import get_type_hints
 import pytest
 import torch
 
-import hugging_nano_gpt_cli
 from hugging_nano_gpt import (
     ConversionError,
     TokenizerError,
@@ -19,6 +18,7 @@ from hugging_nano_gpt import (
 from hugging_nano_gpt.demo import META_PATH
 from hugging_nano_gpt.export.exporting import EXPORTS
 from hugging_nano_gpt.export.gguf import _FILE_TYPES
+from hugging_nano_gpt_cli import commands, options
 
 from ..helpers.folders import DOCS_DIR
 from ..helpers.tiny import make_classifier, make_model, quantise
@@ -107,10 +107,10 @@ def test_tokenizer_with_more_tokens_than_rows_is_refused(export, tmp_path):
 
 
 def test_command_line_and_documentation_have_the_exports_of_the_table():
-    option = get_type_hints(hugging_nano_gpt_cli.export, include_extras=True)["to"]
+    option = get_type_hints(commands.export, include_extras=True)["to"]
     assert [each.value for each in option.__origin__] == list(EXPORTS)
     assert option.__metadata__[0].help == "; ".join(f"{name}: {each.makes}" for name, each in EXPORTS.items()) + "."
-    assert [each.value for each in hugging_nano_gpt_cli._FileType] == list(_FILE_TYPES)
+    assert [each.value for each in options.FileType] == list(_FILE_TYPES)
     page = (DOCS_DIR / "exporting.md").read_text()
     header = next(line for line in page.splitlines() if line.startswith("| |"))
     assert header.startswith(f"| | {' | '.join(each.column for each in EXPORTS.values())} | vLLM")

@@ -157,7 +157,8 @@ def test_playground_md_commands_and_python_run_as_written(served, tmp_path, monk
         (tmp_path / place).parent.mkdir(parents=True)
         shutil.copy(source, tmp_path / place)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hugging_nano_gpt_cli, "_set_up_transformers", lambda **_: None)  # it would silence later tests
+    # it would silence later tests
+    monkeypatch.setattr(hugging_nano_gpt_cli.program, "set_up_transformers", lambda **_: None)
     doc = (DOCS_DIR / "playground.md").read_text()
     commands = re.findall(r"^(?:ssh .* )?hugging-nano-gpt (playground .*)$", doc, re.M)
     for command in commands:

@@ -241,7 +241,7 @@ def read_rest(connection):
 
 @contextlib.contextmanager
 def start_command(port):
-    command = [sys.executable, ROOT / "hugging_nano_gpt_cli.py", "serve", CKPT_PATH, "--meta", META_PATH]
+    command = [sys.executable, "-m", "hugging_nano_gpt", "serve", CKPT_PATH, "--meta", META_PATH]
     command += ["--port", str(port), "--max-tokens", str(ENDLESS)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes) as process:

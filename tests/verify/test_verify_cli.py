@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-import hugging_nano_gpt_cli
 from hugging_nano_gpt import NanoGPTLMHeadModel, verify_models
 from hugging_nano_gpt.demo import CKPT_PATH as DEMO_CKPT_PATH
 from hugging_nano_gpt.model.configuration_nano_gpt import ACTIVATION_FUNCTIONS
+from hugging_nano_gpt_cli import options
 
 from ..helpers.contents import HEAD, save, swap
 from ..helpers.programs import run_command
@@ -95,7 +95,7 @@ def test_help_names_every_option():
 
 
 def test_activations_are_those_of_the_configuration():
-    assert tuple(item.value for item in hugging_nano_gpt_cli._Activation) == ACTIVATION_FUNCTIONS
+    assert tuple(item.value for item in options.Activation) == ACTIVATION_FUNCTIONS
 
 
 def test_nanogpt_option_runs_the_checkout(tmp_path):
