@@ -144,7 +144,7 @@ def resumed(tmp_path_factory):
         workplace = make_workplace(tmp_path_factory.mktemp("resumed"))
         path = workplace / "out" / "ckpt.pt"
         if name != "its own":
-            NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH).to_nanogpt_ckpt(path, optimizer=optimizer)
+            NanoGPTLMHeadModel.from_nanogpt_ckpt(CKPT_PATH).to_nanogpt_ckpt(path, optimizer=optimizer, overwrite=True)
         output = run_script(workplace, "train.py", *DEMO_FLAGS, "--max_iters=5003", "--eval_interval=5003")
         ends[name] = output, read_checkpoint(path)
     return ends

@@ -58,7 +58,7 @@ def test_settings_of_a_checkpoints_adamw_are_kept_to_the_bit_of_train_pys_resume
     optimizer = make_optimizer(ours, state=read_checkpoint(path).training_state.optimizer)
     assert_same(update(ours, optimizer, 6), expected)
 
-    ours.to_nanogpt_ckpt(path, optimizer=read_optimizer(optimizer, ours))
+    ours.to_nanogpt_ckpt(path, optimizer=read_optimizer(optimizer, ours), overwrite=True)
     written = torch.load(path, weights_only=True)["optimizer"]
     assert_same(written["state"], resumed.state_dict()["state"])
     assert written["param_groups"] == resumed.state_dict()["param_groups"]

@@ -46,7 +46,7 @@ def list_steps(trainer):
 
 def assert_written_together(trainer, folder, iter_num):
     """Asserts that the weights and moments of a checkpoint are both the trainer's current ones."""
-    trainer.save_nanogpt_ckpt(folder / "ckpt.pt")
+    trainer.save_nanogpt_ckpt(folder / "ckpt.pt", overwrite=True)
     written = read_checkpoint(folder / "ckpt.pt")
     state = written.training_state
     assert (trainer.iter_num, state.iter_num, list_steps(trainer)) == (iter_num, iter_num, {iter_num})
@@ -170,7 +170,7 @@ def test_checkpoint_saved_before_training_has_the_moments_of_the_training_state(
     trainer = make_trainer(tmp_path, load_start(), STEPS[:1])
     trainer.evaluate()
     for _ in range(2):
-        trainer.save_nanogpt_ckpt(tmp_path / "ckpt.pt")
+        trainer.save_nanogpt_ckpt(tmp_path / "ckpt.pt", overwrite=True)
         written = read_checkpoint(tmp_path / "ckpt.pt")
         assert_same(written.state_dict, START.state_dict)
         assert written.training_state.iter_num == 100
@@ -188,7 +188,7 @@ def test_train_called_again_after_an_interruption_counts_the_updates_made(tmp_pa
     assert trainer.iter_num == 103
     trainer._train_batch_sampler = list_offsets(STEPS[:4])
     trainer.train()
-    trainer.save_nanogpt_ckpt(tmp_path / "ckpt.pt")
+    trainer.save_nanogpt_ckpt(tmp_path / "ckpt.pt", overwrite=True)
     assert list_steps(trainer) == {trainer.iter_num} == {107}
 
 
@@ -259,7 +259,7 @@ def test_best_model_saved_without_moments_starts_anew_and_says_so(tmp_path, capl
     trainer = make_best(tmp_path, save_only_model=True)
     trainer.train()
     assert "checkpoint-2: the best weights were saved without their moments" in caplog.text
-    trainer.save_nanogpt_ckpt(tmp_path / "ckpt.pt")
+    trainer.save_nanogpt_ckpt(tmp_path / "ckpt.pt", overwrite=True)
     state = read_checkpoint(tmp_path / "ckpt.pt").training_state
     assert (state.iter_num, state.optimizer.moments) == (102, {})
     trainer.args.load_best_model_at_end = False
