@@ -110,6 +110,7 @@ bench: $(READY)
 	$(VENV)/bin/python benchmarks/load.py
 	$(VENV)/bin/python benchmarks/train_step.py
 	test -z "$$NANOGPT_DIR" || $(VENV)/bin/python benchmarks/trainer.py
+	test -z "$$NANOGPT_DIR" || $(VENV)/bin/python benchmarks/prepare.py
 	$(VENV)/bin/python benchmarks/generate.py --rounds 3
 	$(VENV)/bin/python benchmarks/onnx_runtime.py --rounds 3
 
