@@ -131,7 +131,7 @@ $(READY): pyproject.toml constraints.txt
 
 $(CLIENTS_READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(CLIENTS_VENV)
-	$(CLIENTS_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,quantize,eval,serve]'
+	$(CLIENTS_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,quantize,eval,serve]' openai
 	@touch $@
 
 $(EXPORTS_READY): pyproject.toml constraints.txt
