@@ -93,7 +93,7 @@ def run_toy(folder: Path, fsdp: bool) -> None:
             train(folder, fsdp=fsdp, **CHANGES)
         assert stopped.value.code == 143
         found = {path.name for path in (folder / "out").iterdir()}
-    assert found == {".train.lock", "ckpt.pt", "checkpoint-13", "log.jsonl"}
+        assert found == {".train.lock", "ckpt.pt", "checkpoint-13", "log.jsonl"}
     trainer = train(folder, fsdp=fsdp, resume=True, **CHANGES)
     assert all(hasattr(parameter, "full_tensor") is fsdp for parameter in trainer.model.parameters())
     for name, flags in WAYS.items() if fsdp else ():
