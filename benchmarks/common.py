@@ -145,7 +145,7 @@ def make_model(size: str, device: str) -> NanoGPTLMHeadModel:
 def time_ways(
     ways: dict[str, Run], prompt: torch.Tensor, count: int, args: argparse.Namespace
 ) -> tuple[dict[str, list[float]], dict[str, torch.Tensor]]:
-    """Returns the seconds of each round and the tokens of each way; the first round warms up and is left out."""
+    """Returns the seconds of each round and the tokens of each way; the first round is a warm-up and is ignored."""
     times_s: dict[str, list[float]] = {name: [] for name in ways}
     tokens = {}
     names = list(ways)

@@ -75,7 +75,7 @@ PREPARING = (
     FORCE,
 )
 TRAINING = (
-    switch("resume", "--resume", "Continue from the last checkpoint in out_dir; start if there is none."),
+    switch("resume", "--resume", "Continue from the last checkpoint in out_dir; without one, start."),
     switch("force", "--force", "Overwrite what an earlier run left in out_dir, and --folder."),
     option("report_to", list[str] | None, metavar="NAME", help="Log to tensorboard, wandb or trackio; repeatable."),
     option("folder", Path | None, metavar="DIR", help="Folder for Transformers to write with every ckpt.pt."),

@@ -52,7 +52,7 @@ def find_faults(path, source):
 
 
 def find_circle(room, sources):
-    """Finds modules of a room of which each imports the next one, and the last one the first.
+    """Finds modules of a room that import each other in a circle: each the next one, and the last one the first.
 
     Args:
         room: Name of the room.

@@ -118,7 +118,7 @@ class NanoGPTGenerationMixin(GenerationMixin):
         """
         if NanoGPTGenerationMixin._is_cache_checked or self.config.block_size == 1:
             return
-        generator = torch.Generator().manual_seed(1337)  # the global generator stays as it is
+        generator = torch.Generator().manual_seed(1337)  # the global generator is not changed
         n_new = min(4, self.config.block_size - 1)
         length = min(8, self.config.block_size - n_new)
         prompt = torch.randint(self.config.vocab_size, (1, length), generator=generator).to(self.device)

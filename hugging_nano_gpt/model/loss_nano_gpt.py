@@ -105,9 +105,11 @@ def _is_plain(head: Any) -> bool:
 
 
 def _refuse_second_derivatives(gradient: torch.Tensor) -> None:
-    """Raises NotImplementedError in a backward pass that builds a graph, from which the chunks would be missing."""
+    """Raises RuntimeError in a backward pass that builds a graph, from which the chunks would be missing."""
     if torch.is_grad_enabled():
-        raise NotImplementedError("loss_chunk_size on a CPU: expected no create_graph=True; set it to None")
+        raise RuntimeError(
+            "loss_chunk_size on a CPU: expected no create_graph=True, got it; set loss_chunk_size to None"
+        )
 
 
 def _divide(loss: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Sampling text as nanoGPT's sample.py does (@ 3adf61e): the same defaults, and the same text from the same seed.
 
-A prompt is encoded, and every token is written as text as soon as it is generated. An end-of-text token stops nothing.
+A prompt is encoded, and every token is written as text as soon as it is generated. A sample ends with the model's end
+token; with ignore_eos it continues, as in sample.py.
 """
 
 import contextlib

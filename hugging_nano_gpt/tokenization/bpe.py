@@ -152,7 +152,7 @@ def get_encoding(name: str) -> "tiktoken.Encoding":
         )
     try:
         return tiktoken.get_encoding(name)
-    except Exception as error:  # tiktoken raises whatever the network raises
+    except Exception as error:  # tiktoken passes on any error of the network
         reason = textwrap.shorten(str(error), 120)
         raise TokenizerError(
             f"encoding {name!r}: tiktoken cannot provide it: {type(error).__name__}: {reason}; load it once on a "

@@ -167,7 +167,7 @@ def load_named(name: str, block_size: int | None, **hub: Any) -> PreTrainedToken
     """Loads a tokenizer by name: "gpt2", another tiktoken encoding, a folder or a Hub id.
 
     Raises:
-        TokenizerError: If there is none, or it cannot be loaded.
+        TokenizerError: If none has this name, or it cannot be loaded.
         MissingDependencyError: If it needs tiktoken, which is not installed.
     """
     if name == "gpt2":

@@ -34,7 +34,7 @@ _LARGEST_FILE_BYTES = 2**16
 
 
 def read_settings(arguments: Sequence[str]) -> dict[str, Any]:
-    """Reads train.py's command line: config files and --key=value, of which later ones override earlier ones.
+    """Reads train.py's command line: config files and --key=value; later ones override earlier ones.
 
     Returns:
         Every setting of train.py, in its order, as its checkpoints have them in `config`.

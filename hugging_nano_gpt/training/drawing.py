@@ -92,7 +92,7 @@ class DrawnBatches:
             self._batch = {name: send(tensor, self._args.device) for name, tensor in self._batch.items()}
 
     def take(self) -> dict[str, torch.Tensor]:
-        """Returns the next batch; draws it if there is none."""
+        """Returns the next batch; draws one if none has been drawn."""
         if not self._batch:
             self.draw()
         return self._batch

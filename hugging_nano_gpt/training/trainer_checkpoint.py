@@ -24,7 +24,7 @@ logger = logging.get_logger(__name__)
 
 STATE_NAME = "trainer_state.json"
 
-# The parts of a checkpoint, and their files, of which one is enough; the folders are FSDP's and DeepSpeed's.
+# The parts of a checkpoint, and their files. One file of each part is enough; the folders are FSDP's and DeepSpeed's.
 _PARTS = {
     "weights": (
         *("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"),

@@ -1,4 +1,4 @@
-"""Several files as one data set: the windows of one file of all their tokens, whatever the files are."""
+"""Several files as one data set: the windows of one file of all their tokens."""
 
 import pickle
 from itertools import pairwise

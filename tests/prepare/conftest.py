@@ -22,7 +22,7 @@ def text_path(tmp_path):
 
 @pytest.fixture
 def documents_path(tmp_path, monkeypatch):
-    """A file of 2,500 documents, of which 2 are val's; `datasets` has its cache in a folder of the test's."""
+    """A file of 2,500 documents, 2 of them val's; `datasets` has its cache in a folder of the test's."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "documents.jsonl"
