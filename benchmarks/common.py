@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -145,19 +146,26 @@ def make_model(size: str, device: str) -> NanoGPTLMHeadModel:
 def time_ways(
     ways: dict[str, Run], prompt: torch.Tensor, count: int, args: argparse.Namespace
 ) -> tuple[dict[str, list[float]], dict[str, torch.Tensor]]:
-    """Returns the seconds of each round and the tokens of each way; the first round is a warm-up and is ignored."""
+    """Returns the seconds of each round and the tokens of each way; the first round is a warm-up and is ignored.
+
+    A way is called until half a second has passed, and its seconds are the median of the calls: the first ones wake
+    its threads while those of the way before are still waiting for work.
+    """
     times_s: dict[str, list[float]] = {name: [] for name in ways}
     tokens = {}
     names = list(ways)
     for round_index in range(1 + args.rounds):
         first = round_index % len(names)
         for name in names[first:] + names[:first]:
-            synchronize(args.device)
-            start = time.perf_counter()
-            tokens[name] = ways[name](prompt, count)
-            synchronize(args.device)
+            seconds: list[float] = []
+            while sum(seconds) < 0.5:
+                synchronize(args.device)
+                start = time.perf_counter()
+                tokens[name] = ways[name](prompt, count)
+                synchronize(args.device)
+                seconds.append(time.perf_counter() - start)
             if round_index > 0:
-                times_s[name].append(time.perf_counter() - start)
+                times_s[name].append(statistics.median(seconds))
     return times_s, tokens
 
 

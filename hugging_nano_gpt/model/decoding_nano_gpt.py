@@ -169,13 +169,13 @@ class WindowReader:
         self.cache: Any = self._choose_cache(cache)
         self.n_read = 0 if self.cache is None else int(self.cache.get_seq_length())  # columns in the cache
         self.is_first = True
-        self.kernels = nullcontext if self.cache is None else use_kernels(model)
         self.step = model.bind_step(len(input_ids)) if self._is_plain(input_ids) else None
         self.is_cache_kept = call.has_cache or generation_config.return_dict_in_generate
         # in inference mode only copies leave this class, because its tensors cannot be trained on
         self.mode = nullcontext if self.step is None or self.is_cache_kept else torch.inference_mode
         can_compile = model._valid_auto_compile_criteria({CACHE_NAME: self.cache}, generation_config)
         self.forward = model.get_compiled_call(generation_config.compile_config) if can_compile else model
+        self.kernels = nullcontext if self.cache is None or can_compile else use_kernels(model)
 
     def _check_length(self) -> None:
         block_size, name = self.model.config.block_size, f"{type(self.model).__name__}.generate"

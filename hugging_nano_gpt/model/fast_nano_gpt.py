@@ -8,7 +8,6 @@ Shapes: B batch, T tokens, S keys, C n_embd, H heads, D head size, V vocabulary;
 outputs.
 """
 
-import functools
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -26,17 +25,16 @@ Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tenso
 # to which it appends; and attention_mask (B, 1, 1, S) bool, or None if no token is masked. Returns logits (B, V).
 Step = Callable[[torch.Tensor, int | torch.Tensor, list["PreallocatedLayer"], torch.Tensor | None], torch.Tensor]
 
-# Numbers of rows up to which other kernels replace torch's in float32, and from which they do in float16.
-# Measured at widths 768 to 50304. On 2 AVX512 cores BLAS reads 16 GB/s of weights for 1 row and 9 for 8, oneDNN 35 and
-# 26; float16 reads 40 GB/s for 1 row, and its time then grows with the rows. On 2 AVX2 cores BLAS reads 14 GB/s for 1
-# row and 6 for 8, oneDNN 18 and 10, and BLAS on both threads 26 and 11.
-_FEW_ROWS = 32
-_MANY_HALF_ROWS = 8
+# Where other kernels replace torch's, as measured on 2 cores at widths 384 to 50304. Of a large float32 weight, BLAS
+# reads 9 to 16 GB/s for 1 row and 4 to 9 for 8, oneDNN 15 to 31 and 10 to 16. BLAS in parts reads 31 to 47 for 1 row;
+# for more rows it is faster while their numbers are few. float16 reads 40 GB/s for 1 row; its time grows with the rows.
+_LARGE_WEIGHT = 2**17  # numbers; below, BLAS on one thread is fastest, because its calls are short
+_FEW_ROWS = 32  # for float32, at most
+_FEW_INPUTS = 3072  # numbers in all rows, at most
+_MANY_HALF_ROWS = 8  # for float16, at least
 
-# Bytes of a model up to which BLAS is faster than oneDNN: it fits the CPU's cache, and a call of oneDNN takes 11 us.
-_CACHED_BYTES = 32 * 2**20
-# Numbers in a weight from which threads share its product: below, waking the other thread costs more (measured, AVX2).
-_SHARED_SIZE = 2**16
+# Bytes of a float32 model from which its forward passes gain more by other kernels than _Kernels costs.
+_LARGE_MODEL = 32 * 2**20
 
 
 def can_step(model: Any, classes: Collection[type]) -> bool:
@@ -72,11 +70,10 @@ def bind_step(model: Any, n_rows: int) -> Step:
 
     The weights are looked up here, because doing so for each token takes as long as a small model's arithmetic.
     """
-    linear = choose_linear(model, n_rows)
     base = model.transformer
     wte, wpe = base.wte.weight, base.wpe.weight
-    block_steps = [_bind_block(block, linear) for block in base.h]
-    ln_f, lm_head = _bind_norm(base.ln_f), bind_linear(linear, model.lm_head)
+    block_steps = [_bind_block(block, n_rows) for block in base.h]
+    ln_f, lm_head = _bind_norm(base.ln_f), bind_linear(model.lm_head, n_rows)
 
     def step(
         input_ids: torch.Tensor,
@@ -92,11 +89,11 @@ def bind_step(model: Any, n_rows: int) -> Step:
     return step
 
 
-def _bind_block(block: Any, linear: Linear) -> Callable[..., torch.Tensor]:
+def _bind_block(block: Any, n_rows: int) -> Callable[..., torch.Tensor]:
     attn, mlp = block.attn, block.mlp
     ln_1, ln_2 = _bind_norm(block.ln_1), _bind_norm(block.ln_2)
-    c_attn, attn_proj = bind_linear(linear, attn.c_attn), bind_linear(linear, attn.c_proj)
-    c_fc, act, mlp_proj = bind_linear(linear, mlp.c_fc), mlp.act.forward, bind_linear(linear, mlp.c_proj)
+    c_attn, attn_proj = bind_linear(attn.c_attn, n_rows), bind_linear(attn.c_proj, n_rows)
+    c_fc, act, mlp_proj = bind_linear(mlp.c_fc, n_rows), _bind_act(mlp, n_rows), bind_linear(mlp.c_proj, n_rows)
     head_shape, scaling = (attn.config.n_head, 1, attn.head_dim), attn.scaling
 
     def step(hidden_states: torch.Tensor, layer: PreallocatedLayer, mask: torch.Tensor | None) -> torch.Tensor:
@@ -114,6 +111,14 @@ def _bind_block(block: Any, linear: Linear) -> Callable[..., torch.Tensor]:
 def _bind_norm(norm: nn.LayerNorm) -> Callable[[torch.Tensor], torch.Tensor]:
     shape, weight, bias, eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
     return lambda hidden_states: torch.layer_norm(hidden_states, shape, weight, bias, eps)
+
+
+def _bind_act(mlp: Any, n_rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    is_exact_gelu = getattr(mlp.act, "act", None) is nn.functional.gelu
+    if n_rows > 1 or not is_exact_gelu or mlp.c_fc.weight.device.type != "cpu":
+        return mlp.act.forward
+    # torch gives contiguous tensors to oneDNN, which takes 15 us for a row; a transposed view stays in torch's kernel
+    return lambda inputs: nn.functional.gelu(inputs.view(2, -1).mT).mT.reshape(1, -1)
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -172,24 +177,24 @@ class PreallocatedLayer(DynamicLayer):
         self._memory = [memory, start]
 
 
-def choose_linear(model: Any, n_rows: int) -> Linear:
-    """Returns the fastest product for the Linear modules of a model with n_rows rows; on a GPU, torch's own."""
-    return _choose(_measure_bytes(model), model.dtype, n_rows)
-
-
-def bind_linear(linear: Linear, module: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Returns a function that applies a Linear module to inputs (N, I) by the chosen product."""
+def bind_linear(module: nn.Linear, n_rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns the fastest function that applies a Linear module to inputs (n_rows, I); on a GPU, torch's own."""
     weight, bias = module.weight, module.bias
-    return _share(weight, bias) if linear is _apply_shared else lambda inputs: linear(inputs, weight, bias)
+    linear = _choose(weight, n_rows) if _has_kernels(module) else nn.functional.linear
+    if linear is _apply_in_parts:
+        return _split(weight, bias)
+    if linear is not nn.functional.linear:
+        return lambda inputs: linear(inputs, weight, bias)
+    columns = weight.t()
+    return lambda inputs: torch.mm(inputs, columns) if bias is None else torch.addmm(bias, inputs, columns)
 
 
 def use_kernels(model: Any) -> Callable[[], AbstractContextManager]:
     """Returns a context manager in which the Linear modules that this thread calls use the faster kernels."""
-    n_bytes = 0 if has_compiled_parts(model) else _measure_bytes(model)
-    # _Kernels adds a call in Python to each function of torch, which costs more than a small model gains.
-    is_small = model.dtype == torch.float32 and n_bytes <= _CACHED_BYTES
-    has_others = any(_choose(n_bytes, model.dtype, n) is not nn.functional.linear for n in (1, _MANY_HALF_ROWS))
-    return (lambda: _Kernels(n_bytes)) if has_others and not is_small else nullcontext
+    # _Kernels adds a call in Python to each function of torch, which costs more than a small model gains
+    n_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    gains = model.dtype == torch.float16 or (model.dtype == torch.float32 and n_bytes > _LARGE_MODEL)
+    return _Kernels if gains and _has_kernels(model) and not has_compiled_parts(model) else nullcontext
 
 
 def has_compiled_parts(model: nn.Module) -> bool:
@@ -201,68 +206,58 @@ def has_compiled_parts(model: nn.Module) -> bool:
 class _Kernels(TorchFunctionMode):
     """Replaces torch's linear in one thread, for weights that are plain tensors and without gradients."""
 
-    def __init__(self, n_bytes: int):
-        super().__init__()
-        self.n_bytes = n_bytes
-
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is nn.functional.linear and not kwargs and not torch.is_grad_enabled():
             inputs, weight = args[0], args[1]
-            is_plain = type(inputs) is torch.Tensor and type(weight) in (torch.Tensor, nn.Parameter)
+            is_plain = type(inputs) is torch.Tensor and type(weight) in (torch.Tensor, nn.Parameter) and weight.is_cpu
             if is_plain and inputs.dtype == weight.dtype and not torch.is_autocast_enabled("cpu"):
-                func = _choose(self.n_bytes, weight.dtype, inputs.numel() // inputs.shape[-1])
+                func = _choose(weight, inputs.numel() // inputs.shape[-1])
         return func(*args, **(kwargs or {}))
 
 
-def _measure_bytes(model: Any) -> int:
-    """Returns the bytes of the weights, or 0 where only torch's own kernels can be used."""
+def _has_kernels(module: Any) -> bool:
+    """Returns whether a module can be computed by other kernels than torch's own here."""
     has_onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-    if model.device.type != "cpu" or not has_onednn or torch.is_autocast_enabled("cpu"):
-        return 0
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    is_on_cpu = next(module.parameters()).device.type == "cpu"
+    return is_on_cpu and has_onednn and not torch.is_autocast_enabled("cpu")
 
 
-def _choose(n_bytes: int, dtype: torch.dtype, n_rows: int) -> Linear:
-    if n_bytes > 0 and dtype == torch.float32 and n_rows <= _FEW_ROWS:
-        if _is_blas_shared():
-            return _apply_shared
-        if n_bytes > _CACHED_BYTES:
+def _choose(weight: torch.Tensor, n_rows: int) -> Linear:
+    if weight.dtype == torch.float32 and weight.numel() >= _LARGE_WEIGHT:
+        is_few = n_rows == 1 or n_rows * weight.shape[1] <= _FEW_INPUTS
+        if is_few and torch.backends.mkl.is_available():
+            return _apply_in_parts
+        if n_rows <= _FEW_ROWS:
             return _apply_onednn
-    if n_bytes > 0 and dtype == torch.float16 and n_rows >= _MANY_HALF_ROWS:
+    if weight.dtype == torch.float16 and n_rows >= _MANY_HALF_ROWS:
         return _apply_in_float32
     return nn.functional.linear
 
 
-@functools.cache
-def _is_blas_shared() -> bool:
-    """Returns whether BLAS is fastest here if all threads share a product; BLAS alone gives one row to one thread."""
-    return torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
+def _apply_in_parts(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return _split(weight, bias)(inputs.reshape(-1, inputs.shape[-1])).view(*inputs.shape[:-1], len(weight))
 
 
-def _apply_shared(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    return _share(weight, bias)(inputs.reshape(-1, inputs.shape[-1])).view(*inputs.shape[:-1], len(weight))
+def _split(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns a function (N, I) -> (N, O) that computes parts of the outputs in one bmm.
 
-
-def _share(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Returns a function (N, I) -> (N, O) in which each thread computes an equal part of the outputs, by a bmm."""
-    n_threads = torch.get_num_threads()
-    n_each = len(weight) // n_threads
-    if n_threads == 1 or weight.numel() < _SHARED_SIZE or n_each == 0:
-        return lambda inputs: nn.functional.linear(inputs, weight, bias)
-    n_shared = n_threads * n_each
-    pieces = weight[:n_shared].view(n_threads, n_each, -1).mT  # (threads, I, O / threads)
-    bias_pieces = None if bias is None else bias[:n_shared].view(n_threads, 1, n_each)
+    MKL multiplies each matrix of a batch in a thread, by a kernel that reads twice as fast as its product with a
+    vector; that needs the weights as the first factor, and two parts also for one thread.
+    """
+    n_parts = min(max(2, torch.get_num_threads()), len(weight))
+    n_each = len(weight) // n_parts
+    n_split = n_parts * n_each
+    parts = weight[:n_split].view(n_parts, n_each, -1)  # (parts, O / parts, I)
+    bias_parts = None if bias is None else bias[:n_split].view(n_parts, n_each, 1)
+    rest, bias_rest = weight[n_split:], None if bias is None else bias[n_split:]
 
     def apply(inputs: torch.Tensor) -> torch.Tensor:
-        rows = inputs.expand(n_threads, *inputs.shape)  # (threads, N, I)
-        products = torch.bmm(rows, pieces) if bias_pieces is None else torch.baddbmm(bias_pieces, rows, pieces)
-        if inputs.shape[0] > 1:
-            products = products.transpose(0, 1)  # (N, threads, O / threads)
-        outputs = products.reshape(-1, n_shared)
-        if n_shared == len(weight):
+        columns = inputs.mT.expand(n_parts, -1, -1)  # (parts, I, N)
+        products = torch.bmm(parts, columns) if bias_parts is None else torch.baddbmm(bias_parts, parts, columns)
+        outputs = products.view(n_split, -1).mT.contiguous()  # (N, O)
+        if n_split == len(weight):
             return outputs
-        rest = nn.functional.linear(inputs, weight[n_shared:], None if bias is None else bias[n_shared:])
-        return torch.cat([outputs, rest], dim=-1)
+        return torch.cat([outputs, nn.functional.linear(inputs, rest, bias_rest)], dim=-1)
 
     return apply
 
@@ -273,7 +268,6 @@ def _apply_onednn(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
 
 def _apply_in_float32(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     rows = inputs.float()
-    linear = _apply_shared if _is_blas_shared() else _apply_onednn
     # the weight in pieces, because a float32 copy of lm_head (154 MB) costs more than the product
-    outputs = torch.cat([linear(rows, piece.float(), None) for piece in weight.split(2048)], dim=-1)
+    outputs = torch.cat([_apply_onednn(rows, piece.float()) for piece in weight.split(2048)], dim=-1)
     return (outputs if bias is None else outputs + bias).to(inputs.dtype)

@@ -26,7 +26,7 @@ linear = nn.functional.linear
     [(torch.float32, 2e-5), (torch.float64, 1e-12), (torch.bfloat16, 0.5), (torch.float16, 0.06)],
 )
 @pytest.mark.parametrize("is_tied", [True, False])
-def test_step_equals_forward(bias, activation, is_padded, dtype, tolerance, is_tied, monkeypatch):
+def test_step_equals_forward(bias, activation, is_padded, dtype, tolerance, is_tied):
     model = make_model(bias=bias)
     model.config.activation_function = activation
     model = type(model)(model.config)
@@ -34,9 +34,9 @@ def test_step_equals_forward(bias, activation, is_padded, dtype, tolerance, is_t
     if not is_tied:
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().flip(0))
     model = model.to(dtype).eval()
-    monkeypatch.setattr(fast, "choose_linear", lambda model, n_rows: nn.functional.linear)
-    step = model.bind_step(2)
-    ids, mask = pad_left((12, 12 if not is_padded else 5))
+    n_rows = 2 if is_padded else 1
+    step = model.bind_step(n_rows)
+    ids, mask = pad_left((12, 5)[:n_rows])
     plain = DynamicCache(config=model.config)
     preallocated = DynamicCache()
     preallocated.layers = [PreallocatedLayer(12) for _ in range(2)]
@@ -86,7 +86,7 @@ def test_global_hooks_and_autocast_allow_no_step():
         assert model.bind_step(1) is None
 
 
-@pytest.fixture(params=["onednn", "shared"])
+@pytest.fixture(params=["onednn", "in parts"])
 def calls(monkeypatch, request):
     """Makes toy models use the faster kernels as large ones do, and records the thread of each of their products."""
     if not torch.backends.mkldnn.is_available():
@@ -100,12 +100,12 @@ def calls(monkeypatch, request):
 
         return counted
 
-    share = fast._share
-    monkeypatch.setattr(fast, "_is_blas_shared", lambda: request.param == "shared")
-    monkeypatch.setattr(fast, "_CACHED_BYTES", 0)
-    monkeypatch.setattr(fast, "_SHARED_SIZE", 0)
+    split = fast._split
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: request.param == "in parts")
+    monkeypatch.setattr(fast, "_LARGE_MODEL", 0)
+    monkeypatch.setattr(fast, "_LARGE_WEIGHT", 0)
     monkeypatch.setattr(fast, "_apply_onednn", spy(fast._apply_onednn))
-    monkeypatch.setattr(fast, "_share", lambda *args: spy(share(*args)))
+    monkeypatch.setattr(fast, "_split", lambda *args: spy(split(*args)))
     n_threads = torch.get_num_threads()
     torch.set_num_threads(3)  # most widths are not divisible by it
     yield threads
@@ -129,13 +129,10 @@ def test_kernels_are_used_while_generating_and_only_then(calls, settings, is_hoo
     assert len(calls) == 4 * 9
 
 
-def test_what_a_processor_keeps_in_its_cache_stays_with_one_thread_of_blas(calls, monkeypatch):
-    monkeypatch.setattr(fast, "_CACHED_BYTES", 2**20)
-    monkeypatch.setattr(fast, "_SHARED_SIZE", 2**20)
-    monkeypatch.setattr(torch, "bmm", None)  # the shared products
-    monkeypatch.setattr(torch, "baddbmm", None)
+def test_small_weights_stay_with_one_thread_of_blas(calls, monkeypatch):
+    monkeypatch.setattr(fast, "_LARGE_WEIGHT", 2**20)
     make_model().generate(make_batch(1, 4)[0], max_new_tokens=4)
-    assert fast._is_blas_shared() or calls == []
+    assert calls == []
 
 
 def test_generating_changes_nothing_for_other_threads_and_copies(calls):
@@ -219,57 +216,66 @@ def test_kernels_can_be_switched_off_with_torchs_own_switch(calls):
     assert calls == []
 
 
-def make_linear(bias, rows, dtype):
+def make_linear(bias, n_rows, dtype):
     torch.manual_seed(0)
     layer = nn.Linear(256, 3001, bias=bias).to(dtype)
     nn.init.normal_(layer.weight)
-    return layer, torch.randn(2, rows, 256, dtype=dtype)
+    batch = min(n_rows, 2)
+    return layer, torch.randn(batch, n_rows // batch, 256, dtype=dtype)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
-    ("dtype", "rows", "n_calls", "tolerance"),
+    ("dtype", "n_rows", "n_calls", "tolerance"),
     # sums of 256 products of size 1: in float32 in another order; float16 rounds the result, which is up to 60
     [
-        *[(torch.float32, rows, 1, 1e-4) for rows in (1, 2, 8, 16)],
-        *[(torch.float16, rows, 2, 0.04) for rows in (4, 8, 40)],  # the 3001 outputs in pieces of 2048
+        *[(torch.float32, n, 1, 1e-4) for n in (1, 2, 4, 16, 32)],
+        *[(torch.float16, n, 2, 0.04) for n in (8, 16, 80)],  # the 3001 outputs in pieces of 2048
     ],
 )
-def test_kernel_equals_linear(calls, bias, dtype, rows, n_calls, tolerance):
-    layer, inputs = make_linear(bias, rows, dtype)
+def test_kernel_equals_linear(calls, bias, dtype, n_rows, n_calls, tolerance):
+    layer, inputs = make_linear(bias, n_rows, dtype)
     with torch.no_grad():
         expected = linear(inputs.double(), layer.weight.double(), layer.bias.double() if bias else None)
-        with fast._Kernels(1):
+        with fast._Kernels():
             found = layer(inputs)
         assert len(calls) == n_calls
-        chosen = fast.choose_linear(model=layer_as_model(layer), n_rows=2 * rows)
-        assert torch.equal(chosen(inputs, layer.weight, layer.bias), found)
-        assert torch.equal(fast.bind_linear(chosen, layer)(inputs.flatten(0, 1)), found.flatten(0, 1))
+        assert torch.equal(fast.bind_linear(layer, n_rows)(inputs.flatten(0, 1)), found.flatten(0, 1))
+        assert len(calls) == 2 * n_calls
     assert found.dtype == dtype
     assert (found.double() - expected).abs().max() < tolerance
 
 
-def layer_as_model(layer):
-    """Gives a Linear the attributes of a model that the choice reads."""
-    layer.device, layer.dtype = layer.weight.device, layer.weight.dtype
-    return layer
-
-
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
-    ("dtype", "rows"),
+    ("dtype", "n_rows"),
     [
-        (torch.float32, 17),  # 34 rows in all
-        (torch.float16, 3),
-        *[(dtype, rows) for dtype in (torch.bfloat16, torch.float64) for rows in (1, 4, 40)],
+        (torch.float32, 34),
+        (torch.float16, 6),
+        *[(dtype, n) for dtype in (torch.bfloat16, torch.float64) for n in (1, 8, 80)],
     ],
 )
-def test_where_the_kernel_gains_nothing_linear_is_torchs_own(calls, bias, dtype, rows):
-    layer, inputs = make_linear(bias, rows, dtype)
-    with torch.no_grad(), fast._Kernels(1):
-        assert torch.equal(layer(inputs), linear(inputs, layer.weight, layer.bias))
+def test_where_the_kernel_gains_nothing_linear_is_torchs_own(calls, bias, dtype, n_rows):
+    layer, inputs = make_linear(bias, n_rows, dtype)
+    expected = linear(inputs, layer.weight, layer.bias)
+    with torch.no_grad(), fast._Kernels():
+        assert torch.equal(layer(inputs), expected)
+        assert torch.equal(fast.bind_linear(layer, n_rows)(inputs.flatten(0, 1)), expected.flatten(0, 1))
     assert calls == []
-    assert fast.choose_linear(layer_as_model(layer), n_rows=2 * rows) is linear
+
+
+def test_weights_on_another_device_are_left_alone(calls):
+    layer, inputs = make_linear(True, 1, torch.float32)
+    with torch.no_grad(), fast._Kernels():
+        assert layer.to("meta")(inputs.to("meta")).shape == (1, 1, 3001)
+    assert calls == []
+
+
+@torch.no_grad()
+def test_a_layer_with_fewer_outputs_than_threads(calls):
+    layer, inputs = nn.Linear(256, 2), torch.randn(1, 256)
+    assert (fast.bind_linear(layer, 1)(inputs) - layer(inputs)).abs().max() < 1e-5
+    assert len(calls) == 1
 
 
 def test_gradients_flow_where_someone_asks_for_them(calls):
