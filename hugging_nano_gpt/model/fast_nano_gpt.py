@@ -26,8 +26,8 @@ Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tenso
 Step = Callable[[torch.Tensor, int | torch.Tensor, list["PreallocatedLayer"], torch.Tensor | None], torch.Tensor]
 
 # Where other kernels replace torch's, as measured on 2 cores at widths 384 to 50304. Of a large float32 weight, BLAS
-# reads 9 to 16 GB/s for 1 row and 4 to 9 for 8, oneDNN 15 to 31 and 10 to 16. BLAS in parts reads 31 to 47 for 1 row;
-# for more rows it is faster while their numbers are few. float16 reads 40 GB/s for 1 row; its time grows with the rows.
+# reads 9 to 16 GB/s for 1 row and 4 to 9 for 8, oneDNN 15 to 31 and 10 to 16. BLAS in parts reads 31 to 47 for 1 row,
+# and for more rows it is faster while their numbers are few. float16 reads 40 GB/s for 1 row, and less for more.
 _LARGE_WEIGHT = 2**17  # numbers; below, BLAS on one thread is fastest, because its calls are short
 _FEW_ROWS = 32  # for float32, at most
 _FEW_INPUTS = 3072  # numbers in all rows, at most
@@ -217,9 +217,8 @@ class _Kernels(TorchFunctionMode):
 
 def _has_kernels(module: Any) -> bool:
     """Returns whether a module can be computed by other kernels than torch's own here."""
-    has_onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-    is_on_cpu = next(module.parameters()).device.type == "cpu"
-    return is_on_cpu and has_onednn and not torch.is_autocast_enabled("cpu")
+    has_onednn = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    return has_onednn and next(module.parameters()).is_cpu and not torch.is_autocast_enabled("cpu")
 
 
 def _choose(weight: torch.Tensor, n_rows: int) -> Linear:
