@@ -8,8 +8,11 @@ Shapes: B batch, T tokens, S keys, C n_embd, H heads, D head size, V vocabulary;
 outputs.
 """
 
+import functools
+import platform
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,13 +28,12 @@ Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tenso
 # to which it appends; and attention_mask (B, 1, 1, S) bool, or None if no token is masked. Returns logits (B, V).
 Step = Callable[[torch.Tensor, int | torch.Tensor, list["PreallocatedLayer"], torch.Tensor | None], torch.Tensor]
 
-# Where other kernels replace torch's, as measured on 2 cores at widths 384 to 50304. Of a large float32 weight, BLAS
-# reads 9 to 16 GB/s for 1 row and 4 to 9 for 8, oneDNN 15 to 31 and 10 to 16. BLAS in parts reads 31 to 47 for 1 row,
-# and for more rows it is faster while their numbers are few. float16 reads 40 GB/s for 1 row, and less for more.
-_LARGE_WEIGHT = 2**17  # numbers; below, BLAS on one thread is fastest, because its calls are short
-_FEW_ROWS = 32  # for float32, at most
+# Where other kernels replace torch's on a CPU. docs/benchmarks.md, "Products", has the measured rates that decide it.
+_LARGE_WEIGHT = 2**17  # numbers; below, one thread of BLAS is fastest, because its calls are short
+_FEW_ROWS = 32  # of float32, at most
+_FEW_ROWS_ON_INTEL = 2
 _FEW_INPUTS = 3072  # numbers in all rows, at most
-_MANY_HALF_ROWS = 8  # for float16, at least
+_MANY_HALF_ROWS = 8  # of float16, at least
 
 # Bytes of a float32 model from which its forward passes gain more by other kernels than _Kernels costs.
 _LARGE_MODEL = 32 * 2**20
@@ -222,15 +224,31 @@ def _has_kernels(module: Any) -> bool:
 
 
 def _choose(weight: torch.Tensor, n_rows: int) -> Linear:
-    if weight.dtype == torch.float32 and weight.numel() >= _LARGE_WEIGHT:
-        is_few = n_rows == 1 or n_rows * weight.shape[1] <= _FEW_INPUTS
-        if is_few and torch.backends.mkl.is_available():
-            return _apply_in_parts
-        if n_rows <= _FEW_ROWS:
-            return _apply_onednn
+    if weight.dtype == torch.float32 and weight.numel() >= _LARGE_WEIGHT and n_rows <= _FEW_ROWS:
+        return _choose_float32(n_rows, n_rows * weight.shape[1])
     if weight.dtype == torch.float16 and n_rows >= _MANY_HALF_ROWS:
         return _apply_in_float32
     return nn.functional.linear
+
+
+def _choose_float32(n_rows: int, n_inputs: int) -> Linear:
+    if torch.backends.mkl.is_available() and _is_intel():
+        has_fast_onednn = torch.backends.cpu.get_cpu_capability() == "AVX512"
+        if n_rows <= _FEW_ROWS_ON_INTEL or not has_fast_onednn:
+            return nn.functional.linear
+    elif torch.backends.mkl.is_available() and (n_rows == 1 or n_inputs <= _FEW_INPUTS):
+        return _apply_in_parts
+    return _apply_onednn
+
+
+@functools.cache
+def _is_intel() -> bool:
+    """Returns whether the processor is Intel's; for others MKL uses general kernels."""
+    try:
+        processor = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not on Linux
+        processor = platform.processor()
+    return "GenuineIntel" in processor
 
 
 def _apply_in_parts(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -240,8 +258,8 @@ def _apply_in_parts(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
 def _split(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
     """Returns a function (N, I) -> (N, O) that computes parts of the outputs in one bmm.
 
-    MKL multiplies each matrix of a batch in a thread, by a kernel that reads twice as fast as its product with a
-    vector; that needs the weights as the first factor, and two parts also for one thread.
+    MKL's general kernels multiply each matrix of a batch in a thread, and read twice as fast as in a product with a
+    vector. That needs the weights as the first factor, and two parts also for one thread.
     """
     n_parts = min(max(2, torch.get_num_threads()), len(weight))
     n_each = len(weight) // n_parts

@@ -102,6 +102,7 @@ def calls(monkeypatch, request):
 
     split = fast._split
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: request.param == "in parts")
+    monkeypatch.setattr(fast, "_is_intel", lambda: False)
     monkeypatch.setattr(fast, "_LARGE_MODEL", 0)
     monkeypatch.setattr(fast, "_LARGE_WEIGHT", 0)
     monkeypatch.setattr(fast, "_apply_onednn", spy(fast._apply_onednn))
@@ -269,6 +270,28 @@ def test_weights_on_another_device_are_left_alone(calls):
     with torch.no_grad(), fast._Kernels():
         assert layer.to("meta")(inputs.to("meta")).shape == (1, 1, 3001)
     assert calls == []
+
+
+@pytest.mark.parametrize("is_linux", [True, False])
+@pytest.mark.parametrize(
+    ("has_mkl", "vendor", "capability", "expected"),
+    [
+        (True, "AuthenticAMD", "AVX512", ["parts", "parts", "onednn", "linear"]),
+        (True, "AuthenticAMD", "AVX2", ["parts", "parts", "onednn", "linear"]),
+        (True, "GenuineIntel", "AVX512", ["linear", "onednn", "onednn", "linear"]),
+        (True, "GenuineIntel", "AVX2", ["linear", "linear", "linear", "linear"]),
+        (False, "AuthenticAMD", "AVX2", ["onednn", "onednn", "onednn", "linear"]),
+    ],
+)
+def test_the_product_depends_on_the_processor(has_mkl, vendor, capability, expected, is_linux, monkeypatch, tmp_path):
+    (tmp_path / "cpuinfo").write_text(f"processor : 0\nvendor_id : {vendor}\n")
+    monkeypatch.setattr(fast, "Path", lambda path: tmp_path / ("cpuinfo" if is_linux else "missing"))
+    monkeypatch.setattr(fast.platform, "processor", lambda: f"Family 25 Model 1, {vendor}")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: has_mkl)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(fast, "_is_intel", fast._is_intel.__wrapped__)
+    names = {fast._apply_in_parts: "parts", fast._apply_onednn: "onednn", linear: "linear"}
+    assert [names[fast._choose(torch.empty(768, 768), n_rows)] for n_rows in (1, 4, 8, 33)] == expected
 
 
 @torch.no_grad()
