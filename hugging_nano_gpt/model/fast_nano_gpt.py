@@ -245,7 +245,7 @@ def _choose_float32(n_rows: int, n_inputs: int) -> Linear:
 def _is_intel() -> bool:
     """Returns whether the processor is Intel's; for others MKL uses general kernels."""
     try:
-        processor = Path("/proc/cpuinfo").read_text()
+        processor = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:  # not on Linux
         processor = platform.processor()
     return "GenuineIntel" in processor
