@@ -205,7 +205,9 @@ def list_targets(figures: dict[str, Any], args: argparse.Namespace) -> list[Targ
     }
     if not is_cpu:
         bounds = {"fastest_to_gpt2_124m_1": 5.0, "fastest_to_gpt2_shakespeare_1": 5.0}
-    targets = [Target(name, figures[name], bound, True) for name, bound in bounds.items() if name in figures]
+    targets = [
+        Target(name, figures[name], bound, is_minimum=True) for name, bound in bounds.items() if name in figures
+    ]
     return targets + [Target(name, figures[name], ONNX_RATIO) for name in figures if name.startswith(TO_ONNX)]
 
 

@@ -12,7 +12,7 @@ PACKAGE_DIR = Path(hugging_nano_gpt.__file__).parent
 # From low to high. A room imports from itself and from the rooms below it: not from above, and not from its own layer.
 LAYERS = [
     {"errors", "model"},
-    {"data", "files", "pickles"},
+    {"data", "files"},
     {"checkpoint", "tokenization"},
     {"convert"},
     {"training", "export", "verify", "evaluate", "prepare"},
@@ -127,13 +127,11 @@ def test_every_room_has_a_layer_and_every_layer_rooms():
     assert {get_room(path) for path in MODULES} == HEIGHTS.keys()
 
 
-def test_root_of_the_package_has_five_modules():
+def test_root_of_the_package_has_three_modules():
     assert sorted(path.name for path in PACKAGE_DIR.iterdir() if path.is_file()) == [
         "__init__.py",
         "__main__.py",
         "errors.py",
-        "files.py",
-        "pickles.py",
         "py.typed",
     ]
 

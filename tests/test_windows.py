@@ -24,7 +24,7 @@ from hugging_nano_gpt import (
 from hugging_nano_gpt.convert.source import load_source
 from hugging_nano_gpt.demo import CKPT_PATH, META_PATH
 from hugging_nano_gpt.export.exporting import export_model
-from hugging_nano_gpt.files import open_atomically, open_folder
+from hugging_nano_gpt.files.files import open_atomically, open_folder
 
 from .helpers.folders import ROOT, list_files
 from .helpers.tiny import make_batch, make_model

@@ -22,8 +22,8 @@ from typing import Any, BinaryIO, cast
 import torch
 
 from ..errors import CheckpointError, list_some
-from ..files import fail, measure_bytes
-from ..pickles import LARGEST_PICKLE_BYTES, find_foreign, iterate_values
+from ..files.files import fail, measure_bytes
+from ..files.pickles import LARGEST_PICKLE_BYTES, find_foreign, iterate_values
 from .faults import find_oddity
 from .torch_pickle import StoredBlock, get_block, get_offset, unpickle
 

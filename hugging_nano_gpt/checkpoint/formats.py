@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import CheckpointError, ConversionError
-from ..files import check_file, fail, fail_to_write, open_atomically, open_source
+from ..files.files import check_file, fail, fail_to_write, open_atomically, open_source
 from ..model.configuration_nano_gpt import ACTIVATION_FUNCTIONS
 from . import build_nanogpt, llmc, mingpt, nanogpt
 from .contents import Checkpoint, ReadingOptions, TrainingState

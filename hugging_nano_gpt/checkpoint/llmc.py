@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 import torch
 
-from ..files import measure_bytes
+from ..files.files import measure_bytes
 from .contents import Checkpoint, ReadingOptions
 from .faults import find_args_faults
 from .file import CheckpointFile

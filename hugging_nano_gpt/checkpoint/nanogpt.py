@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import torch
 
 from ..errors import join_some, list_some
-from ..pickles import find_foreign
+from ..files.pickles import find_foreign
 from .contents import NO_VAL_LOSS, Checkpoint, ReadingOptions, TrainingState
 from .faults import find_key_faults
 from .file import CheckpointFile

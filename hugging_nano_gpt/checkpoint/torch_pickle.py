@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..pickles import Unpickler
+from ..files.pickles import Unpickler
 
 _MOST_DIMENSIONS = 64  # torch's own limit in most of its functions
 

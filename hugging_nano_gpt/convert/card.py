@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..files import open_atomically
+from ..files.files import open_atomically
 from ..model.configuration_nano_gpt import GPT2_TOKENS, GPT2_VOCAB_SIZES, OLDEST_TRANSFORMERS
 from .facts import CLASSIFIER, LANGUAGE_MODEL, describe_model, describe_training
 from .nanogpt import read_training_state

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..checkpoint.formats import read_checkpoint
 from ..checkpoint.moments import OptimizerState
 from ..errors import ConversionError
-from ..files import check_file, check_folder, open_folder
+from ..files.files import check_file, check_folder, open_folder
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from ..tokenization.vocabulary import make_generation_config
 from .source import load_source

@@ -18,7 +18,7 @@ from transformers import GPT2Config, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..errors import ConversionError, list_some
-from ..files import check_folder, open_folder
+from ..files.files import check_folder, open_folder
 from ..model.configuration_nano_gpt import ACTIVATION_FUNCTIONS, NanoGPTConfig
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from ..tokenization.vocabulary import make_generation_config

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import CheckpointError, NanoGPTError, list_some
-from ..files import advise_on_folder
+from ..files.files import advise_on_folder
 from ..model.folder_nano_gpt import describe_interruption, refuse_change
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from ..model.persistence_nano_gpt import describe_checkpoint

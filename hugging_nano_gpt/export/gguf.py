@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..convert.tensors import gather_checked_tensors, get_model_args, select_tensors
 from ..errors import ConversionError, join_some, require
-from ..files import check_file, open_atomically
+from ..files.files import check_file, open_atomically
 from ..model.configuration_nano_gpt import NanoGPTConfig
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from ..tokenization.vocabulary import make_generation_config

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from ..convert.gpt2 import make_gpt2_config
 from ..convert.tensors import gather_checked_tensors
 from ..errors import require
-from ..files import check_folder, open_folder
+from ..files.files import check_folder, open_folder
 from ..model.configuration_nano_gpt import NanoGPTConfig
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 from ..tokenization.vocabulary import make_generation_config

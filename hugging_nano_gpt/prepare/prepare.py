@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import ConversionError, DataError, list_some
-from ..files import open_folder
+from ..files.files import open_folder
 from .sources import SPLITS, Documents, Texts, open_source
 from .tokens import CharacterTokens, Tokens, cut_text, load_tokens
 from .writing import map_in_order, write_tokens

@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..errors import CheckpointError, TokenizerError, list_some
-from ..files import open_atomically
-from ..pickles import LARGEST_PICKLE_BYTES, unpickle_plain
+from ..files.files import open_atomically
+from ..files.pickles import LARGEST_PICKLE_BYTES, unpickle_plain
 from .bpe import wrap_backend
 
 # `tokenizers` raises "Unk token `...` not found in the vocabulary". This is the text in the middle.

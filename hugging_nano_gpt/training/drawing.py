@@ -17,7 +17,7 @@ from ..checkpoint.layout import MODEL_ARGS
 from ..data.dataset import TokenDataset, load_windows
 from ..data.offsets import NANOGPT_SEED, draw_offsets
 from ..errors import CheckpointError
-from ..files import open_atomically
+from ..files.files import open_atomically
 from ..model.configuration_nano_gpt import NanoGPTConfig
 from ..model.modeling_nano_gpt import NanoGPTLMHeadModel
 

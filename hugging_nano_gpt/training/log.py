@@ -12,7 +12,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..convert.inspect import to_json
-from ..files import open_atomically, open_source
+from ..files.files import open_atomically, open_source
 
 logger = logging.get_logger(__name__)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import list_some, require
-from ..files import check_file, fail, open_atomically, open_source
+from ..files.files import check_file, fail, open_atomically, open_source
 from .log import LOG_NAME, parse_line
 from .trainer_checkpoint import STATE_NAME, list_checkpoints
 

@@ -20,7 +20,7 @@ from ..convert.source import choose_device
 from ..data.dataset import TokenDataset
 from ..data.shards import find_split
 from ..errors import ConversionError
-from ..files import check_folder
+from ..files.files import check_folder
 from .arguments import training_arguments_from_nanogpt
 from .callbacks import BarCallback, TrainPyCallback, is_complete
 from .loggers import list_loggers

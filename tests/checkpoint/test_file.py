@@ -14,7 +14,7 @@ import torch
 
 from hugging_nano_gpt import CheckpointError
 from hugging_nano_gpt.checkpoint.file import CheckpointFile
-from hugging_nano_gpt.files import open_source
+from hugging_nano_gpt.files.files import open_source
 
 from ..helpers.comparison import assert_same
 from ..helpers.contents import save

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from hugging_nano_gpt import CheckpointError, pickles, read_checkpoint, read_meta
+from hugging_nano_gpt import CheckpointError, read_checkpoint, read_meta
 from hugging_nano_gpt.checkpoint.file import CheckpointFile
 from hugging_nano_gpt.checkpoint.torch_pickle import unpickle
-from hugging_nano_gpt.files import open_source
-from hugging_nano_gpt.pickles import Foreign
+from hugging_nano_gpt.files import pickles
+from hugging_nano_gpt.files.files import open_source
+from hugging_nano_gpt.files.pickles import Foreign
 from hugging_nano_gpt.tokenization.characters import read_vocab_size
 
 from ..helpers.comparison import assert_same

@@ -41,7 +41,7 @@ from hugging_nano_gpt import (
 from hugging_nano_gpt.convert.source import load_source
 from hugging_nano_gpt.export import onnx
 from hugging_nano_gpt.export.exporting import export_model
-from hugging_nano_gpt.files import open_folder
+from hugging_nano_gpt.files.files import open_folder
 from hugging_nano_gpt.model import folder_nano_gpt
 from hugging_nano_gpt.model.folder_nano_gpt import replace_model
 

@@ -1,7 +1,7 @@
 """files.py: when writing fails or is killed, the old file or the complete new one is under its name.
 
 The writers that are killed at random moments have a seed, which is printed when one fails and can be set:
-KILL_SEED=7 python -m pytest tests/test_files.py
+KILL_SEED=7 python -m pytest tests/files/test_files.py
 """
 
 import errno
@@ -20,12 +20,12 @@ import pytest
 
 from hugging_nano_gpt import CheckpointError, ConversionError, read_checkpoint, write_checkpoint
 from hugging_nano_gpt.checkpoint import nanogpt
-from hugging_nano_gpt.files import check_folder, open_atomically, open_folder
+from hugging_nano_gpt.files.files import check_folder, open_atomically, open_folder
 
-from .helpers.children import KILL_SEED, forks, start_child
-from .helpers.comparison import assert_same
-from .helpers.folders import read_files
-from .helpers.limits import limit_file_size, limit_time
+from ..helpers.children import KILL_SEED, forks, start_child
+from ..helpers.comparison import assert_same
+from ..helpers.folders import read_files
+from ..helpers.limits import limit_file_size, limit_time
 
 OLD, NEW = b"old", b"new" * 1000
 KILLS = 20

@@ -16,8 +16,8 @@ from typing import BinaryIO
 
 from safetensors import SafetensorError
 
-from .errors import CheckpointError, ConversionError, list_some
-from .model.folder_nano_gpt import (
+from ..errors import CheckpointError, ConversionError, list_some
+from ..model.folder_nano_gpt import (
     TEMPORARY,
     WrittenInPartError,
     flush_files,
